@@ -1,0 +1,1 @@
+"""Consilience: one model from many experts."""
