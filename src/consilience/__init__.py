@@ -1,1 +1,50 @@
-"""Consilience: one model from many experts."""
+"""Consilience: one model from many experts.
+
+    import consilience as cs
+    cs.merge("base", {"math": "path/a", "code": "path/b"}, "out", method="ties", density=0.2)
+
+Names are imported on first use, so ``import consilience`` is quick and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from consilience.api import merge, merge_recipe, plan_recipe
+    from consilience.checkpoints import open_checkpoint
+    from consilience.errors import ConsilienceError, InputError, Interrupted, MachineError
+    from consilience.recipe import Recipe, read_recipe
+
+_HOME = {
+    "merge": "consilience.api",
+    "merge_recipe": "consilience.api",
+    "plan_recipe": "consilience.api",
+    "open_checkpoint": "consilience.checkpoints",
+    "ConsilienceError": "consilience.errors",
+    "InputError": "consilience.errors",
+    "Interrupted": "consilience.errors",
+    "MachineError": "consilience.errors",
+    "Recipe": "consilience.recipe",
+    "read_recipe": "consilience.recipe",
+}
+
+__all__ = [
+    "ConsilienceError",
+    "InputError",
+    "Interrupted",
+    "MachineError",
+    "Recipe",
+    "merge",
+    "merge_recipe",
+    "open_checkpoint",
+    "plan_recipe",
+    "read_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'consilience' has no attribute {name!r}")

@@ -1,0 +1,197 @@
+"""The library's front door: everything the command line does, a function does."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from consilience.errors import InputError
+
+if TYPE_CHECKING:
+    from consilience.engine.plan import Plan
+    from consilience.engine.stream import Listener
+    from consilience.engine.summary import Summary
+    from consilience.experts.state_dict import StateDict
+    from consilience.recipe.schema import Recipe
+
+PathLike = str | Path
+
+
+def _named(experts: "Mapping[str, Any] | Sequence[Any]") -> dict[str, Any]:
+    if isinstance(experts, Mapping):
+        return dict(experts)
+    values = list(experts)
+    if all(isinstance(value, str | Path) for value in values):
+        from consilience.engine.plan import expert_names
+
+        return dict(zip(expert_names([(str(v), None) for v in values], "experts"), values, strict=True))
+    return {f"expert-{i + 1}": value for i, value in enumerate(values)}
+
+
+def build_recipe(
+    method: str, base: str | None, experts: Mapping[str, str], parameters: Mapping[str, Any], **extra: Any
+) -> "Recipe":
+    """Return a recipe from plain arguments; a parameter given as a mapping holds one value per expert name.
+
+    Raises:
+        InputError: a parameter or expert name is unknown, or a value has the wrong form.
+    """
+    from consilience.recipe.schema import parse_recipe
+
+    shared: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {name: {} for name in experts}
+    for key, value in parameters.items():
+        key = key.rstrip("_")
+        if isinstance(value, Mapping):
+            for name, each in cast(Mapping[str, Any], value).items():
+                if name not in own:
+                    from consilience.errors import nearest
+
+                    raise InputError(f"{key}: there is no expert {name!r}{nearest(name, list(own))}")
+                own[name][key] = each
+        else:
+            shared[key] = list(cast(Sequence[Any], value)) if isinstance(value, tuple) else value
+    models = [{"model": path, "name": name, "parameters": own[name]} for name, path in experts.items()]
+    value = {"merge_method": method, "models": models, "parameters": shared} | extra
+    return parse_recipe(value | ({"base_model": base} if base is not None else {}), "arguments")
+
+
+def merge(
+    base: "PathLike | StateDict | None",
+    experts: "Mapping[str, Any] | Sequence[Any]",
+    out: PathLike | None = None,
+    *,
+    method: str = "task_arithmetic",
+    out_dtype: str | None = None,
+    seed: int = 0,
+    private: Sequence[str] = (),
+    force: bool = False,
+    threads: int | None = None,
+    stochastic_rounding: bool = False,
+    allow_nonfinite: bool = False,
+    **parameters: Any,
+) -> "Summary | dict[str, Any]":
+    """Merge experts into one model.
+
+        theta = theta_0 + method(tau_1 ... tau_K),   tau_k = theta_k - theta_0
+
+    Args:
+        base: the model the experts were tuned from: a path or hub reference, or a state dict; None where the method
+            needs none.
+        experts: paths, hub references, adapters, or state dicts; a mapping names them.
+        out: the folder (or file) to write; required for paths, not allowed for state dicts.
+        method: a name ``consilience methods`` lists.
+        out_dtype: float32, float16, bfloat16 or float64; by default every tensor keeps the base's.
+        seed: of the random methods and of stochastic rounding.
+        private: globs of tensors that are not merged.
+        force: replace a non-empty ``out``.
+        threads: number of workers (default: the cores this process may use); never changes the result.
+        stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
+        allow_nonfinite: let NaN, Inf and overflow through.
+        parameters: the method's; a mapping gives one value per expert name.
+
+    Returns:
+        A summary of the run for paths; the merged state dict (same library) for state dicts.
+
+    Raises:
+        InputError: the input is wrong; nothing is left behind.
+        MachineError: the disk or another part of the machine failed; the same call continues where it stopped.
+    """
+    named = _named(experts)
+    in_memory = isinstance(base, Mapping) or any(isinstance(value, Mapping) for value in named.values())
+    extra: dict[str, Any] = {"seed": seed, "private": list(private)}
+    extra |= {"out_dtype": out_dtype} if out_dtype else {}
+    if in_memory:
+        if out is not None:
+            raise InputError("out: state dicts are merged in memory; save the result yourself, or pass paths")
+        return _merge_state_dicts(base, named, method, parameters, extra, threads, stochastic_rounding, allow_nonfinite)
+    if out is None:
+        raise InputError("out: name the folder to write")
+    paths = {name: str(value) for name, value in named.items()}
+    recipe = build_recipe(method, None if base is None else str(base), paths, parameters, **extra)
+    return merge_recipe(
+        recipe,
+        out,
+        force=force,
+        threads=threads,
+        stochastic_rounding=stochastic_rounding,
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def _merge_state_dicts(
+    base: Any,
+    experts: dict[str, Any],
+    method: str,
+    parameters: dict[str, Any],
+    extra: dict[str, Any],
+    threads: int | None,
+    stochastic: bool,
+    allow_nonfinite: bool,
+) -> dict[str, Any]:
+    from consilience.engine.memory import merge_in_memory
+    from consilience.engine.plan import make_plan
+    from consilience.experts.state_dict import from_state_dict
+
+    if not all(isinstance(v, Mapping) for v in ([] if base is None else [base]) + list(experts.values())):
+        raise InputError("experts: state dicts and paths cannot be mixed; load them all or pass paths")
+    recipe = build_recipe(
+        method, None if base is None else "base", {n: f"expert {n}" for n in experts}, parameters, **extra
+    )
+    opened = [(from_state_dict(name, state), i) for i, (name, state) in enumerate(experts.items())]
+    models = (None if base is None else from_state_dict("base", base), opened)
+    plan = make_plan(recipe, where="arguments", stochastic=stochastic, allow_nonfinite=allow_nonfinite, models=models)
+    return merge_in_memory(plan, base if base is not None else next(iter(experts.values())), threads)
+
+
+def plan_recipe(
+    recipe: "Recipe | PathLike",
+    out: PathLike | None = None,
+    *,
+    shard_size: int | None = None,
+    stochastic_rounding: bool = False,
+    allow_nonfinite: bool = False,
+) -> "Plan":
+    """Check a recipe against its models' headers and return everything the merge would do; nothing is written.
+
+    Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder.
+    """
+    from consilience.engine.plan import SHARD_SIZE, make_plan
+    from consilience.recipe.schema import Recipe, read_recipe
+
+    where, root = "recipe", None
+    if not isinstance(recipe, Recipe):
+        path = Path(recipe)
+        recipe, where, root = read_recipe(path), str(path), path.parent
+    single = Path(out).name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
+    return make_plan(
+        recipe,
+        where=where,
+        root=root,
+        shard_size=shard_size or SHARD_SIZE,
+        stochastic=stochastic_rounding,
+        allow_nonfinite=allow_nonfinite,
+        single=single,
+    )
+
+
+def merge_recipe(
+    recipe: "Recipe | PathLike",
+    out: PathLike,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    shard_size: int | None = None,
+    stochastic_rounding: bool = False,
+    allow_nonfinite: bool = False,
+    listener: "Listener | None" = None,
+) -> "Summary":
+    """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge``."""
+    plan = plan_recipe(
+        recipe, out, shard_size=shard_size, stochastic_rounding=stochastic_rounding, allow_nonfinite=allow_nonfinite
+    )
+    from consilience.engine.merge import run_merge
+
+    try:
+        return run_merge(plan, Path(out), force=force, threads=threads, listener=listener)
+    finally:
+        plan.close()

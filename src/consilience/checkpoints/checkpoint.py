@@ -1,0 +1,164 @@
+"""A checkpoint: named tensors on disk (or in memory), known from headers alone, read slice by slice.
+
+Architecture-free: names come from the files. Count in = count out; nothing is dropped silently.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from consilience.checkpoints.dtypes import DType
+from consilience.checkpoints.safetensors_file import Entry
+from consilience.errors import InputError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: ``file`` indexes the storage's files, ``offset`` is its first byte there."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    file: int = 0
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements (1 for a scalar)."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+class Storage(Protocol):
+    """Where a checkpoint's bytes are. ``read`` is called from several threads at once."""
+
+    def read(self, tensor: TensorInfo, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the tensor's bytes from byte ``start`` on."""
+        ...
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return (file, size in bytes, modification time in ns) of every file: what a resumed run compares."""
+        ...
+
+    def close(self) -> None:
+        """Release files."""
+        ...
+
+
+class FileStorage:
+    """Safetensors files read with positioned reads into the caller's buffers.
+
+    Not ``mmap``: a file truncated while it is read must be an error, not a bus error, and a read into a reused
+    buffer that stays in cache costs less than the page faults of a mapping.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def _descriptor(self, index: int) -> int:
+        with self._lock:
+            if index not in self._descriptors:
+                try:
+                    self._descriptors[index] = os.open(self.files[index], os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise InputError(f"{self.files[index]}: cannot be read ({error.strerror})") from None
+            return self._descriptors[index]
+
+    def read(self, tensor: TensorInfo, start: int, out: Bytes) -> None:
+        """Fill ``out``; an ``InputError`` says so when the file ends early."""
+        descriptor = self._descriptors.get(tensor.file)
+        if descriptor is None:
+            descriptor = self._descriptor(tensor.file)
+        position, view = tensor.offset + start, memoryview(out)
+        while view.nbytes:
+            count = os.preadv(descriptor, [view], position)
+            if count <= 0:
+                raise InputError(
+                    f"{self.files[tensor.file]}: tensor {tensor.name!r}: file ended while it was read; download it again"
+                )
+            position, view = position + count, view[count:]
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return name, size and modification time of every file."""
+        stats = [(path, path.stat()) for path in self.files]
+        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    def close(self) -> None:
+        """Close every file that was opened."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+
+class MemoryStorage:
+    """Tensors held as flat byte views of the caller's arrays (state dicts, ``torch.load``-ed files)."""
+
+    def __init__(self, arrays: Mapping[str, Bytes], files: list[tuple[str, int, int]] | None = None) -> None:
+        self.arrays = arrays
+        self._files = files or []
+
+    def read(self, tensor: TensorInfo, start: int, out: Bytes) -> None:
+        """Copy the bytes."""
+        out[:] = self.arrays[tensor.name][start : start + out.size]
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return the files these arrays were read from, if any."""
+        return self._files
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's named tensors.
+
+    ``path`` is what the user named (a folder or a file; None in memory), ``folder`` the folder whose other files
+    (config, tokenizer, ...) belong to the model, ``config`` its ``config.json``.
+    """
+
+    label: str
+    tensors: dict[str, TensorInfo]
+    storage: Storage
+    path: Path | None = None
+    folder: Path | None = None
+    config: dict[str, Any] | None = None
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    def read(self, name: str) -> Bytes:
+        """Return one whole tensor's bytes (for small tensors; the engine reads slices)."""
+        tensor = self.tensors[name]
+        out = np.empty(tensor.nbytes, np.uint8)
+        self.storage.read(tensor, 0, out)
+        return out
+
+
+def from_entries(entries: Mapping[str, Entry], file: int) -> dict[str, TensorInfo]:
+    """Turn a safetensors file's header entries into tensors of storage file number ``file``."""
+    return {e.name: TensorInfo(e.name, e.dtype, e.shape, file, e.offset) for e in entries.values()}

@@ -1,0 +1,265 @@
+"""The command line: a thin face over the library. Every command is one public function."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from consilience.errors import InputError
+
+app = typer.Typer(
+    name="consilience",
+    help="One model from many experts: merge, measure and inspect fine-tuned models and LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MERGE_EPILOG = """Examples:
+
+\b
+  consilience merge recipe.yaml merged/
+  consilience merge base/ merged/ -e math=adapters/math -e code=adapters/code --method ties --set density=0.2
+  consilience merge base/ merged/ -e math=a -e code=b --set weight=0.5 --set math.weight=0.3
+  consilience merge recipe.yaml merged/ --dry-run
+
+\b
+A recipe is mergekit's models: form:
+  merge_method: ties
+  base_model: path/or/hub-id
+  models:
+    - {model: path/to/math, parameters: {weight: 0.5, density: [0.1, 0.3]}}
+    - {model: path/to/code, parameters: {weight: [{filter: mlp, value: 0.4}, {value: 0.6}]}}
+  out_dtype: bfloat16
+"""
+
+Expert = Annotated[
+    list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert (repeatable).")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter, or EXPERT.KEY=VALUE (repeatable).")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Workers (default: this machine's cores). Never changes the result.")
+]
+
+
+def parse_assignment(text: str, option: str) -> tuple[str, str]:
+    """Split ``KEY=VALUE``."""
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        raise InputError(f"{option} {text!r}: write it as {'NAME=PATH' if option == '-e' else 'KEY=VALUE'}")
+    return key, value
+
+
+def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, Any]:
+    """Return the method's parameters from ``--set`` options; per-expert ones as mappings by expert name."""
+    from consilience.recipe.yaml_file import parse_yaml
+
+    shared: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for text in settings:
+        key, raw = parse_assignment(text, "--set")
+        value = parse_yaml(raw, f"--set {key}")
+        name, dot, parameter = key.partition(".")
+        if dot and name not in experts:
+            from consilience.errors import nearest
+
+            raise InputError(f"--set {key}: there is no expert {name!r}{nearest(name, list(experts))}")
+        if dot:
+            own.setdefault(parameter, {})[name] = value
+        else:
+            shared[key] = value
+    for parameter, values in own.items():
+        if parameter in shared:
+            values |= {name: shared[parameter] for name in experts if name not in values}
+        shared[parameter] = values
+    return shared
+
+
+def read_input(
+    recipe: str, experts: list[str] | None, method: str | None, settings: list[str] | None, extra: dict[str, Any]
+) -> Any:
+    """Return what the user asked to merge: a recipe file's path, or a recipe made of a base and ``-e`` options."""
+    from consilience.api import build_recipe
+
+    if not experts:
+        path = Path(recipe)
+        if path.is_dir():
+            raise InputError(f"{recipe}: is a folder; name experts with -e NAME=PATH, or pass a recipe file")
+        given = [name for name, value in (("--method", method), ("--set", settings), *extra.items()) if value]
+        if given:
+            raise InputError(f"{given[0]}: only goes with -e; write it in the recipe {recipe}")
+        return path
+    named: dict[str, str] = {}
+    for text in experts:
+        name, path = parse_assignment(text, "-e")
+        if name in named:
+            raise InputError(f"-e {text!r}: expert {name!r} is named twice; choose another name")
+        named[name] = path
+    keys = {"--dtype": "out_dtype", "--seed": "seed"}
+    chosen = {keys[option]: value for option, value in extra.items() if value is not None}
+    base = None if recipe in ("none", "-") else recipe
+    return build_recipe(method or "task_arithmetic", base, named, parse_settings(settings or [], named), **chosen)
+
+
+@app.command(epilog=MERGE_EPILOG)
+def merge(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|BASE", help="A recipe file, or (with -e) the base model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write (a .safetensors file for flat state dicts).")],
+    expert: Expert = None,
+    method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
+    set_: Set = None,
+    dtype: Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")] = None,
+    as_adapter: Annotated[
+        str | None, typer.Option(metavar="cat|svd", help="Write a PEFT adapter (all experts must be LoRA).")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of an svd adapter.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and touch nothing.")] = False,
+    threads: Threads = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 2GB.")] = "5GB",
+    stochastic_rounding: Annotated[bool, typer.Option(help="Round at random with the right expectation.")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option(help="Let NaN, Inf and overflow through.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
+) -> None:
+    """Merge a base and its experts into one verified checkpoint."""
+    from consilience.api import plan_recipe
+
+    source = read_input(recipe, expert, method, set_, {"--dtype": dtype, "--seed": seed})
+    if as_adapter is not None:
+        from consilience.cli.adapter_command import merge_to_adapter
+
+        merge_to_adapter(source, out, as_adapter, rank, force, dry_run, quiet)
+        return
+    if rank is not None:
+        raise InputError("--rank: only goes with --as-adapter svd")
+    plan = plan_recipe(
+        source,
+        out,
+        shard_size=parse_size(shard_size),
+        stochastic_rounding=stochastic_rounding,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if dry_run:
+        from consilience.engine.describe import describe
+        from consilience.engine.output import check_destination
+        from consilience.engine.stream import thread_count
+
+        check_destination(out, plan, force, create=False)
+        typer.echo("\n".join(describe(plan, thread_count(threads))))
+        return
+    from consilience.cli.progress import show_summary, work
+
+    summary = work(plan, out, force=force, threads=threads, quiet=quiet)
+    if not quiet:
+        show_summary(summary)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``500MB`` or ``2GiB``."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("BGIKMbgikm")
+    unit = text.strip()[len(number) :].upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise InputError(f"--shard-size {text!r}: write a size such as 500MB or 5GB") from None
+    if size < 1:
+        raise InputError(f"--shard-size {text!r}: must be positive")
+    return size
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|BASE", help="A recipe file, or (with -e) the base model.")],
+    expert: Expert = None,
+    method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
+    set_: Set = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included.")] = False,
+) -> None:
+    """Check a recipe and its models from headers alone, for CI: exit 0 if the merge can start, 2 if not.
+
+    Example: consilience check recipe.yaml --json
+    """
+    from consilience.api import plan_recipe
+
+    try:
+        plan = plan_recipe(read_input(recipe, expert, method, set_, {}))
+    except InputError as error:
+        if as_json:
+            typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))
+            raise typer.Exit(2) from None
+        raise
+    from consilience.engine.describe import estimate
+    from consilience.engine.stream import thread_count
+
+    cost = estimate(plan, thread_count(None))
+    facts = {
+        "ok": True,
+        "method": plan.method.name,
+        "experts": [e.name for e in plan.experts],
+        "tensors": len(plan.tensors),
+        "merged": sum(t.program is not None for t in plan.tensors),
+        "parameters": sum(t.numel for t in plan.tensors),
+        "bytes_read": cost.read,
+        "bytes_written": cost.written,
+        "notes": plan.alignment.notes,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        typer.echo(
+            f"ok: {facts['method']} of {len(plan.experts)} experts, {facts['merged']} of {facts['tensors']} tensors merged"
+        )
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for programs.")] = False) -> None:
+    """List the merge methods and their parameters.
+
+    Example: consilience methods --json
+    """
+    from consilience.cli.listing import method_facts, method_lines
+
+    typer.echo(json.dumps(method_facts(), indent=1, ensure_ascii=False) if as_json else "\n".join(method_lines()))
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A model folder, weight file, adapter, or hub reference.")],
+    tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False,
+    fingerprint: Annotated[bool, typer.Option(help="Read all weights and print their fingerprint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Say what a model or adapter is, from its headers.
+
+    Example: consilience inspect merged/ --fingerprint
+    """
+    from consilience.cli.listing import inspect_facts, inspect_lines
+
+    facts = inspect_facts(path, tensors, fingerprint)
+    typer.echo(json.dumps(facts, indent=1, ensure_ascii=False) if as_json else "\n".join(inspect_lines(facts)))
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command."""
+    del debug  # read by consilience.__main__ before the command line is parsed
+    if version:
+        from consilience import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        sys.exit(0)

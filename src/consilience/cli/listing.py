@@ -1,0 +1,117 @@
+"""What ``consilience methods`` and ``consilience inspect`` print."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+from consilience.checkpoints.json_files import read_object
+from consilience.methods.registry import load, names
+
+
+def method_facts() -> list[dict[str, Any]]:
+    """Return one object per method: name, summary, data, base, parameters, source."""
+    facts: list[dict[str, Any]] = []
+    for name in names():
+        method = load(name)
+        parameters = {
+            p.name: {"default": p.default, "per_expert": p.per_expert, "kind": p.kind, "help": p.help}
+            | ({"choices": list(p.choices)} if p.choices else {})
+            for p in method.parameters.values()
+        }
+        facts.append(
+            {
+                "name": name,
+                "summary": method.summary,
+                "data": method.data,
+                "base": method.base,
+                "parameters": parameters,
+                "source": method.source,
+            }
+        )
+    return facts
+
+
+def method_lines() -> list[str]:
+    """Return the table of methods as text."""
+    lines: list[str] = []
+    for fact in method_facts():
+        lines.append(f"{fact['name']}  (data: {fact['data']}; base: {fact['base']})")
+        lines.append(f"    {fact['summary']}")
+        for name, parameter in fact["parameters"].items():
+            scope = "per expert" if parameter["per_expert"] else "shared"
+            lines.append(f"    {name:<10} {parameter['default']!s:<7} {scope:<10}  {parameter['help']}")
+        lines += [f"    {fact['source']}", ""]
+    return lines[:-1]
+
+
+def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]:
+    """Return what headers say about a model or adapter (and, if asked, its weights' fingerprint)."""
+    from consilience.experts.model import open_model
+
+    model = open_model("model", path)
+    parts = [p for p in (model.checkpoint, model.adapter.checkpoint if model.adapter else None) if p is not None]
+    infos = [info for part in parts for info in part.tensors.values()]
+    facts: dict[str, Any] = {
+        "path": path,
+        "kind": "adapter" if model.checkpoint is None else "model+adapter" if model.adapter else "model",
+        "tensors": len(infos),
+        "parameters": sum(info.numel for info in infos),
+        "bytes": sum(info.nbytes for info in infos),
+        "dtypes": dict(Counter(info.dtype.name for info in infos)),
+        "files": [{"file": Path(file).name, "bytes": size} for file, size, _ in model.identity()],
+    }
+    if model.adapter is not None:
+        ranks = Counter(pair.rank for pair in model.adapter.pairs.values())
+        scales = sorted({round(pair.scale, 6) for pair in model.adapter.pairs.values()})
+        facts["adapter"] = {
+            "pairs": len(model.adapter.pairs),
+            "ranks": dict(ranks),
+            "scales": scales,
+            "whole": sorted(model.adapter.whole),
+        }
+    config = model.checkpoint.config if model.checkpoint else None
+    if config:
+        from consilience.experts.align import says_tied
+
+        facts["architectures"] = config.get("architectures")
+        facts["tied_embeddings"] = says_tied(config)
+    folder = model.folder
+    if folder is not None and (folder / "consilience" / "lineage.json").is_file():
+        document = read_object(folder / "consilience" / "lineage.json")
+        facts["lineage"] = {key: document.get(key) for key in ("method", "seed", "created")}
+        facts["lineage"]["fingerprint"] = cast(dict[str, Any], document.get("output", {})).get("fingerprint")
+        facts["lineage"]["models"] = [entry.get("reference") for entry in document.get("models", [])]
+    if fingerprint:
+        from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint
+
+        facts["fingerprint"] = model_fingerprint({k: v for p in parts for k, v in checkpoint_fingerprints(p).items()})
+    if tensors:
+        facts["tensor_list"] = [{"name": i.name, "dtype": i.dtype.name, "shape": list(i.shape)} for i in infos]
+    model.close()
+    return facts
+
+
+def inspect_lines(facts: dict[str, Any]) -> list[str]:
+    """Return the facts as text."""
+    lines = [
+        f"{facts['path']}: {facts['kind']}",
+        f"  {facts['tensors']} tensors, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:.1f} MB, "
+        + ", ".join(f"{count} {name}" for name, count in facts["dtypes"].items()),
+    ]
+    for key in ("architectures", "tied_embeddings", "adapter", "lineage", "fingerprint"):
+        if facts.get(key) is not None:
+            lines.append(f"  {key.replace('_', ' ')}: {_text(facts[key])}")
+    lines += [f"  file {entry['file']}  {entry['bytes'] / 1e6:.1f} MB" for entry in facts["files"]]
+    lines += [
+        f"  {t['name']}  {'x'.join(map(str, t['shape'])) or 'scalar'}  {t['dtype']}"
+        for t in facts.get("tensor_list", [])
+    ]
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{k} {_text(v)}" for k, v in cast(dict[str, Any], value).items())
+    if isinstance(value, list):
+        return ", ".join(map(str, cast(list[Any], value)))
+    return str(value)

@@ -1,0 +1,1 @@
+"""Plan, stream, verify: the merge itself."""

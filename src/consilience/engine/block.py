@@ -1,0 +1,158 @@
+"""One worker's buffers, and how a block of one tensor's stack gets into them.
+
+Blocks are sized to stay in a core's second-level cache and buffers are allocated once per worker: first touch of fresh
+memory costs more than the arithmetic.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from consilience.engine.kernels import decode as dec
+from consilience.engine.kernels.fingerprint import mix
+from consilience.engine.kernels.lowrank import add_product
+from consilience.engine.kernels.reduce import LEAF
+from consilience.engine.plan import TensorPlan
+from consilience.errors import ConsilienceError, InputError
+from consilience.experts.model import Source
+
+#: Bytes a block's stack may take; half of a common second-level cache.
+CACHE = 1 << 20
+LARGEST_BLOCK, SMALLEST_BLOCK = 1 << 16, 1 << 13
+
+
+class Stopped(ConsilienceError):
+    """Another worker failed or the user interrupted: give up quietly."""
+
+
+def block_size(rows: int, wide: bool) -> int:
+    """Return the number of elements per block for a stack of ``rows`` rows: a multiple of the reduction leaf."""
+    fit = CACHE // ((rows + 2) * (8 if wide else 4))
+    return max(SMALLEST_BLOCK, min(LARGEST_BLOCK, fit // LEAF * LEAF))
+
+
+class NonFinite(ConsilienceError):
+    """A block holds NaN or Inf; carries where, so that the whole tensor can be counted."""
+
+    def __init__(self, who: str, name: str, source: Source) -> None:
+        super().__init__(f"{who}: {name}: NaN or Inf")
+        self.who, self.name, self.source = who, name, source
+
+
+class Scratch:
+    """The buffers of one worker; grown when a tensor needs more, never shrunk."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, Any], Any] = {}
+        self._factors: tuple[Any, Any, Any] | None = None
+
+    def array(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return an array of ``shape`` for ``purpose``, reusing the memory of earlier calls."""
+        size = int(np.prod(shape))
+        held = self._arrays.get((purpose, dtype))
+        if held is None or held.size < size:
+            held = self._arrays[(purpose, dtype)] = np.empty(size, dtype)
+        return held[:size].reshape(shape)
+
+    def factors(self, source: Source, real: Any) -> tuple[Any, Any]:
+        """Return (left [rows, r], right [r, columns]) of a source's LoRA pair, in the compute type."""
+        pair, storage = source.pair, source.pair_storage
+        assert pair is not None
+        assert storage is not None
+        key = (id(storage), pair.target, real)
+        if self._factors is None or self._factors[0] != key:
+            sides: list[Any] = []
+            for tensor in (pair.b, pair.a):
+                raw = np.empty(tensor.nbytes, np.uint8)
+                storage.read(tensor, 0, raw)
+                values = np.empty(tensor.numel, real)
+                dec.decode(raw, tensor.dtype, values)
+                sides.append(values)
+            b, a = sides[0].reshape(-1, pair.rank), sides[1].reshape(pair.rank, -1)
+            left, right = (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.transposed else (b, a)
+            self._factors = (key, left, right)
+        return self._factors[1], self._factors[2]
+
+
+Marks = list[list[int]]
+
+
+class Loader:
+    """Reads blocks of one tensor's stack for one worker.
+
+    ``marks`` [sources][2] collects the fingerprint sums of every dense input (base first) when it is given.
+    """
+
+    def __init__(self, scratch: Scratch, tensor: TensorPlan, allow_nonfinite: bool) -> None:
+        self.scratch, self.tensor, self.allow = scratch, tensor, allow_nonfinite
+        self.real: Any = np.float64 if tensor.wide else np.float32
+        self.largest = self.real(np.finfo(self.real).max)
+        self.size = block_size(len(tensor.rows), tensor.wide)
+
+    def _dense(self, source: Source, who: str, start: int, stop: int, out: Any, mark: list[int] | None) -> None:
+        info, storage = source.dense, source.storage
+        assert info is not None
+        assert storage is not None
+        width = info.dtype.itemsize
+        raw = self.scratch.array("raw", ((stop - start) * width,), np.uint8)
+        storage.read(info, start * width, raw)
+        if mark is not None:
+            low, high = mix(raw, start * width)
+            mark[0] += low
+            mark[1] += high
+        dec.decode(raw, info.dtype, out)
+        if not self.allow and dec.count_nonfinite(out, self.largest):
+            raise NonFinite(who, self.tensor.name, source)
+
+    def _low_rank(self, source: Source, who: str, start: int, out: Any) -> None:
+        left, right = self.scratch.factors(source, self.real)
+        assert source.pair is not None
+        part = self.scratch.array("part", (out.size,), self.real)
+        add_product(out, start, left, right, self.real(source.pair.scale), part)
+        if not self.allow and dec.count_nonfinite(out, self.largest):
+            raise NonFinite(who, self.tensor.name, source)
+
+    def base(self, start: int, stop: int, marks: Marks | None) -> Any:
+        """Return the base's values of a block."""
+        out = self.scratch.array("base", (stop - start,), self.real)
+        self._dense(self.tensor.base, "base", start, stop, out, marks[0] if marks else None)
+        if self.tensor.base.pair is not None:
+            self._low_rank(self.tensor.base, "base", start, out)
+        return out
+
+    def load(self, start: int, stop: int, marks: Marks | None = None) -> tuple[Any, Any]:
+        """Return (stack [K, n], base [n] or None) of elements ``start ... stop``."""
+        tensor, n = self.tensor, stop - start
+        task_vectors = tensor.program is not None and tensor.program.space == "task_vectors"
+        base = self.base(start, stop, marks) if tensor.reads_base else None
+        stack = self.scratch.array("stack", (len(tensor.rows), n), self.real)
+        for k, source in enumerate(tensor.rows):
+            row, who = stack[k], tensor.row_names[k]
+            if source.dense is not None:
+                self._dense(source, who, start, stop, row, marks[k + 1] if marks else None)
+                if task_vectors:
+                    dec.subtract(row, base)
+            else:
+                row[:] = 0 if task_vectors else base
+            if source.pair is not None:
+                self._low_rank(source, who, start, row)
+        return stack, base
+
+
+def count_tensor(error: NonFinite) -> InputError:
+    """Scan the whole tensor that held NaN or Inf and return the error that says how many."""
+    info, storage = error.source.dense, error.source.storage
+    count = 0
+    if info is not None and storage is not None:
+        step = LARGEST_BLOCK
+        for start in range(0, info.numel, step):
+            stop = min(info.numel, start + step)
+            raw = np.empty((stop - start) * info.dtype.itemsize, np.uint8)
+            storage.read(info, start * info.dtype.itemsize, raw)
+            values = np.empty(stop - start, np.float64)
+            dec.decode(raw, info.dtype, values)
+            count += int(dec.count_nonfinite(values, np.finfo(np.float64).max))
+    where = f"{count} of its {info.numel} values are" if count and info else "its LoRA factors hold or produce"
+    return InputError(
+        f"{error.who}: tensor {error.name!r}: {where} NaN or Inf; repair the model, or pass --allow-nonfinite"
+    )

@@ -1,0 +1,76 @@
+"""What survives a kill: which segments of OUT.partial are on disk, with their fingerprints.
+
+A line is written only after the bytes it speaks of have been flushed, so a rerun trusts every whole line. The same
+background thread that keeps the journal thereby starts writing data out while the merge still computes.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from consilience.engine.worker import Record
+
+
+class Journal:
+    """Appends finished segments to a file, flushing the data first, every ``period`` seconds."""
+
+    def __init__(self, path: Path, flush_data: Callable[[], None], period: float = 1.0) -> None:
+        self.path, self.flush_data, self.period = path, flush_data, period
+        self.failure: OSError | None = None
+        self._pending: list[Record] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="journal", daemon=True)
+
+    def __enter__(self) -> "Journal":
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._flush()
+        self._file.close()
+
+    def add(self, record: Record) -> None:
+        """Remember a finished segment."""
+        with self._lock:
+            self._pending.append(record)
+
+    def _loop(self) -> None:
+        while not self._closing.wait(self.period):
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            batch, self._pending = self._pending, []
+        if not batch or self.failure is not None:
+            return
+        try:
+            self.flush_data()
+            self._file.write("".join(json.dumps(asdict(record), separators=(",", ":")) + "\n" for record in batch))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # the merge itself meets the same disk and reports it
+            self.failure = error
+
+
+def read_journal(path: Path) -> list[Record]:
+    """Return the records of every whole line; a line cut short by a crash ends the reading."""
+    records: list[Record] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return records
+    for line in lines:
+        try:
+            value: dict[str, Any] = json.loads(line)
+            records.append(Record(**value))
+        except (ValueError, TypeError):
+            break
+    return records

@@ -1,0 +1,36 @@
+"""The stack's rows to one: weighted sum, signed sum. The number of rows is a compile-time constant (``len(weights)``)."""
+
+from typing import Any
+
+from consilience.engine.kernels.jit import kernel
+
+
+@kernel
+def weighted_sum(stack: Any, weights: Any, out: Any) -> None:
+    """``out = sum_k weights[k] * stack[k]``, summed in row order."""
+    for i in range(out.size):
+        total = stack.dtype.type(0)
+        for k in range(len(weights)):
+            total += weights[k] * stack[k, i]
+        out[i] = total
+
+
+@kernel
+def signed_sum(stack: Any, weights: Any, mean: bool, out: Any) -> None:
+    """TIES' sign election and disjoint merge; see ``consilience.methods.program.SignedSum``."""
+    zero = stack.dtype.type(0)
+    one = stack.dtype.type(1)
+    for i in range(out.size):
+        total = zero
+        for k in range(len(weights)):
+            total += weights[k] * stack[k, i]
+        positive = total >= zero
+        agreeing = zero
+        divisor = zero
+        for k in range(len(weights)):
+            x = weights[k] * stack[k, i]
+            agrees = x > zero if positive else x < zero
+            agreeing += x if agrees else zero
+            divisor += weights[k] if agrees else zero
+        divisor = divisor if mean and divisor != zero else one
+        out[i] = agreeing / divisor

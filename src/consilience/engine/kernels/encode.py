@@ -1,0 +1,138 @@
+"""Float32 or float64 results to the bytes of the output's dtype: rounding, overflow, and what rounding cost."""
+
+from typing import Any
+
+import numpy as np
+
+from consilience.checkpoints.dtypes import DType
+from consilience.engine.kernels.jit import kernel, reporting
+from consilience.engine.kernels.random_bits import splitmix64
+
+
+@kernel
+def _to_bf16(values: Any, out: Any) -> None:
+    bits = values.view(np.uint32)
+    for i in range(out.size):
+        b = bits[i]  # round to nearest, ties to even; NaN keeps a significand bit
+        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = np.uint16((b >> np.uint32(16)) | np.uint32(64)) if nan else np.uint16(rounded)
+
+
+@kernel
+def _narrow(values: Any, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = values[i]
+
+
+@kernel
+def scale_add(values: Any, scale: Any, base: Any) -> None:
+    """``values = base + scale * values`` in place."""
+    for i in range(values.size):
+        values[i] = base[i] + scale * values[i]
+
+
+@kernel
+def multiply(values: Any, scale: Any) -> None:
+    """``values *= scale`` in place."""
+    for i in range(values.size):
+        values[i] *= scale
+
+
+@kernel
+def _stochastic32(values: Any, drop: int, tiny: Any, quantum: Any, key: Any, start: int) -> None:
+    mask = np.uint32((1 << drop) - 1)
+    for i in range(values.size):
+        noise = np.uint32(splitmix64(key, start + i) >> np.uint64(32))
+        x = values[i]
+        if abs(x) >= tiny:
+            bits = np.float32(x).view(np.uint32)
+            values[i] = np.uint32((bits + (noise & mask)) & ~mask).view(np.float32)
+        else:
+            steps = np.floor(abs(np.float64(x)) / quantum + np.float64(noise) * 2.0**-32)
+            values[i] = np.copysign(np.float32(steps * quantum), x)
+
+
+@kernel
+def _stochastic64(values: Any, drop: int, tiny: Any, quantum: Any, key: Any, start: int) -> None:
+    mask = np.uint64((np.uint64(1) << np.uint64(drop)) - np.uint64(1))
+    for i in range(values.size):
+        noise = splitmix64(key, start + i)
+        x = values[i]
+        if abs(x) >= tiny:
+            bits = np.float64(x).view(np.uint64)
+            values[i] = np.uint64((bits + (noise & mask)) & ~mask).view(np.float64)
+        else:
+            steps = np.floor(abs(x) / quantum + np.float64(noise >> np.uint64(11)) * 2.0**-53)
+            values[i] = np.copysign(steps * quantum, x)
+
+
+def round_stochastically(values: Any, dtype: DType, key: int, start: int) -> None:
+    """Move each value to one of its two neighbours in ``dtype``, the nearer the likelier, so that E[result] = value.
+
+    Random bits are indexed by element (``start`` + position), so blocks do not matter.
+    """
+    significand = 23 if values.dtype == np.float32 else 52
+    drop = significand - dtype.significand
+    if drop <= 0:
+        return
+    run = _stochastic32 if values.dtype == np.float32 else _stochastic64
+    kind = values.dtype.type
+    run(values, drop, kind(dtype.tiny), np.float64(dtype.tiny * 2.0**-dtype.significand), np.uint64(key), start)
+
+
+def encode(values: Any, dtype: DType, out: Any) -> None:
+    """Round ``values`` to ``dtype`` (nearest, ties to even) into the bytes ``out`` (uint8)."""
+    if dtype.name == "BF16":
+        narrow = values if values.dtype == np.float32 else values.astype(np.float32)
+        _to_bf16(narrow, out.view(np.uint16))
+    elif dtype.name == "F16":
+        with np.errstate(over="ignore"):
+            np.copyto(out.view(np.float16), values, casting="same_kind")
+    else:
+        _narrow(values, out.view(np.float32 if dtype.name == "F32" else np.float64))
+
+
+@reporting
+def rounding_cost(exact: Any, rounded: Any, base: Any) -> tuple[float, float]:
+    """Return (sum (rounded - exact)^2, sum (exact - base)^2); ``base`` of another length counts as zeros."""
+    error = 0.0
+    change = 0.0
+    for i in range(exact.size):
+        e = rounded[i] - exact[i]
+        error += e * e
+    if base.size == exact.size:
+        for i in range(exact.size):
+            c = exact[i] - base[i]
+            change += c * c
+    else:
+        for i in range(exact.size):
+            change += exact[i] * exact[i]
+    return error, change
+
+
+@reporting
+def _below32(row: Any, weight: Any, base: Any, per_unit: Any) -> tuple[int, int, float, float]:
+    changed = 0
+    below = 0
+    mass = 0.0
+    mass_below = 0.0
+    for i in range(row.size):
+        x = abs(row[i] * weight)
+        unit = np.uint32(np.float32(base[i]).view(np.uint32) & np.uint32(0x7F800000)).view(np.float32) * per_unit
+        small = x < unit
+        changed += x > 0
+        below += small and x > 0
+        mass += x
+        mass_below += x if small else np.float32(0)
+    return changed, below, mass, mass_below
+
+
+def below_unit(row: Any, weight: float, base: Any, dtype: DType) -> tuple[int, int, float, float]:
+    """Measure how much of ``weight * row`` is below one unit in the last place of ``base`` in ``dtype``.
+
+    Returns:
+        entries that differ from zero, those of them below one unit, the L1 norm, and the part of it below one unit.
+    """
+    kind = row.dtype.type
+    return _below32(row, kind(weight), base, np.float32(2.0**-dtype.significand))

@@ -1,0 +1,65 @@
+"""Where every output byte goes, known before any is computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from consilience.checkpoints.dtypes import DType
+from consilience.checkpoints.safetensors_file import encode_header
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file of the output: its name, the bytes before its data, and its size."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The output's files, and for each tensor its file number and absolute offset there."""
+
+    files: tuple[OutputFile, ...]
+    places: dict[str, tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def _shards(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut positions 0..n-1 into runs of at most ``limit`` bytes (a larger tensor has a shard of its own)."""
+    shards: list[list[int]] = [[]]
+    filled = 0
+    for position, size in enumerate(sizes):
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(position)
+        filled += size
+    return shards
+
+
+def plan_layout(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...], int]],
+    shard_size: int,
+    metadata: dict[str, str],
+    single: str = "model.safetensors",
+) -> Layout:
+    """Lay ``(name, dtype, shape, bytes)`` out in files of at most ``shard_size`` bytes of data, in the given order.
+
+    Within a file wider element types come first, so that every tensor is aligned to its element size.
+    """
+    shards = _shards([size for *_, size in tensors], shard_size)
+    files: list[OutputFile] = []
+    places: dict[str, tuple[int, int]] = {}
+    for number, shard in enumerate(shards):
+        ordered = sorted((tensors[i] for i in shard), key=lambda t: -t[1].bits)
+        header, offsets = encode_header(((name, dtype, shape) for name, dtype, shape, _ in ordered), metadata)
+        places |= {name: (number, offset) for (name, *_), offset in zip(ordered, offsets, strict=True)}
+        stem = single.removesuffix(".safetensors")
+        name = single if len(shards) == 1 else f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        files.append(OutputFile(name, header, len(header) + sum(size for *_, size in ordered)))
+    return Layout(tuple(files), places)

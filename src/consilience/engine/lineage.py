@@ -1,0 +1,104 @@
+"""Where an output comes from: inputs by fingerprint, recipe, versions, seed."""
+
+import hashlib
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from consilience import __version__
+from consilience.checkpoints.checkpoint import Checkpoint
+from consilience.engine.kernels.fingerprint import digest, mix
+from consilience.engine.plan import Plan
+from consilience.engine.stream import Piece
+from consilience.engine.worker import Record
+from consilience.experts.model import Model, Source
+
+
+def model_fingerprint(tensors: dict[str, str]) -> str:
+    """Return one fingerprint of a set of named tensors' fingerprints; files and their order do not matter."""
+    text = "\n".join(f"{name} {value}" for name, value in sorted(tensors.items()))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def checkpoint_fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
+    """Read a checkpoint and return every tensor's fingerprint."""
+    out: dict[str, str] = {}
+    step = 1 << 22
+    buffer = np.empty(step, np.uint8)
+    for name, tensor in checkpoint.tensors.items():
+        low = high = 0
+        for start in range(0, tensor.nbytes, step):
+            view = buffer[: min(step, tensor.nbytes - start)]
+            checkpoint.storage.read(tensor, start, view)
+            found = mix(view, start)
+            low, high = low + found[0], high + found[1]
+        out[name] = digest(low, high, tensor.nbytes)
+    return out
+
+
+def fingerprints(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Return the tensors' fingerprints of every input that was read (by model name) and of the output."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def collect(model: str, name: str, nbytes: int, mark: list[int]) -> None:
+        total = sums.setdefault((model, name), [0, 0])
+        total[0] += mark[0]
+        total[1] += mark[1]
+        sizes[(model, name)] = nbytes
+
+    for record in records.values():
+        tensor = plan.tensors[record.tensor]
+        collect("", tensor.name, tensor.nbytes, record.output)
+        sources: list[tuple[str, Source]] = [
+            (plan.alignment.donor.name, tensor.base),
+            *zip(tensor.row_names, tensor.rows, strict=True),
+        ]
+        for (name, source), mark in zip(sources, record.inputs, strict=True):
+            if source.dense is not None and any(mark):
+                collect(name, source.dense.name, source.dense.nbytes, mark)
+    inputs: dict[str, dict[str, str]] = {}
+    output: dict[str, str] = {}
+    for (model, name), (low, high) in sums.items():
+        (inputs.setdefault(model, {}) if model else output)[name] = digest(low, high, sizes[(model, name)])
+    for tensor in plan.tensors:
+        output.setdefault(tensor.name, digest(0, 0, 0))
+    return inputs, output
+
+
+def _model_entry(model: Model, tensors: dict[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": model.name, "reference": model.reference}
+    if tensors:
+        entry |= {"tensors_read": len(tensors), "fingerprint": model_fingerprint(tensors)}
+    if model.adapter is not None:
+        own = checkpoint_fingerprints(model.adapter.checkpoint)
+        entry |= {"adapter_tensors": len(own), "adapter_fingerprint": model_fingerprint(own)}
+    entry["files"] = [{"file": file.rsplit("/", 1)[-1], "bytes": size} for file, size, _ in model.identity()]
+    return entry
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the output."""
+    names = ("numpy", "numba", "safetensors")
+    return {"consilience": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], str]:
+    """Return the lineage document and the output's fingerprint."""
+    inputs, output = fingerprints(plan, records)
+    whole = model_fingerprint(output)
+    document = {
+        "format": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": plan.method.name,
+        "source": plan.method.source,
+        "seed": plan.recipe.seed,
+        "stochastic_rounding": plan.stochastic,
+        "versions": versions(),
+        "models": [_model_entry(model, inputs.get(model.name, {})) for model in plan.models],
+        "output": {"fingerprint": whole, "tensors": output},
+    }
+    return document, whole

@@ -1,0 +1,29 @@
+"""Merging state dicts in memory, with the same plan, kernels and bytes as a merge of files."""
+
+from typing import Any
+
+import numpy as np
+
+from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.stream import Listener, Streamer
+from consilience.experts.state_dict import StateDict, to_like
+
+
+class MemorySink:
+    """Output bytes in arrays."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.arrays = {t.name: np.empty(t.nbytes, np.uint8) for t in plan.tensors}
+
+    def write(self, tensor: TensorPlan, start: int, data: Any) -> None:
+        """Copy ``data`` to byte ``start`` of the tensor."""
+        self.arrays[tensor.name][start : start + data.size] = data
+
+
+def merge_in_memory(
+    plan: Plan, like: StateDict, threads: int | None = None, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Run a plan over state dicts and return the merged one, in the same library as ``like``."""
+    sink = MemorySink(plan)
+    Streamer(plan, sink, threads=threads, listener=listener).run()
+    return {t.name: to_like(sink.arrays[t.name], t.out_dtype, t.shape, like[t.name]) for t in plan.tensors}

@@ -1,0 +1,213 @@
+"""The whole merge: plan, stream into OUT.partial, verify, install as OUT."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from consilience.checkpoints.safetensors_file import encode_header
+from consilience.engine import output
+from consilience.engine.card import licences, render_card
+from consilience.engine.journal import Journal, read_journal
+from consilience.engine.lineage import lineage
+from consilience.engine.output import JOURNAL, OURS, PLAN, FileSink
+from consilience.engine.plan import Plan
+from consilience.engine.stream import Listener, Piece, Silent, Streamer, check_ties, integer_notes, thread_count
+from consilience.engine.summary import Summary, below_unit, rounding
+from consilience.engine.verify import verify_headers, verify_segment
+from consilience.engine.worker import Record
+from consilience.errors import InputError, MachineError
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets this process have (many experts times many shards)."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def recipe_text(plan: Plan) -> str:
+    """Return the resolved recipe as YAML: what was given, with every model's name and the seed spelled out."""
+    value = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    value = {"merge_method": plan.recipe.merge_method} | value | {"seed": plan.recipe.seed}
+    entries: list[dict[str, Any]] = value["models"]
+    named = {e.reference: e.name for e in plan.experts}
+    for entry in entries:
+        entry.setdefault("name", named.get(entry["model"], "base"))
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _resume(partial: Path, plan: Plan) -> dict[Piece, Record]:
+    """Return the finished segments of an interrupted run of the same plan; discard any other partial output."""
+    marker = partial / OURS / PLAN
+    if partial.exists():
+        from consilience.checkpoints.json_files import read_object
+
+        try:
+            same = read_object(marker).get("digest") == plan.digest
+        except InputError:
+            same = False
+        weights = [partial / f"weights-{i:05d}.part" for i in range(len(plan.layout.files))]
+        if same and all(path.is_file() for path in weights):
+            return {(r.tensor, r.segment): r for r in read_journal(partial / OURS / JOURNAL)}
+        if not (marker.exists() or not any(partial.iterdir())):
+            raise InputError(f"{partial}: is in the way and was not made by Consilience; move it elsewhere")
+        shutil.rmtree(partial)
+    (partial / OURS).mkdir(parents=True)
+    output.write_json(marker, {"digest": plan.digest})
+    return {}
+
+
+def _write_heads(folder: Path, plan: Plan) -> None:
+    """Write each expert's private tensors to ``heads/NAME.safetensors``."""
+    for expert in plan.experts:
+        names = plan.alignment.private.get(expert.name, [])
+        if not names:
+            continue
+        sources = {name: expert.source(name) for name in names if _has(expert, name)}
+        tensors = [(n, s.dense.dtype, s.dense.shape) for n, s in sources.items() if s.dense is not None]
+        header, _ = encode_header(tensors, {"format": "pt"})
+        folder.mkdir(exist_ok=True)
+        with open(folder / f"{expert.name}.safetensors", "wb") as file:
+            file.write(header)
+            for name, *_ in tensors:
+                source = sources[name]
+                assert source.dense is not None
+                assert source.storage is not None
+                raw = np.empty(source.dense.nbytes, np.uint8)
+                source.storage.read(source.dense, 0, raw)
+                file.write(raw.data)
+
+
+def _has(expert: Any, name: str) -> bool:
+    in_model = expert.checkpoint is not None and name in expert.checkpoint.tensors
+    return in_model or (expert.adapter is not None and name in expert.adapter.whole)
+
+
+def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, listener: Listener) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import local
+
+    held = local()
+
+    def one(record: Record) -> None:
+        if not hasattr(held, "buffer"):
+            held.buffer = np.empty(1 << 22, np.uint8)
+        verify_segment(plan, sink, record, held.buffer)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(one, list(records.values())):
+            listener.advance(0)
+
+
+def _finish_folder(partial: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
+    ours = partial / OURS
+    (ours / JOURNAL).unlink(missing_ok=True)
+    (ours / PLAN).unlink(missing_ok=True)
+    _write_heads(ours / "heads", plan)
+    output.write_json(ours / "lineage.json", document)
+    (ours / "recipe.yaml").write_text(text, encoding="utf-8")
+    if plan.alignment.donor.folder is not None:
+        output.copy_side_files(partial, plan)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    output.sync_tree(partial)
+
+
+def run_merge(
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    listener: Listener | None = None,
+    resume: bool = True,
+) -> Summary:
+    """Carry a plan out: after it, OUT is complete, verified and on disk, or (on any error) absent.
+
+    An error of the machine or an interrupt keeps OUT.partial, and the same call continues there; an error of the input
+    leaves nothing behind.
+
+    Raises:
+        InputError: OUT is not free, or the data cannot be merged.
+        MachineError: the disk is full or failed; the partial output is kept.
+        KeyboardInterrupt: passed on; the partial output is kept.
+    """
+    started = time.perf_counter()
+    output.check_destination(out, plan, force)
+    raise_file_limit()
+    partial = output.partial_path(out)
+    try:
+        check_ties(plan)
+        records = _resume(partial, plan) if resume else {}
+        sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
+        output.check_space(out, plan, sum(t.nbytes for t in sizes.values()))
+        summary = _run(plan, out, partial, records, thread_count(threads), listener or Silent(), started)
+    except InputError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else f"{partial}: "
+        raise MachineError(f"{place}{error.strerror or error}; mend it, then run the same command again") from error
+    return summary
+
+
+def _run(
+    plan: Plan, out: Path, partial: Path, records: dict[Piece, Record], threads: int, listener: Listener, started: float
+) -> Summary:
+    resumed = len(records)
+    sink = FileSink(partial, plan)
+    try:
+        streamer = Streamer(plan, sink, threads=threads, listener=listener)
+        streamer.done = dict(records)
+        with Journal(partial / OURS / JOURNAL, sink.flush) as journal:
+            streamer.on_record = journal.add
+            records = streamer.run()
+        if journal.failure is not None:
+            raise journal.failure
+        sink.flush()
+        _verify(plan, sink, records, threads, listener)
+        files = sink.finish()
+    finally:
+        sink.close()
+    verify_headers(plan, files)
+    notes = [*plan.alignment.notes, *integer_notes(plan), *licences(plan)[1], *_policy_notes(plan)]
+    document, fingerprint = lineage(plan, records)
+    document["notes"] = notes
+    text = recipe_text(plan)
+    _finish_folder(partial, plan, document, text, render_card(plan, out.name, fingerprint, text, notes))
+    if plan.alignment.donor.folder is not None:
+        output.install(partial, out)
+    else:
+        output.install(files[0], out)
+        shutil.rmtree(partial)
+    error, of = rounding(plan, records)
+    return Summary(
+        out=str(out),
+        method=plan.method.name,
+        tensors=len(plan.tensors),
+        merged=sum(t.program is not None for t in plan.tensors),
+        parameters=sum(t.numel for t in plan.tensors),
+        bytes_written=plan.layout.size,
+        bytes_read=sum(t.bytes_read for t in plan.tensors),
+        seconds=time.perf_counter() - started,
+        resumed_segments=resumed,
+        below_unit=below_unit(plan, records),
+        rounding=error,
+        rounding_of=of,
+        fingerprint=fingerprint,
+        notes=tuple(notes),
+    )
+
+
+def _policy_notes(plan: Plan) -> list[str]:
+    running = sum(t.name.endswith((".running_mean", ".running_var")) and t.program is not None for t in plan.tensors)
+    return (
+        [f"{running} BatchNorm statistics were averaged, not extrapolated; re-estimate them on data before use"]
+        if running
+        else []
+    )

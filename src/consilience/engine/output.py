@@ -1,0 +1,225 @@
+"""OUT appears whole or not at all.
+
+Work happens in OUT.partial, beside OUT. Weights are written there under names no loader knows, without their headers;
+the headers, the final names and the model's other files come last, then everything is flushed and the folder renamed.
+"""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+from consilience.checkpoints.dtypes import TORCH_NAMES
+from consilience.checkpoints.json_files import read_object
+from consilience.checkpoints.open import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
+from consilience.engine.plan import Plan, TensorPlan
+from consilience.errors import InputError, MachineError
+
+#: The folder of an output that holds what Consilience has to say about it.
+OURS = "consilience"
+JOURNAL, PLAN = "journal.jsonl", "plan.json"
+
+
+def partial_path(out: Path) -> Path:
+    """Return the folder that work towards ``out`` is done in."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_destination(out: Path, plan: Plan, force: bool, create: bool = True) -> None:
+    """Refuse an OUT that would overwrite or nest with something; with ``create``, make its parent folder.
+
+    Raises:
+        InputError: OUT exists and is not empty (without ``force``), is or lies in an input, or cannot be created.
+    """
+    place = out.absolute()
+    real = place.parent.resolve() / place.name
+    for model in plan.models:
+        for path in (
+            model.checkpoint.path if model.checkpoint else None,
+            model.adapter.path if model.adapter else None,
+        ):
+            taken = path.resolve() if path is not None else None
+            if taken is not None and (
+                real == taken or (taken.is_dir() and taken in real.parents) or real in taken.parents
+            ):
+                raise InputError(f"{out}: is, or lies in, or holds the input {path}; choose another OUT")
+    folder_output = plan.alignment.donor.folder is not None
+    if place.exists() and not force:
+        occupied = place.is_file() or not place.is_dir() or any(place.iterdir())
+        if occupied:
+            raise InputError(f"{out}: exists and is not empty; choose another OUT, or pass --force to replace it")
+    if place.exists() and force and place.is_dir() != folder_output and (place.is_file() or any(place.iterdir())):
+        kind = "folder" if folder_output else "file"
+        raise InputError(f"{out}: exists and is not a {kind}, which this merge writes; choose another OUT")
+    if not folder_output and out.suffix != ".safetensors":
+        raise InputError(f"{out}: a flat state dict is written to one file; name it with the ending .safetensors")
+    if not create:
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: its parent folder cannot be made ({error.strerror}); choose another OUT") from None
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: the folder {place.parent} is not writable; choose another OUT")
+
+
+def check_space(out: Path, plan: Plan, written: int) -> None:
+    """Refuse to start what cannot fit.
+
+    Raises:
+        MachineError: the disk has less free space than the output still needs.
+    """
+    free = shutil.disk_usage(out.absolute().parent).free
+    need = plan.layout.size - written + (8 << 20)
+    if free < need:
+        raise MachineError(
+            f"{out}: needs {need / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; free some, then run the same command again"
+        )
+
+
+class FileSink:
+    """The output's weight files under their working names; offsets are final from the start."""
+
+    def __init__(self, partial: Path, plan: Plan) -> None:
+        self.partial, self.plan = partial, plan
+        self.paths = [partial / f"weights-{i:05d}.part" for i in range(len(plan.layout.files))]
+        self._lock = threading.Lock()
+        self._dirty: set[int] = set()
+        self._descriptors: list[int] = []
+        for path, file in zip(self.paths, plan.layout.files, strict=True):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptors.append(descriptor)
+            os.ftruncate(descriptor, file.size)
+
+    def write(self, tensor: TensorPlan, start: int, data: Any) -> None:
+        """Put ``data`` at byte ``start`` of the tensor."""
+        view, position = memoryview(data), tensor.offset + start
+        self._dirty.add(tensor.file)
+        while view.nbytes:
+            count = os.pwrite(self._descriptors[tensor.file], view, position)
+            view, position = view[count:], position + count
+
+    def read(self, file: int, position: int, out: Any) -> None:
+        """Fill ``out`` from a file (for verification)."""
+        view = memoryview(out)
+        while view.nbytes:
+            count = os.preadv(self._descriptors[file], [view], position)
+            if count <= 0:
+                raise OSError(5, "output file ended early", str(self.paths[file]))
+            view, position = view[count:], position + count
+
+    def flush(self) -> None:
+        """Make everything written so far survive a crash of the machine."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+            for file in dirty:
+                os.fdatasync(self._descriptors[file])
+
+    def finish(self) -> list[Path]:
+        """Write the headers, flush, and give the files their final names; return them."""
+        final: list[Path] = []
+        for number, file in enumerate(self.plan.layout.files):
+            os.pwrite(self._descriptors[number], file.header, 0)
+            os.fsync(self._descriptors[number])
+            final.append(self.paths[number].rename(self.partial / file.name))
+        return final
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Return the folder's files that travel with a merged model: all but weights, indices, its card and VCS files."""
+    found: list[Path] = []
+    for top, folders, files in os.walk(folder):
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and f != OURS and not f.startswith("checkpoint-")
+        )
+        for name in sorted(files):
+            weight = name.endswith(WEIGHT_SUFFIXES) or name.endswith(".index.json")
+            if not weight and not name.startswith(".git") and name not in ("README.md", "trainer_state.json"):
+                found.append(Path(top) / name)
+    return found
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> None:
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = name
+    for value in config.values():
+        if isinstance(value, dict):
+            _set_dtype(cast(dict[str, Any], value), name)
+
+
+def output_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the base's config made true of the output: its dtype, and no stale quantisation entries."""
+    config = cast(dict[str, Any], json.loads(json.dumps(config)))
+    for key in ("quantization_config", "compression_config"):
+        config.pop(key, None)
+    kinds = {t.out_dtype.name for t in plan.tensors if t.out_dtype.mergeable}
+    if plan.recipe.output_dtype and len(kinds) == 1:
+        name = TORCH_NAMES[next(iter(kinds))]
+        if "dtype" not in config and "torch_dtype" not in config:
+            config["torch_dtype"] = name
+        _set_dtype(config, name)
+    return config
+
+
+def copy_side_files(partial: Path, plan: Plan) -> None:
+    """Bring every non-weight file of the donor along, and write the config and the shard index."""
+    folder = plan.alignment.donor.folder
+    assert folder is not None
+    for source in side_files(folder):
+        target = partial / source.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.name != "config.json" or source.parent != folder:
+            shutil.copyfile(source, target)
+        else:
+            write_json(target, output_config(read_object(source), plan))
+    if len(plan.layout.files) > 1:
+        names = {t.name: plan.layout.files[t.file].name for t in plan.tensors}
+        total = sum(t.nbytes for t in plan.tensors)
+        write_json(partial / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below ``folder``."""
+    for top, _, files in os.walk(folder):
+        for path in (*(Path(top) / name for name in files), Path(top)):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def install(finished: Path, out: Path) -> None:
+    """Rename ``finished`` (a folder or file) to OUT; what stood there is removed only once the new one is in place."""
+    previous: Path | None = None
+    if out.exists() and (finished.is_file() or any(out.iterdir())):
+        if finished.is_file():
+            os.replace(finished, out)
+        else:
+            previous = out.with_name(out.name + ".replaced")
+            if previous.exists():
+                shutil.rmtree(previous)
+            out.rename(previous)
+    if finished.exists():
+        os.rename(finished, out)
+    descriptor = os.open(out.absolute().parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if previous is not None:
+        shutil.rmtree(previous)

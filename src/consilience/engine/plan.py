@@ -1,0 +1,301 @@
+"""Everything a merge will do, decided from headers alone: what is read, what runs, where each byte goes."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from consilience import __version__
+from consilience.checkpoints.dtypes import DTYPES, DType
+from consilience.engine.layout import Layout, plan_layout
+from consilience.errors import InputError
+from consilience.experts.align import Alignment, align
+from consilience.experts.model import Model, Source, open_model
+from consilience.methods.program import Program, WeightedSum
+from consilience.methods.registry import load
+from consilience.methods.signature import Method, TensorSpec
+from consilience.recipe.resolve import Settings, depths
+from consilience.recipe.schema import Recipe
+
+#: Elements of a tensor that one worker takes at a time. Part of the format of the journal, not of the result.
+SEGMENT = 1 << 22
+#: Buffers of running statistics (BatchNorm): averaged, never extrapolated, whatever the method.
+_RUNNING = (".running_mean", ".running_var")
+#: A merged checkpoint is cut into files of at most this many bytes unless told otherwise.
+SHARD_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """The treatment of one output tensor.
+
+    ``program`` None means: copy ``base`` (converted to ``out_dtype``). ``rows`` are the stack's rows, named by
+    ``row_names``. ``stream`` names the tensor for random numbers: tied tensors share one.
+    """
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    out_dtype: DType
+    file: int
+    offset: int
+    wide: bool
+    base: Source
+    rows: tuple[Source, ...]
+    row_names: tuple[str, ...]
+    program: Program | None
+    parameters: dict[str, Any]
+    stream: str
+
+    @property
+    def segments(self) -> int:
+        """Number of pieces workers take."""
+        return -(-self.numel // SEGMENT)
+
+    def span(self, segment: int) -> tuple[int, int]:
+        """First and last-plus-one element of a segment."""
+        return segment * SEGMENT, min(self.numel, (segment + 1) * SEGMENT)
+
+    @cached_property
+    def reads_base(self) -> bool:
+        """Whether the base's values enter the arithmetic."""
+        if self.program is None or self.program.space == "task_vectors":
+            return True
+        return any(row.dense is None for row in self.rows)
+
+    @cached_property
+    def passes(self) -> int:
+        """How often the inputs are read."""
+        if self.program is None:
+            return 1
+        trim = self.program.trim
+        counting = 0 if trim is None else 3 if trim.scope == "model" or self.segments > 1 else 2
+        return 1 + counting + (self.program.statistics != "none")
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read over all passes."""
+        rows = sum(row.nbytes for row in self.rows)
+        return self.passes * (rows + (self.base.nbytes if self.reads_base else 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return self.numel * self.out_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole merge, ready to run."""
+
+    recipe: Recipe
+    method: Method
+    base: Model | None
+    experts: tuple[Model, ...]
+    alignment: Alignment
+    tensors: tuple[TensorPlan, ...]
+    layout: Layout
+    stochastic: bool
+    allow_nonfinite: bool
+
+    @property
+    def models(self) -> list[Model]:
+        """The base, if any, and the experts, each once."""
+        return [*([self.base] if self.base else []), *(e for e in self.experts if e is not self.base)]
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the work: a run with another digest must not continue this one's partial output."""
+        facts = {
+            "version": __version__,
+            "segment": SEGMENT,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "stochastic": self.stochastic,
+            "allow_nonfinite": self.allow_nonfinite,
+            "inputs": [model.identity() for model in self.models],
+            "files": [(file.name, file.size, hashlib.blake2b(file.header).hexdigest()) for file in self.layout.files],
+        }
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def close(self) -> None:
+        """Release the inputs."""
+        for model in self.models:
+            model.close()
+
+
+def expert_names(references: list[tuple[str, str | None]], where: str) -> list[str]:
+    """Name each model: as the recipe does, else by the last part of its reference; refuse duplicates the user chose."""
+    taken: set[str] = set()
+    for _, name in references:
+        if name is not None and (name in taken or not name or any(c in name for c in "/\\\0.=")):
+            raise InputError(
+                f"{where}: model name {name!r} is used twice, empty, or holds '/', '.' or '='; choose another"
+            )
+        taken |= {name} if name is not None else set()
+    out: list[str] = []
+    for reference, name in references:
+        if name is None:
+            stem = (
+                Path(reference.rstrip("/")).name.split("@")[0].removesuffix(".safetensors").replace(".", "-")
+                or "expert"
+            )
+            name, number = stem, 2
+            while name in taken:
+                name, number = f"{stem}-{number}", number + 1
+            taken.add(name)
+        out.append(name)
+    return out
+
+
+def open_models(
+    recipe: Recipe, method: Method, where: str, root: Path | None
+) -> tuple[Model | None, list[tuple[Model, int]]]:
+    """Open the base and the experts; with each expert comes its entry's number in ``recipe.models``."""
+    if method.base == "required" and recipe.base_model is None:
+        raise InputError(
+            f"{where}: method {method.name!r} needs a base_model; name the model the experts were tuned from"
+        )
+    base = open_model("base", recipe.base_model, root) if recipe.base_model is not None else None
+    names = expert_names([(entry.model, entry.name) for entry in recipe.models], where)
+    experts: list[tuple[Model, int]] = []
+    for number, (entry, name) in enumerate(zip(recipe.models, names, strict=True)):
+        if entry.model == recipe.base_model and method.base != "unused":
+            continue  # mergekit's way of listing the base among the models: its task vector is zero
+        experts.append((open_model(name, entry.model, root), number))
+    count = len(experts) + (1 if method.counts_base else 0)
+    if count < method.minimum or (method.maximum is not None and count > method.maximum):
+        of = "models with the base" if method.counts_base else "models"
+        need = f"exactly {method.minimum}" if method.minimum == method.maximum else f"at least {method.minimum}"
+        raise InputError(f"{where}: method {method.name!r} merges {need} {of}; the recipe names {count}")
+    return base, experts
+
+
+def _running_average(spec: TensorSpec, parameters: dict[str, Any]) -> Program:
+    """Average running statistics with the models' absolute weights (equal ones where a method has none)."""
+    t = parameters.get("t")
+    weights = (1.0 - t, t) if t is not None else parameters.get("weight", (1.0,) * len(spec.experts))
+    total = sum(abs(w) for w in weights)
+    share = tuple(abs(w) / total for w in weights) if total else (1.0 / len(weights),) * len(weights)
+    return Program("weights", WeightedSum(share))
+
+
+def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
+    donor, ties = context.alignment.donor, context.alignment.ties
+    target = ties.get(name, name)
+    info = context.alignment.tensors[name]
+    base = donor.source(target)
+    merged = info.dtype.mergeable and name not in context.private
+    rows: tuple[Source, ...] = ()
+    program: Program | None = None
+    parameters: dict[str, Any] = {}
+    if merged:
+        stack = ([donor] if context.method.counts_base else []) + context.experts
+        rows = tuple(model.source(target, context.stand_in(model, target)) for model in stack)
+        spec = TensorSpec(target, info.shape, info.numel, tuple(model.name for model in stack))
+        parameters = context.settings.at(target, context.depths.get(target, 0.0))
+        running = name.endswith(_RUNNING)
+        program = _running_average(spec, parameters) if running else context.method.plan(spec, **parameters)
+        if program.space == "task_vectors" and all(row.untouched for row in rows):
+            program, rows = None, ()
+    out_dtype = context.out_dtype if context.out_dtype is not None and info.dtype.mergeable else info.dtype
+    dtypes = [s.dense.dtype for s in (base, *rows) if s.dense is not None]
+    wide = out_dtype.bits > 16 if program is not None else out_dtype.bits > 32
+    wide = wide or any(dtype.bits > 32 for dtype in dtypes)
+    return TensorPlan(
+        index, name, info.shape, info.numel, out_dtype, -1, -1, wide, base, rows,
+        tuple(m.name for m in (([donor] if context.method.counts_base else []) + context.experts)) if rows else (),
+        program, parameters, target,
+    )  # fmt: skip
+
+
+@dataclass
+class _Context:
+    method: Method
+    alignment: Alignment
+    experts: list[Model]
+    settings: Settings
+    depths: dict[str, float]
+    private: set[str]
+    out_dtype: DType | None
+
+    def stand_in(self, model: Model, name: str) -> str | None:
+        """The tied tensor that holds ``name``'s value in a model that does not store it."""
+        from consilience.experts.align import tie_of
+
+        if model.checkpoint is None or name in model.checkpoint.tensors:
+            return None
+        return tie_of(name, model.checkpoint.tensors)
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    where: str = "recipe",
+    root: Path | None = None,
+    shard_size: int = SHARD_SIZE,
+    stochastic: bool = False,
+    allow_nonfinite: bool = False,
+    models: tuple[Model | None, list[tuple[Model, int]]] | None = None,
+    single: str = "model.safetensors",
+) -> Plan:
+    """Plan a merge from headers.
+
+    Args:
+        recipe: what to merge.
+        where: how errors name the recipe.
+        root: folder that relative paths start from.
+        shard_size: greatest number of data bytes of an output file.
+        stochastic: round stochastically instead of to nearest.
+        allow_nonfinite: let NaN, Inf and overflow through.
+        models: already opened models (state dicts); by default the recipe's references are opened.
+        single: name of the weight file when there is only one.
+
+    Raises:
+        InputError: anything in the recipe or the models does not fit; nothing has been written.
+    """
+    method = load(recipe.merge_method)
+    base, numbered = models or open_models(recipe, method, where, root)
+    experts = [model for model, _ in numbered]
+    alignment = align(base, experts, recipe.private)
+    names = list(alignment.tensors)
+    settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
+    from consilience.experts.align import private_filter
+
+    is_private = private_filter(recipe.private)
+    private = {name for name in names if is_private(name)}
+    unused = [
+        glob
+        for glob in recipe.private
+        if not any(map(private_filter([glob]), [*names, *sum(alignment.private.values(), [])]))
+    ]
+    if unused:
+        raise InputError(f"{where}: private: {unused[0]!r} matches no tensor of any model")
+    out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+    context = _Context(method, alignment, experts, settings, depths(names), private, out_dtype)
+    planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
+    settings.check_used(name for name in names if name not in private)
+    metadata = {"format": "pt"} | {
+        k: v
+        for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()
+        if k == "format"
+    }
+    layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], shard_size, metadata, single)
+    from dataclasses import replace
+
+    placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
+    _check_model_trim(placed, where)
+    return Plan(recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite)
+
+
+def _check_model_trim(tensors: tuple[TensorPlan, ...], where: str) -> None:
+    """A trim over the whole model needs one density per expert, and the same scope for every tensor."""
+    trims = [t.program.trim for t in tensors if t.program is not None and not t.name.endswith(_RUNNING)]
+    if any(trim is not None and trim.scope == "model" for trim in trims):
+        distinct = {(trim.scope, trim.density) if trim else None for trim in trims}
+        if len(distinct) > 1:
+            raise InputError(
+                f"{where}: trim: model ranks all tensors together, so density must be one number per expert"
+            )

@@ -1,0 +1,261 @@
+"""Run a plan: segments over threads, extra passes where a method needs whole-tensor statistics.
+
+Workers release the GIL in reads, kernels and writes, so reading, computing and writing of different segments overlap.
+Results do not depend on the number of threads: every segment's arithmetic is fixed by the plan, ranks and sums are exact.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+from consilience.engine.block import NonFinite, Stopped, count_tensor
+from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.selection import Piece, Selection
+from consilience.engine.sums import Summation
+from consilience.engine.worker import Record, Sink, Worker
+from consilience.errors import InputError, MachineError
+from consilience.methods.program import Program
+
+
+class Listener(Protocol):
+    """Is told of work done, from the coordinating thread."""
+
+    def advance(self, nbytes: int) -> None:
+        """``nbytes`` more input bytes were processed."""
+        ...
+
+
+class Silent:
+    """A listener that does nothing."""
+
+    def advance(self, nbytes: int) -> None:
+        """Ignore."""
+
+
+def thread_count(threads: int | None) -> int:
+    """Return the number of workers: as asked, else the cores this process may use."""
+    return max(1, threads if threads is not None else len(os.sched_getaffinity(0)))
+
+
+class Streamer:
+    """One run over a plan. ``done`` maps finished (tensor, segment) to their records (a resumed run starts with some)."""
+
+    def __init__(self, plan: Plan, sink: Sink, *, threads: int | None = None, listener: Listener | None = None) -> None:
+        self.plan, self.sink = plan, sink
+        self.threads = thread_count(threads)
+        self.listener = listener or Silent()
+        self.stop = threading.Event()
+        self.done: dict[Piece, Record] = {}
+        self.on_record: Callable[[Record], None] = lambda record: None
+        self._local = threading.local()
+
+    def _worker(self) -> Worker:
+        if not hasattr(self._local, "worker"):
+            self._local.worker = Worker(self.plan, self.sink, self.stop)
+        return self._local.worker
+
+    def run(self) -> dict[Piece, Record]:
+        """Process every segment that is not done.
+
+        Raises:
+            InputError: the data is not mergeable (NaN, overflow, truncated file).
+            MachineError: an operating-system call failed.
+            KeyboardInterrupt: passed on after the workers have stopped.
+        """
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="merge") as pool:
+            try:
+                self._all(pool)
+            except BaseException:
+                self.stop.set()
+                raise
+        return self.done
+
+    def _all(self, pool: ThreadPoolExecutor) -> None:
+        model_wide = [t for t in self.plan.tensors if t.program and t.program.trim and t.program.trim.scope == "model"]
+        if any(True for tensor in model_wide for _ in self._open(tensor)):
+            self._model_trim(pool, model_wide)
+        wide_trims = {tensor.index for tensor in model_wide}
+        small: list[Callable[[], None]] = []
+        for tensor in self.plan.tensors:
+            if tensor.index in wide_trims or all((tensor.index, s) in self.done for s in range(tensor.segments)):
+                continue
+            program = tensor.program
+            needs_passes = program is not None and (program.trim is not None or program.statistics != "none")
+            if needs_passes and tensor.segments > 1:
+                self._wide(pool, tensor)
+            elif needs_passes:
+                small.append(lambda tensor=tensor: self._alone(tensor))
+            else:
+                small += [lambda t=tensor, s=s: self._finish(t, s, t.program, None) for s in self._open(tensor)]
+        self._each(pool, small)
+
+    def _open(self, tensor: TensorPlan) -> Iterator[int]:
+        return (s for s in range(tensor.segments) if (tensor.index, s) not in self.done)
+
+    def _finish(self, tensor: TensorPlan, segment: int, program: Program | None, selection: Selection | None) -> None:
+        record = self._worker().merge(tensor, segment, program, selection)
+        self.done[(tensor.index, segment)] = record
+        self.on_record(record)
+        self._tick(tensor, segment)
+
+    def _tick(self, tensor: TensorPlan, segment: int) -> None:
+        start, stop = tensor.span(segment)
+        self.listener.advance(tensor.bytes_read // tensor.passes * (stop - start) // max(tensor.numel, 1))
+
+    def _alone(self, tensor: TensorPlan) -> None:
+        """All passes of a tensor of one segment, on one worker."""
+        assert tensor.program is not None
+        worker, selection, program = self._worker(), None, tensor.program
+        if program.trim is not None:
+            selection = Selection(program.trim.keep, tensor.numel, [(tensor.index, 0)])
+            selection.count_upper(worker.loader(tensor), 0, tensor.numel)
+            selection.pick_upper()
+            selection.count_lower(worker.loader(tensor), 0, tensor.numel)
+            selection.pick_lower()
+            for _ in range(2):
+                self._tick(tensor, 0)
+        if program.statistics != "none":
+            program = self._sums(tensor, program, lambda run: run(0))
+        self._finish(tensor, 0, program, selection)
+
+    def _sums(self, tensor: TensorPlan, program: Program, each: Callable[[Callable[[int], None]], None]) -> Program:
+        assert program.statistics != "none"
+        assert program.finish is not None
+        summation = Summation(program.statistics, len(tensor.rows))
+
+        def run(segment: int) -> None:
+            worker = self._worker()
+            stages = worker.stages(tensor, program, None, [])
+            summation.add(worker.loader(tensor), *tensor.span(segment), stages)
+            self._tick(tensor, segment)
+
+        each(run)
+        return program.finish(summation.result())
+
+    def _wide(self, pool: ThreadPoolExecutor, tensor: TensorPlan) -> None:
+        """A tensor of many segments: every pass is shared by all workers."""
+        assert tensor.program is not None
+        program, selection = tensor.program, None
+        if program.trim is not None:
+            selection = Selection(program.trim.keep, tensor.numel, [(tensor.index, s) for s in range(tensor.segments)])
+            self._select(pool, selection)
+        if program.statistics != "none":
+            program = self._sums(
+                tensor, program, lambda run: self._each(pool, [lambda s=s: run(s) for s in range(tensor.segments)])
+            )
+        self._each(pool, [lambda s=s: self._finish(tensor, s, program, selection) for s in self._open(tensor)])
+
+    def _model_trim(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
+        """A trim that ranks the magnitudes of all tensors together."""
+        total = sum(tensor.numel for tensor in tensors)
+        trim = tensors[0].program.trim if tensors[0].program else None
+        assert trim is not None
+        keep = [min(total, max(int(d * total), 1 if d > 0 else 0)) for d in trim.density]
+        selection = Selection(keep, total, [(t.index, s) for t in tensors for s in range(t.segments)])
+        self._select(pool, selection)
+        self._each(
+            pool, [lambda t=t, s=s: self._finish(t, s, t.program, selection) for t in tensors for s in self._open(t)]
+        )
+
+    def _select(self, pool: ThreadPoolExecutor, selection: Selection) -> None:
+        def each(run: Callable[[Piece, Worker, TensorPlan, int, int], None]) -> None:
+            def one(piece: Piece) -> None:
+                tensor, worker = self.plan.tensors[piece[0]], self._worker()
+                run(piece, worker, tensor, *tensor.span(piece[1]))
+                self._tick(tensor, piece[1])
+
+            self._each(pool, [lambda piece=piece: one(piece) for piece in selection.pieces])
+
+        each(lambda piece, worker, tensor, start, stop: selection.count_upper(worker.loader(tensor), start, stop))
+        selection.pick_upper()
+        each(lambda piece, worker, tensor, start, stop: selection.count_lower(worker.loader(tensor), start, stop))
+        selection.pick_lower()
+        each(lambda piece, worker, tensor, start, stop: selection.count_ties(piece, worker.loader(tensor), start, stop))
+        selection.share_ties()
+
+    def _each(self, pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], None]]) -> None:
+        """Run jobs on the pool, a bounded number in flight; the first failure stops the rest and is raised."""
+        waiting: set[Future[None]] = set()
+        try:
+            for job in jobs:
+                waiting.add(pool.submit(self._guarded, job))
+                if len(waiting) >= 4 * self.threads:
+                    waiting = self._drain(waiting)
+            while waiting:
+                waiting = self._drain(waiting)
+        except BaseException:
+            self.stop.set()
+            wait(waiting)
+            raise
+
+    def _drain(self, waiting: "set[Future[None]]") -> "set[Future[None]]":
+        finished, rest = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        errors = [error for future in finished if (error := future.exception()) is not None]
+        errors.sort(key=lambda error: isinstance(error, Stopped))
+        if errors:
+            self.stop.set()
+            raise self._explained(errors[0])
+        return rest
+
+    def _guarded(self, job: Callable[[], None]) -> None:
+        if self.stop.is_set():
+            raise Stopped("stopped")
+        job()
+
+    def _explained(self, error: BaseException) -> BaseException:
+        if isinstance(error, NonFinite):
+            return count_tensor(error)
+        if isinstance(error, OSError):
+            place = f"{error.filename}: " if error.filename else ""
+            return MachineError(
+                f"{place}{error.strerror or error}; free space or fix the disk, then run the same command again"
+            )
+        if isinstance(error, MemoryError):
+            return MachineError("out of memory; use fewer --threads, then run the same command again")
+        return error
+
+
+def integer_notes(plan: Plan) -> list[str]:
+    """Compare the experts' integer buffers with the base's and say which differ (they are copied from the base)."""
+    notes: list[str] = []
+    for tensor in plan.tensors:
+        info = tensor.base.dense
+        if info is None or info.dtype.mergeable or tensor.numel > 1 << 24:
+            continue
+        ours: Any = None
+        for expert in plan.experts:
+            if expert.checkpoint is None or tensor.name not in expert.checkpoint.tensors:
+                continue
+            if ours is None:
+                assert plan.alignment.donor.checkpoint is not None
+                ours = plan.alignment.donor.checkpoint.read(tensor.name)
+            if not (expert.checkpoint.read(tensor.name) == ours).all():
+                notes.append(
+                    f"{tensor.name}: integer values of {expert.name} differ; copied from {plan.alignment.donor.name}"
+                )
+    return notes
+
+
+def check_ties(plan: Plan) -> None:
+    """Read the tensors that must be equal because they are tied, and refuse if they are not."""
+    import numpy as np
+
+    for model, alias, target in plan.alignment.same_bytes:
+        checkpoint = model.checkpoint
+        assert checkpoint is not None
+        a, b = checkpoint.tensors[alias], checkpoint.tensors[target]
+        step = 1 << 24
+        equal = a.shape == b.shape and a.dtype == b.dtype
+        for start in range(0, a.nbytes if equal else 0, step):
+            left = np.empty(min(step, a.nbytes - start), np.uint8)
+            right = np.empty_like(left)
+            checkpoint.storage.read(a, start, left)
+            checkpoint.storage.read(b, start, right)
+            equal = equal and bool((left == right).all())
+        if not equal:
+            raise InputError(
+                f"{model.reference}: tensor {alias!r} differs from {target!r}, which {plan.alignment.donor.reference} ties "
+                "to it; untie the base (write both tensors, tie_word_embeddings: false) or drop the expert's copy"
+            )

@@ -1,0 +1,58 @@
+"""Whole-tensor sums for the methods that need them, equal for any block size and thread count."""
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from consilience.engine.block import Loader
+from consilience.engine.kernels.reduce import LEAF, leaf_magnitudes, leaf_products
+from consilience.methods.program import Sums
+
+
+class Summation:
+    """Accumulates one tensor's sums, leaf by leaf, from any thread."""
+
+    def __init__(self, kind: Literal["gram", "l1"], rows: int) -> None:
+        self.kind, self.rows = kind, rows
+        self._leaves: dict[tuple[int, int], list[Any]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, loader: Loader, start: int, stop: int, stages: Callable[[Any, int], None]) -> None:
+        """Sum one segment; ``stages(stack, start)`` applies the program's stages in place."""
+        found: dict[tuple[int, int], list[Any]] = {}
+        buffer = loader.scratch.array("leaf", (LEAF,), np.float64)
+
+        def record(key: tuple[int, int], run: Callable[..., None], *rows: Any) -> None:
+            out = np.empty(-(-rows[0].size // LEAF), np.float64)
+            run(*rows, buffer, out)
+            found.setdefault(key, []).append(out)
+
+        for at in range(start, stop, loader.size):
+            stack, _ = loader.load(at, min(stop, at + loader.size))
+            if self.kind == "gram":
+                for i in range(self.rows):
+                    for j in range(i + 1):
+                        record((i, j), leaf_products, stack[i], stack[j])
+            else:
+                for k in range(self.rows):
+                    record((k, 0), leaf_magnitudes, stack[k])
+                stages(stack, at)
+                for k in range(self.rows):
+                    record((k, 1), leaf_magnitudes, stack[k])
+        with self._lock:
+            for key, parts in found.items():
+                self._leaves.setdefault(key, []).extend(parts)
+
+    def result(self) -> Sums:
+        """Return the sums: the leaves' exact total, whatever their order."""
+        exact = {key: math.fsum(np.concatenate(parts)) for key, parts in self._leaves.items()}
+        if self.kind == "gram":
+            gram = np.zeros((self.rows, self.rows))
+            for (i, j), value in exact.items():
+                gram[i, j] = gram[j, i] = value
+            return Sums(gram=gram)
+        both = np.array([[exact.get((k, part), 0.0) for k in range(self.rows)] for part in (0, 1)])
+        return Sums(l1=both[0], l1_staged=both[1])

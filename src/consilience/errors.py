@@ -1,0 +1,39 @@
+"""The two ways a run can end badly, and the exit status each one maps to.
+
+Every message is one line that names the file, the tensor or key, and the mend.
+"""
+
+
+class ConsilienceError(Exception):
+    """Base of the errors that reach a user as one line without a traceback."""
+
+    exit_status: int = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class InputError(ConsilienceError):
+    """The user's input is wrong: nothing is left behind (exit status 2)."""
+
+    exit_status = 2
+
+
+class MachineError(ConsilienceError):
+    """The machine failed (disk full, network, killed child): a rerun continues (exit status 1)."""
+
+    exit_status = 1
+
+
+class Interrupted(ConsilienceError):
+    """The user stopped the run: the partial output is kept and a rerun continues (exit status 130)."""
+
+    exit_status = 130
+
+
+def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
+    """Return ``; did you mean 'x'?`` for the known word nearest to ``word``, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

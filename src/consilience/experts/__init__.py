@@ -1,0 +1,6 @@
+"""A base and its experts: opened from headers and checked against each other before any work."""
+
+from consilience.experts.align import Alignment, align
+from consilience.experts.model import Model, Source, open_model
+
+__all__ = ["Alignment", "Model", "Source", "align", "open_model"]

@@ -1,0 +1,99 @@
+"""A base or an expert as values: a dense checkpoint, a LoRA adapter on a base, or both.
+
+A *task vector* is the difference between an expert and the base. It stays in the form it came in: two dense slices and
+a subtraction, or low-rank factors, as long as the method allows.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from consilience.checkpoints.adapter import Adapter, LoraPair, is_adapter, open_adapter
+from consilience.checkpoints.checkpoint import Checkpoint, Storage, TensorInfo
+from consilience.checkpoints.open import open_checkpoint
+from consilience.checkpoints.reference import resolve
+from consilience.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one tensor of one model comes from.
+
+    ``dense`` (None: the base's own value) plus the low-rank update ``pair``, if any.
+    """
+
+    storage: Storage | None = None
+    dense: TensorInfo | None = None
+    pair_storage: Storage | None = None
+    pair: LoraPair | None = None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether this is the base's own value."""
+        return self.dense is None and self.pair is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read to make the tensor once."""
+        factors = self.pair.a.nbytes + self.pair.b.nbytes if self.pair else 0
+        return factors + (self.dense.nbytes if self.dense else 0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One participant of a merge. ``checkpoint`` is None for an adapter that stands on the recipe's base."""
+
+    name: str
+    reference: str
+    checkpoint: Checkpoint | None
+    adapter: Adapter | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with this model's card, config and tokenizer."""
+        if self.checkpoint is not None:
+            return self.checkpoint.folder
+        return self.adapter.path if self.adapter else None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the model is nothing but LoRA pairs on the base."""
+        return self.checkpoint is None and self.adapter is not None and not self.adapter.whole
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return (file, size, modification time) of everything the model is read from."""
+        parts = [self.checkpoint, self.adapter.checkpoint if self.adapter else None]
+        return [entry for part in parts if part is not None for entry in part.storage.identity()]
+
+    def close(self) -> None:
+        """Release files."""
+        for part in (self.checkpoint, self.adapter.checkpoint if self.adapter else None):
+            if part is not None:
+                part.storage.close()
+
+    def source(self, name: str, stand_in: str | None = None) -> Source:
+        """Return where tensor ``name`` comes from; ``stand_in`` is the tied tensor to take when it is absent."""
+        dense = storage = pair = pair_storage = None
+        if self.checkpoint is not None:
+            present = name if name in self.checkpoint.tensors or stand_in is None else stand_in
+            dense, storage = self.checkpoint.tensors[present], self.checkpoint.storage
+        if self.adapter is not None:
+            pair_storage = self.adapter.checkpoint.storage
+            if name in self.adapter.whole:
+                dense, storage = self.adapter.whole[name], pair_storage
+            else:
+                pair = self.adapter.pairs.get(name)
+        return Source(storage, dense, pair_storage if pair else None, pair)
+
+
+def open_model(name: str, reference: str, root: Path | None = None) -> Model:
+    """Open a model, adapter or ``model+adapter`` by reference, from headers alone."""
+    found = resolve(reference, root)
+    if found.adapter is not None:
+        if not is_adapter(found.adapter):
+            raise InputError(
+                f"{found.adapter}: the part after '+' must be a PEFT adapter (no adapter_config.json there)"
+            )
+        return Model(name, reference, open_checkpoint(found.model), open_adapter(found.adapter))
+    if found.model.is_dir() and is_adapter(found.model):
+        return Model(name, reference, None, open_adapter(found.model))
+    return Model(name, reference, open_checkpoint(found.model))

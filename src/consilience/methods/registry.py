@@ -1,0 +1,45 @@
+"""Every merge method by name. A method is one file; listing it here (or as an entry point) makes it appear everywhere.
+
+Third parties add methods through the entry-point group ``consilience.methods``: name -> ``module:attribute`` of a
+``Method``.
+"""
+
+import importlib
+from importlib.metadata import entry_points
+
+from consilience.errors import InputError, nearest
+from consilience.methods.signature import Method
+
+ENTRY_POINTS = "consilience.methods"
+
+BUILT_IN: dict[str, str] = {
+    "linear": "consilience.methods.linear",
+    "task_arithmetic": "consilience.methods.task_arithmetic",
+    "ties": "consilience.methods.ties",
+    "dare_linear": "consilience.methods.dare_linear",
+    "dare_ties": "consilience.methods.dare_ties",
+    "slerp": "consilience.methods.slerp",
+}
+
+
+def names() -> list[str]:
+    """Return the names of all methods, built in first."""
+    return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - BUILT_IN.keys())]
+
+
+def load(name: str) -> Method:
+    """Import and return a method.
+
+    Raises:
+        InputError: there is no method of that name (the nearest known one is named).
+    """
+    if name in BUILT_IN:
+        return getattr(importlib.import_module(BUILT_IN[name]), name)
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name == name:
+            loaded = point.load()
+            if not isinstance(loaded, Method):
+                raise InputError(f"method {name!r}: entry point {point.value} is not a consilience Method")
+            return loaded
+    known = names()
+    raise InputError(f"merge_method {name!r} is unknown{nearest(name, known)} (known: {', '.join(known)})")

@@ -1,0 +1,27 @@
+"""Task Arithmetic: add scaled task vectors to the base."""
+
+from typing import Annotated
+
+from consilience.methods.linear import normalised
+from consilience.methods.program import Program, WeightedSum
+from consilience.methods.signature import Default, PerExpert, TensorSpec, method
+
+
+@method(source="Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089")
+def task_arithmetic(
+    tensor: TensorSpec,
+    *,
+    weight: Annotated[PerExpert, Default(1.0), "multiplier of each task vector; negative values negate a task"],
+    lambda_: Annotated[float, Default(1.0), "multiplier of the sum"],
+    normalize: Annotated[bool, Default(False), "divide by the sum of the weights"],
+    int8_mask: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect"],
+) -> Program:
+    """Add the weighted task vectors to the base.
+
+    theta = theta_0 + lambda sum_k w_k tau_k,   tau_k = theta_k - theta_0
+
+    The paper uses one scale for all tasks (lambda, commonly 0.3 for eight vision tasks); mergekit's per-model
+    ``weight`` and ``lambda`` both default to 1, as here.
+    """
+    del int8_mask
+    return Program("task_vectors", WeightedSum(normalised(tensor, weight) if normalize else weight), scale=lambda_)

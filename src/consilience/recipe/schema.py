@@ -1,0 +1,150 @@
+"""What to merge, as data. A mergekit ``models:`` recipe is a valid recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from consilience.checkpoints.dtypes import ALIASES
+from consilience.errors import InputError, nearest
+from consilience.recipe.yaml_file import read_yaml
+
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Scalar = Annotated[bool, Strict()] | Number | Annotated[str, Strict()]
+
+#: mergekit keys that a later version will understand.
+_LATER = ("slices", "modules", "tokenizer", "chat_template")
+
+
+class _Closed(BaseModel):
+    """A mapping without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Filtered(_Closed):
+    """A value for the tensors whose name matches ``filter`` (substring, glob with ``*`` or ``?``, or ``re:`` regex)."""
+
+    filter: str | None = None
+    value: Scalar | list[Number]
+
+
+Setting = Scalar | list[Number] | list[Filtered]
+
+
+class DataPaths(_Closed):
+    """Files that belong to one expert; learned methods read them."""
+
+    calibration: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    probe: str | None = None
+    logs: str | None = None
+
+
+class Target(_Closed):
+    """The labelled target data of methods that minimise a loss."""
+
+    train: str | None = None
+    validation: str | None = None
+
+
+class ModelEntry(_Closed):
+    """One model of the merge."""
+
+    model: str
+    name: str | None = None
+    parameters: dict[str, Setting] = {}
+    data: DataPaths | None = None
+
+
+class Recipe(_Closed):
+    """A merge: method, base, models, parameters, output dtype, seed."""
+
+    merge_method: str = Field(alias="method", default="")
+    base_model: str | None = None
+    models: list[ModelEntry] = Field(min_length=1, max_length=1000)
+    parameters: dict[str, Setting] = {}
+    dtype: str | None = None
+    out_dtype: str | None = None
+    seed: Annotated[int, Strict(), Field(ge=0, lt=1 << 63)] = 0
+    private: list[str] = []
+    target: Target | None = None
+    tokenizer_source: Literal["base"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "merge_method" in value and "method" in value:
+            raise ValueError("merge_method and method say the same thing; keep one")
+        return cast(Any, value)
+
+    @property
+    def output_dtype(self) -> str | None:
+        """The output's dtype by the table's name, or None to keep each tensor's own."""
+        wanted = self.out_dtype or self.dtype
+        return ALIASES[wanted] if wanted else None
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    shown = [str(part) for part in location if not (isinstance(part, str) and ("[" in part or part[:1].isupper()))]
+    return ".".join(part for part in shown if part not in ("bool", "float", "str", "constrained-float"))
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    if "data" in location[:-1]:
+        return list(DataPaths.model_fields)
+    if "target" in location[:-1]:
+        return list(Target.model_fields)
+    if location[0] == "models":
+        return list(ModelEntry.model_fields)
+    return [*Recipe.model_fields, "method"]
+
+
+def explain(error: ValidationError, where: str) -> InputError:
+    """Turn pydantic's report into one line that names the key and the mend."""
+    errors = error.errors(include_url=False, include_input=False)
+    unknown = [e for e in errors if e["type"] == "extra_forbidden" and "parameters" not in e["loc"]]
+    first = (unknown or errors)[0]
+    location = first["loc"]
+    place = _place(location) or "the recipe"
+    if first["type"] == "extra_forbidden" and "value" not in location:
+        key = str(location[-1])
+        if len(location) == 1 and key in _LATER:
+            return InputError(f"{where}: {key!r} is not supported yet; use the 'models:' form")
+        return InputError(f"{where}: unknown key {place!r}{nearest(key, _known_keys(location))}")
+    if "parameters" in location:
+        place = ".".join(str(p) for p in location[: location.index("parameters") + 2])
+        return InputError(
+            f"{where}: {place} must be a number, true/false, a word, a list of numbers, or a list of filter/value"
+        )
+    return InputError(f"{where}: {place}: {first['msg']}")
+
+
+def parse_recipe(value: Any, where: str) -> Recipe:
+    """Validate a recipe given as plain values.
+
+    Raises:
+        InputError: names the first key that is wrong, and the nearest known one.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a recipe is a mapping with merge_method and models, not a {type(value).__name__}")
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        raise explain(error, where) from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply; write it plainer") from None
+    if not recipe.merge_method:
+        raise InputError(f"{where}: merge_method is missing; name one of those 'consilience methods' lists")
+    for key in ("dtype", "out_dtype"):
+        wanted = cast(str | None, getattr(recipe, key))
+        if wanted is not None and wanted not in ALIASES:
+            known = ("float32", "float16", "bfloat16", "float64")
+            raise InputError(f"{where}: {key} {wanted!r} is not one of {', '.join(known)}{nearest(wanted, known)}")
+    return recipe
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe from a YAML file."""
+    return parse_recipe(read_yaml(path), str(path))
