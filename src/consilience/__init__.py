@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from consilience.checkpoints import open_checkpoint
     from consilience.errors import ConsilienceError, InputError, Interrupted, MachineError
     from consilience.recipe import Recipe, read_recipe
+    from consilience.tasks import evaluate
 
 _HOME = {
     "merge": "consilience.api",
@@ -28,6 +29,7 @@ _HOME = {
     "MachineError": "consilience.errors",
     "Recipe": "consilience.recipe",
     "read_recipe": "consilience.recipe",
+    "evaluate": "consilience.tasks",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Interrupted",
     "MachineError",
     "Recipe",
+    "evaluate",
     "merge",
     "merge_recipe",
     "open_checkpoint",

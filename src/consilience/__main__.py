@@ -15,31 +15,47 @@ def _terminate(*_: object) -> None:
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"consilience: {message}\n")
+    from consilience.errors import one_line
+
+    sys.stderr.write(f"consilience: {one_line(message)}\n")
+
+
+def _interrupted() -> int:
+    _say("interrupted; partial output is kept, run the same command again to continue")
+    return 130
+
+
+def _is_help(error: Any) -> bool:
+    """Whether a usage error only asks for the help page (its class is not public everywhere)."""
+    return type(error).__name__ == "NoArgsIsHelpError"
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
-    import click
+    import typer
 
     from consilience.cli.app import app
     from consilience.errors import ConsilienceError
 
+    # Newer typers carry their own click, older ones use the package: BadParameter's parents are right in both.
+    usage_error: Any = typer.BadParameter.__mro__[1]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
+        for argument in arguments:
+            if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are not UTF-8 arrive as surrogates
+                raise usage_error(f"argument {argument!r} is not UTF-8 text; rename the file")
         result: Any = app(arguments, prog_name="consilience", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        sys.stdout.write(error.ctx.get_help() + "\n" if error.ctx else "")
-        return 0
-    except click.UsageError as error:
+        return (_interrupted() if result == 130 else result) if isinstance(result, int) else 0
+    except usage_error as error:
+        if _is_help(error):
+            sys.stdout.write(error.format_message() + "\n")
+            return 0
         where = error.ctx.command_path if error.ctx else "consilience"
-        _say(f"{' '.join(error.format_message().split())} (see '{where} --help')")
+        _say(f"{error.format_message()} (see '{where} --help')")
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted; partial output is kept, run the same command again to continue")
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
     except ConsilienceError as error:
         if debug:
             raise
@@ -51,9 +67,19 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        _say(f"internal error ({type(error).__name__}: {first}); run again with --debug and report it")
+        _say(_unforeseen(error))
         return 1
+
+
+def _unforeseen(error: Exception) -> str:
+    """Say what no part of the program has put into words."""
+    if isinstance(error, MemoryError):
+        return "out of memory; free some, then run the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; mend it, then run the same command again"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"internal error ({type(error).__name__}: {first}); run again with --debug and report it"
 
 
 def main() -> None:

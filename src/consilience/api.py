@@ -161,6 +161,8 @@ def plan_recipe(
     where, root = "recipe", None
     if not isinstance(recipe, Recipe):
         path = Path(recipe)
+        if out is not None and Path(out).resolve() in path.resolve().parents:
+            raise InputError(f"{path}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
         recipe, where, root = read_recipe(path), str(path), path.parent
     single = Path(out).name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
     return make_plan(

@@ -3,6 +3,20 @@
 Every message is one line that names the file, the tensor or key, and the mend.
 """
 
+#: Longer messages lose their middle: a name inside a stranger's file may be megabytes long.
+_LONGEST = 1200
+
+
+def one_line(message: str) -> str:
+    """Return ``message`` as one printable line: spaces collapsed, control characters escaped, a long middle cut out.
+
+    Names of tensors, keys and files come from strangers and must not write escape sequences to a terminal.
+    """
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+    text = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class ConsilienceError(Exception):
     """Base of the errors that reach a user as one line without a traceback."""
@@ -10,7 +24,7 @@ class ConsilienceError(Exception):
     exit_status: int = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class InputError(ConsilienceError):

@@ -16,12 +16,18 @@ from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
 from consilience.errors import InputError
 
-#: Config keys that do not change what a trained adapter computes.
-_NEUTRAL = frozenset(
-    ["task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "modules_to_save", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "velora_config", "ensure_weight_tying", "init_lora_weights", "r", "lora_alpha", "fan_in_fan_out", "bias", "use_rslora", "rank_pattern", "alpha_pattern", "lora_ga_config", "corda_config"]
-)
-#: Initialisations that edit the base's weights, so that the adapter only fits the edited base.
-_EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: Config keys that do not change what a trained adapter computes, or that are read below.
+_NEUTRAL = frozenset([
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying", "init_lora_weights", "r", "lora_alpha", "fan_in_fan_out", "bias", "use_rslora",
+    "rank_pattern", "alpha_pattern",
+])  # fmt: skip
+#: Initialisations of the factors alone. Others (pissa, olora, corda, loftq, lora_ga, ...) also edit the base's weights,
+#: so that the adapter only fits the edited base.
+_FACTORS_ONLY = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,10 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened LoRA adapter: its pairs and whole tensors by target name, and the checkpoint that holds their bytes."""
+    """An opened LoRA adapter: its pairs and whole tensors by target name, and the checkpoint that holds their bytes.
+
+    A target may have both: PEFT saves an adapted embedding's own weight beside its factors, and both count.
+    """
 
     path: Path
     checkpoint: Checkpoint
@@ -66,30 +75,38 @@ def is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
-def _refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{path}: peft_type {kind!r} is not LoRA; merge it into its base with PEFT and pass the model")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_EDITS_BASE):
         raise InputError(
-            f"{path}: init_lora_weights {init!r} edits the base's weights; convert the adapter with PEFT's "
+            f"{where}: peft_type {kind!r} is not LORA; merge it into its base with PEFT and pass the model"
+        )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _FACTORS_ONLY:
+        raise InputError(
+            f"{where}: init_lora_weights {init!r} edits the base's weights; convert the adapter with PEFT's "
             "path_initial_model_for_weight_conversion first"
         )
     for key, value in config.items():
         if key not in _NEUTRAL and value not in (None, False, {}, []):
             raise InputError(
-                f"{path}: {key} = {value!r} is not supported; merge it into its base with PEFT and pass the model"
+                f"{where}: {key} = {value!r} is not supported; merge it into its base with PEFT and pass the model"
             )
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(key), bool | None):
+            raise InputError(f"{where}: {key} must be true or false, not {config[key]!r}; restore the config")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key), dict | None):
+            raise InputError(f"{where}: {key} must map module names to numbers; restore the config")
 
 
-def _pattern(patterns: Any, module: str, default: float, where: str) -> float:
+def _pattern(patterns: Any, module: str, default: Any, where: str) -> Any:
     """Look a module up in rank_pattern or alpha_pattern, as PEFT does: the first key that matches the name's end."""
-    for key, value in cast(dict[str, float], patterns or {}).items():
+    for key, value in cast(dict[str, Any], patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
                 f"{where}: pattern {key!r} is not a regular expression ({error}); restore the config"
             ) from None
@@ -97,19 +114,26 @@ def _pattern(patterns: Any, module: str, default: float, where: str) -> float:
 
 
 _PREFIX = re.compile(r"^base_model\.model\.")
-_PAIR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.[^.]+)?(\.weight)?$")
+_PAIR = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.(?!weight$|bias$)[^.]+)?(\.weight)?$"
+)
 
 
 def _strip(name: str) -> str:
     return _PREFIX.sub("", name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+
+
 def _scale(config: dict[str, Any], module: str, rank: int, where: str) -> float:
-    r = _pattern(config.get("rank_pattern"), module, cast(float, config.get("r", 0)), where)
-    alpha = _pattern(config.get("alpha_pattern"), module, cast(float, config.get("lora_alpha", 0)), where)
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in (r, alpha))
-    if not numbers or r <= 0:
-        raise InputError(f"{where}: r {r!r} or lora_alpha {alpha!r} is not a positive number; restore the config")
+    r = _pattern(config.get("rank_pattern"), module, config.get("r"), where)
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), where)
+    if not _is_number(r) or not _is_number(alpha) or r <= 0:
+        raise InputError(
+            f"{where}: {module}: r {r!r} or lora_alpha {alpha!r} is not a number to use; restore the config"
+        )
     if rank != r:
         raise InputError(
             f"{where}: {module}: config says rank {r} but the factors have rank {rank}; restore the config"
@@ -124,46 +148,63 @@ def open_adapter(path: str | Path, label: str | None = None) -> Adapter:
         InputError: the adapter is malformed, or of a kind whose effect is not ``scale * B @ A``.
     """
     path = Path(path)
-    config = read_object(path / "adapter_config.json")
-    _refuse_unsupported(path, config)
+    config_path = path / "adapter_config.json"
+    config = read_object(config_path)
+    _refuse_unsupported(str(config_path), config)
     files = [path / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (path / name).is_file()]
     if not files:
         raise InputError(f"{path}: holds no adapter_model.safetensors or adapter_model.bin; download it again")
     checkpoint = open_checkpoint(files[0], label)
-    where = str(files[0])
-    sides: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
+    sides, whole = _sorted_tensors(checkpoint.tensors, str(files[0]))
+    pairs: dict[str, LoraPair] = {}
+    for (module, embedding), found in sides.items():
+        pair = _pair(config, module, embedding, found, (str(config_path), str(files[0])))
+        if pair.target in pairs:
+            raise InputError(f"{files[0]}: {module} has both linear and embedding factors; restore the file")
+        pairs[pair.target] = pair
+    return Adapter(path, checkpoint, config, pairs, whole)
+
+
+_Sides = dict[tuple[str, bool], dict[str, TensorInfo]]
+
+
+def _sorted_tensors(tensors: dict[str, TensorInfo], where: str) -> tuple[_Sides, dict[str, TensorInfo]]:
+    """Return the factors by (module, whether an embedding) and side, and the whole tensors by target name."""
+    sides: _Sides = {}
     whole: dict[str, TensorInfo] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in tensors.items():
         if "lora_magnitude" in name:
             raise InputError(
                 f"{where}: tensor {name!r}: DoRA magnitudes are not supported; merge it into its base with PEFT"
             )
         match = _PAIR.match(_strip(name))
-        if match:
-            sides.setdefault((match["module"], bool(match["embedding"])), {})[match["side"]] = tensor
-        elif ".lora_" in name:
+        if match is None and ".lora_" in name:
             raise InputError(f"{where}: tensor {name!r} is not a LoRA factor this version knows; merge it with PEFT")
-        else:
-            whole[_strip(name)] = tensor
-    pairs = {
-        f"{module}.weight": _pair(config, module, embedding, found, where)
-        for (module, embedding), found in sides.items()
-    }
-    both = pairs.keys() & whole.keys()
-    for name in both:  # save_embedding_layers stores the frozen layer beside its factors: the factors are the update
-        del whole[name]
-    return Adapter(path, checkpoint, config, pairs, whole)
+        place = sides.setdefault((match["module"], bool(match["embedding"])), {}) if match else whole
+        key = match["side"] if match else _strip(name)
+        if key in place:
+            raise InputError(
+                f"{where}: tensors {place[key].name!r} and {name!r} speak of the same weight; save one adapter a folder"
+            )
+        place[key] = tensor
+    return sides, whole
 
 
-def _pair(config: dict[str, Any], module: str, embedding: bool, found: dict[str, TensorInfo], where: str) -> LoraPair:
+def _pair(
+    config: dict[str, Any], module: str, embedding: bool, found: dict[str, TensorInfo], where: tuple[str, str]
+) -> LoraPair:
+    """Return one module's pair; ``where`` names the config and the weights in errors."""
+    config_path, file = where
     if set(found) != {"A", "B"}:
         missing = "AB".replace(next(iter(found)), "")
-        raise InputError(f"{where}: {module} has no lora_{missing} factor; download it again")
+        raise InputError(f"{file}: {module} has no lora_{missing} factor; download it again")
     a, b = found["A"], found["B"]
-    shapes_fit = len(a.shape) >= 2 and len(b.shape) >= 2 and a.shape[0] == math.prod(b.shape[1:]) and a.shape[0] > 0
+    rank = a.shape[0] if len(a.shape) >= 2 else 0
+    shapes_fit = rank > 0 and len(b.shape) >= 2 and rank == math.prod(b.shape[1:])
     if not shapes_fit or not (a.dtype.mergeable and b.dtype.mergeable):
         raise InputError(
-            f"{where}: {module}: factors A {list(a.shape)} {a.dtype.name} and B {list(b.shape)} {b.dtype.name} do not multiply"
+            f"{file}: {module}: factors A {list(a.shape)} {a.dtype.name} and B {list(b.shape)} {b.dtype.name} "
+            "do not multiply; download it again"
         )
     transposed = embedding or bool(config.get("fan_in_fan_out"))
-    return LoraPair(f"{module}.weight", a, b, _scale(config, module, a.shape[0], where), transposed)
+    return LoraPair(f"{module}.weight", a, b, _scale(config, module, rank, config_path), transposed)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -84,13 +84,12 @@ class FileStorage:
         descriptor = self._descriptors.get(tensor.file)
         if descriptor is None:
             descriptor = self._descriptor(tensor.file)
-        position, view = tensor.offset + start, memoryview(out)
+        position, view = tensor.offset + start, memoryview(cast(Any, out))
         while view.nbytes:
             count = os.preadv(descriptor, [view], position)
             if count <= 0:
-                raise InputError(
-                    f"{self.files[tensor.file]}: tensor {tensor.name!r}: file ended while it was read; download it again"
-                )
+                where = f"{self.files[tensor.file]}: tensor {tensor.name!r}"
+                raise InputError(f"{where}: file ended while it was read; download it again")
             position, view = position + count, view[count:]
 
     def identity(self) -> list[tuple[str, int, int]]:

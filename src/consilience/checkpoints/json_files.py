@@ -1,11 +1,15 @@
-"""JSON read from strangers: size-bounded, duplicate keys refused, errors that name the file."""
+"""JSON read from strangers: bounded in size and depth, duplicate keys refused, errors that name the file."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from consilience.checkpoints.files import regular_size
 from consilience.errors import InputError
+
+#: Deeper nesting than any config has; writing it back recurses.
+DEPTH_LIMIT = 100
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -17,10 +21,17 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def _refuse_lone_surrogates(text: bytes, value: Any) -> None:
+    """Refuse strings that are not Unicode text: they can be read as escapes but never written again."""
+    if b"\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
     """Parse ``text`` as one JSON object; ``where`` names it in the ``InputError`` raised when it is not one."""
     try:
         value: Any = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        _refuse_lone_surrogates(text, value)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error}); restore the file from its source") from None
     if not isinstance(value, dict):
@@ -28,17 +39,29 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
+def _deeper_than(value: Any, limit: int) -> bool:
+    layer: list[Any] = [value]
+    for _ in range(limit):
+        parents = [node for node in layer if isinstance(node, dict | list)]
+        layer = [child for node in parents for child in (node.values() if isinstance(node, dict) else node)]
+    return bool(layer)
+
+
 def read_object(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
     """Read the JSON object in ``path``.
 
     Raises:
-        InputError: the file cannot be read, is larger than ``limit`` bytes, or holds no JSON object.
+        InputError: the file cannot be read, is longer than ``limit`` bytes or too deeply nested, or is no JSON object.
     """
+    size = regular_size(path)
+    if size > limit:
+        raise InputError(f"{path}: {size} bytes is too large for a JSON file of this kind (limit {limit}); restore it")
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise InputError(f"{path}: {size} bytes is too large for a JSON file of this kind (limit {limit})")
-        text = path.read_bytes()
+        with open(path, "rb") as file:
+            text = file.read(limit + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_object(text, str(path))
+        raise InputError(f"{path}: cannot be read ({error.strerror}); restore it") from None
+    value = parse_object(text, str(path))
+    if _deeper_than(value, DEPTH_LIMIT):
+        raise InputError(f"{path}: nested more than {DEPTH_LIMIT} levels deep; restore the file from its source")
+    return value

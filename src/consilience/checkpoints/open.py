@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.checkpoint import Bytes, Checkpoint, FileStorage, MemoryStorage, TensorInfo, from_entries
+from consilience.checkpoints.files import exists, siblings
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.errors import InputError, nearest
@@ -27,9 +28,13 @@ def index_files(index: Path) -> dict[str, list[str]]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; restore the index")
+    suffix = ".bin" if index.name == TORCH_INDEX else ".safetensors"
     files: dict[str, list[str]] = {}
     for tensor, file in cast(dict[str, Any], weight_map).items():
-        files.setdefault(safe_name(file, f"{index}: tensor {tensor!r}"), []).append(tensor)
+        name = safe_name(file, f"{index}: tensor {tensor!r}")
+        if not name.endswith(suffix):
+            raise InputError(f"{index}: tensor {tensor!r}: file {name!r} is not a {suffix} file; restore the index")
+        files.setdefault(name, []).append(tensor)
     return files
 
 
@@ -43,14 +48,18 @@ def _check_index(index: Path, file: str, listed: Iterable[str], present: Iterabl
         raise InputError(f"{index}: {file} holds tensor {name!r}, which the index does not list; restore the index")
 
 
+def _refuse_twice(file: Path, known: dict[str, Any], found: dict[str, Any]) -> None:
+    twice = known.keys() & found.keys()
+    if twice:
+        raise InputError(f"{file}: tensor {min(twice)!r} is also in another shard; restore the checkpoint")
+
+
 def _open_safetensors(label: str, folder: Path | None, files: list[Path]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for number, file in enumerate(files):
         entries, metadata = read_header(file)
-        twice = tensors.keys() & entries.keys()
-        if twice:
-            raise InputError(f"{file}: tensor {min(twice)!r} is also in another shard; restore the checkpoint")
+        _refuse_twice(file, tensors, entries)
         tensors |= from_entries(entries, number)
     return Checkpoint(label, tensors, FileStorage(files), files[0], folder, None, metadata)
 
@@ -61,42 +70,69 @@ def _open_torch(label: str, folder: Path | None, files: list[Path]) -> Checkpoin
     tensors: dict[str, TensorInfo] = {}
     arrays: dict[str, Bytes] = {}
     identity: list[tuple[str, int, int]] = []
-    for file in files:
-        infos, views, ties = read_torch_file(file)
-        tensors |= {name: info for name, info in infos.items() if name not in ties}
+    for number, file in enumerate(files):
+        infos, views = read_torch_file(file, number)
+        _refuse_twice(file, tensors, infos)
+        tensors |= infos
         arrays |= views
         stat = file.stat()
         identity.append((str(file), stat.st_size, stat.st_mtime_ns))
     return Checkpoint(label, tensors, MemoryStorage(arrays, identity), files[0], folder)
 
 
+def _sharded(folder: Path, index: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Return the files an index names, and which tensors it says each holds."""
+    shards = index_files(index)
+    missing = [name for name in sorted(shards) if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{index}: shard {missing[0]} is missing from {folder}; download it again")
+    return [folder / name for name in sorted(shards)], shards
+
+
 def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
-    """Return a model folder's weight files and their index, if it has one."""
-    single = folder / "model.safetensors"
-    for index, suffix in ((folder / SAFETENSORS_INDEX, ".safetensors"), (folder / TORCH_INDEX, ".bin")):
-        if index.exists():
-            names = sorted(index_files(index))
-            if suffix == ".safetensors" and single.exists() and single.name not in names:
-                raise InputError(
-                    f"{folder}: holds both model.safetensors and {index.name}, and loaders disagree on which counts; remove one"
-                )
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise InputError(f"{index}: shard {missing[0]} is missing from {folder}; download it again")
-            return [folder / name for name in names], index
-    found = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" and not p.name.startswith("adapter_")]
-    if not found:
-        names = {"pytorch_model.bin"} | {p.name for p in folder.iterdir() if p.suffix in (".pt", ".pth")}
-        found = [folder / name for name in sorted(names) if (folder / name).is_file()]
-    if not found:
-        raise InputError(f"{folder}: holds no model weights (no .safetensors, .bin, .pt or .pth file)")
-    if single in found:
+    """Return a model folder's weight files, or its index where it is sharded; safetensors go before pickles."""
+    single, index, torch_index = (folder / n for n in ("model.safetensors", SAFETENSORS_INDEX, TORCH_INDEX))
+    if index.exists():
+        if single.exists() and single.name not in index_files(index):
+            raise InputError(
+                f"{folder}: holds both model.safetensors and {index.name}, and loaders disagree on which counts; "
+                "remove one"
+            )
+        return [], index
+    if single.exists():
         return [single], None
+    if torch_index.exists():
+        return [], torch_index
+    entries = sorted(folder.iterdir())
+    found = [p for p in entries if p.suffix == ".safetensors" and not p.name.startswith("adapter_")]
+    found = found or [p for p in entries if p.name == "pytorch_model.bin" and p.is_file()]
+    found = found or [p for p in entries if p.suffix in (".pt", ".pth") and p.is_file()]
+    if not found:
+        hint = ": an adapter needs its base" if (folder / "adapter_config.json").exists() else ""
+        raise InputError(
+            f"{folder}: holds no model weights (no .safetensors, pytorch_model.bin, .pt or .pth file){hint}; "
+            "name a model's folder or file"
+        )
     if len(found) > 1:
         raise InputError(
             f"{folder}: holds {len(found)} weight files and no {SAFETENSORS_INDEX}; name one file, or add the index"
         )
     return found, None
+
+
+def _open_folder(label: str, folder: Path) -> Checkpoint:
+    files, index = _weight_files(folder)
+    shards: dict[str, list[str]] = {}
+    if index is not None:
+        files, shards = _sharded(folder, index)
+    opened = _open_safetensors if files[0].suffix == ".safetensors" else _open_torch
+    checkpoint = opened(label, folder, files)
+    for number, file in enumerate(files if index is not None else []):
+        present = (t.name for t in checkpoint.tensors.values() if t.file == number)
+        _check_index(cast(Path, index), file.name, shards[file.name], present)
+    config = folder / "config.json"
+    loaded = read_object(config) if config.exists() or config.is_symlink() else None
+    return Checkpoint(label, checkpoint.tensors, checkpoint.storage, folder, folder, loaded, checkpoint.metadata)
 
 
 def open_checkpoint(path: str | Path, label: str | None = None) -> Checkpoint:
@@ -107,22 +143,19 @@ def open_checkpoint(path: str | Path, label: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     label = label or str(path)
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(f"{path}: no such file or folder{nearest(path.name, siblings)}")
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            return _open_safetensors(label, None, [path])
-        if path.suffix in TORCH_SUFFIXES:
-            return _open_torch(label, None, [path])
-        raise InputError(f"{path}: not a weight file this version reads (.safetensors, .bin, .pt, .pth)")
-    files, index = _weight_files(path)
-    opened = _open_safetensors if files[0].suffix == ".safetensors" else _open_torch
-    checkpoint = opened(label, path, files)
-    if index is not None and files[0].suffix == ".safetensors":
-        for number, file in enumerate(files):
-            present = (t.name for t in checkpoint.tensors.values() if t.file == number)
-            _check_index(index, file.name, index_files(index)[file.name], present)
-    config = path / "config.json"
-    loaded = read_object(config) if config.exists() else None
-    return Checkpoint(label, checkpoint.tensors, checkpoint.storage, path, path, loaded, checkpoint.metadata)
+    if not exists(path):
+        raise InputError(f"{path}: no such file or folder{nearest(path.name, siblings(path))}")
+    if path.is_dir():
+        try:
+            checkpoint = _open_folder(label, path)
+        except OSError as error:
+            raise InputError(f"{error.filename or path}: cannot be read ({error.strerror}); restore it") from None
+    elif path.suffix == ".safetensors":
+        checkpoint = _open_safetensors(label, None, [path])
+    elif path.suffix in TORCH_SUFFIXES:
+        checkpoint = _open_torch(label, None, [path])
+    else:
+        raise InputError(f"{path}: not a weight file this version reads (.safetensors, .bin, .pt, .pth); convert it")
+    if not checkpoint.tensors:
+        raise InputError(f"{path}: holds no tensors; restore it, or name another model")
+    return checkpoint

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from consilience.checkpoints.files import exists, siblings
 from consilience.errors import InputError, MachineError, nearest
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
@@ -21,8 +22,8 @@ class Reference:
 def _download(reference: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -30,29 +31,43 @@ def _download(reference: str) -> Path:
     name, _, revision = reference.partition("@")
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
+    except HFValidationError:
+        raise InputError(f"{reference}: no such folder here, and no hub id has this form; check the path") from None
+    except GatedRepoError:
+        raise InputError(
+            f"{reference}: is gated; ask for access on its page, then log in with: hf auth login"
+        ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise InputError(f"{reference}: no such folder here and no such model or revision on the hub") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ConnectionError) as error:
+        raise InputError(
+            f"{reference}: no such folder here and no such model or revision on the hub; check the name"
+        ) from None
+    except Exception as error:  # whatever else the client raises is the network's, the hub's or the disk's doing
+        why = getattr(error, "strerror", None) or type(error).__name__
         raise MachineError(
-            f"{reference}: no such folder here, and the hub cannot be reached ({type(error).__name__}); check the path or the network"
+            f"{reference}: no such folder here, and the hub cannot be reached ({why}); check the path or the network"
         ) from None
 
 
 def _existing(text: str, root: Path | None) -> Path | None:
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{text}: the ~ names no user of this machine; write the folder out") from None
     places = [path] if path.is_absolute() or root is None else [path, root / path]
-    return next((place for place in places if place.exists()), None)
+    return next((place for place in places if exists(place)), None)
 
 
 def _locate(text: str, root: Path | None) -> Path:
+    if not text:
+        raise InputError("a model's path is empty; name a folder, a file or a hub id")
     found = _existing(text, root)
     if found is not None:
         return found
-    parent = Path(text).expanduser().parent
-    if is_hub_id(text) and not parent.is_dir():
+    path = Path(text).expanduser()
+    if is_hub_id(text) and not exists(path.parent):
         return _download(text)
-    siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-    raise InputError(f"{text}: no such file or folder{nearest(Path(text).name, siblings)}")
+    known = siblings(path) + (siblings(root / path) if root is not None and not path.is_absolute() else [])
+    raise InputError(f"{text}: no such file or folder{nearest(path.name, known) or '; check the path'}")
 
 
 def resolve(text: str, root: Path | None = None) -> Reference:
@@ -66,7 +81,8 @@ def resolve(text: str, root: Path | None = None) -> Reference:
     """
     if "+" not in text or _existing(text, root) is not None:
         return Reference(_locate(text, root))
-    model, _, adapter = text.partition("+")
+    cuts = [(text[:at], text[at + 1 :]) for at, character in enumerate(text) if character == "+"]
+    model, adapter = next((cut for cut in cuts if cut[0] and _existing(cut[0], root) is not None), cuts[0])
     return Reference(_locate(model, root), _locate(adapter, root))
 
 

@@ -6,7 +6,6 @@ header comes from strangers: every offset is checked against the file before any
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -14,11 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.dtypes import DTYPES, DType
+from consilience.checkpoints.files import regular_size
 from consilience.checkpoints.json_files import parse_object
 from consilience.errors import InputError
 
 #: The safetensors library refuses longer headers, so no readable file has one.
 HEADER_LIMIT = 100_000_000
+#: No size, count of elements or offset of a real file reaches this (the format's integers are 64 bits wide).
+_SIZE_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,17 @@ class Entry:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _SIZE_LIMIT
+
+
+def _overflows(shape: list[int]) -> bool:
+    """Whether a running product of the sizes gets absurd, even where a later 0 would hide it."""
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= _SIZE_LIMIT:
+            return True
+    return False
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int) -> tuple[Entry, int, int]:
@@ -56,6 +68,8 @@ def _entry(path: Path, name: str, raw: Any, data_start: int) -> tuple[Entry, int
     shape, offsets = spec["shape"], spec["data_offsets"]
     if not isinstance(shape, list) or not all(_is_count(n) for n in cast(list[Any], shape)):
         raise InputError(f"{where}: shape {shape!r} is not a list of sizes; restore the file")
+    if _overflows(cast(list[int], shape)):
+        raise InputError(f"{where}: shape {shape!r} has more elements than any file holds; restore the file")
     if (
         not isinstance(offsets, list)
         or len(cast(list[Any], offsets)) != 2
@@ -78,20 +92,26 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     Raises:
         InputError: the file is truncated, over-long, or its header is malformed, overlapping or holed.
     """
+    size = regular_size(path)
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
             head = file.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
                 raise InputError(
-                    f"{path}: truncated or not a safetensors file ({size} bytes, header wants {length}); download it again"
+                    f"{path}: truncated or not a safetensors file ({size} bytes, header wants {length}); "
+                    "download it again"
                 )
             if length > HEADER_LIMIT:
-                raise InputError(f"{path}: header of {length} bytes exceeds the format's limit of {HEADER_LIMIT}")
-            raw = parse_object(file.read(length), f"{path}: header")
+                raise InputError(
+                    f"{path}: header of {length} bytes exceeds the format's limit of {HEADER_LIMIT}; restore the file"
+                )
+            text = file.read(length)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); restore it") from None
+    if not text.startswith(b"{"):
+        raise InputError(f"{path}: header does not start with '{{': not a safetensors file; restore it")
+    raw = parse_object(text, f"{path}: header")
     metadata: Any = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast(dict[str, Any], metadata).values()):
         raise InputError(f"{path}: __metadata__ must map strings to strings; restore the file")

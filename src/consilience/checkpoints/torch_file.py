@@ -5,6 +5,8 @@ Needs the extra ``[torch]``. Files are memory-mapped by torch where their format
 
 import importlib
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from consilience.checkpoints.checkpoint import Bytes, TensorInfo
 from consilience.checkpoints.dtypes import DTYPES
+from consilience.checkpoints.files import regular_size
 from consilience.errors import InputError
 
 #: Keys under which training scripts nest the state dict.
@@ -42,36 +45,67 @@ def import_torch(purpose: str) -> Any:
 def tensor_bytes(tensor: Any) -> Bytes:
     """Return a flat byte view of a torch tensor (copied only when it is not contiguous or not on the CPU)."""
     torch = import_torch("reading a torch tensor")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return cast(Bytes, flat.view(torch.uint8).numpy()) if flat.numel() else np.empty(0, np.uint8)
 
 
-def torch_info(name: str, tensor: Any, where: str) -> TensorInfo:
-    """Describe a torch tensor."""
+def torch_info(name: str, tensor: Any, where: str, file: int = 0) -> TensorInfo:
+    """Describe a torch tensor.
+
+    Raises:
+        InputError: its dtype is not one that is read, or it is not a plain array of its own elements.
+    """
     code = _TORCH_DTYPES.get(str(tensor.dtype))
     if code is None:
         raise InputError(f"{where}: tensor {name!r}: dtype {tensor.dtype} is not one this version reads; convert it")
-    return TensorInfo(name, DTYPES[code], tuple(int(n) for n in tensor.shape))
+    if str(tensor.layout) != "torch.strided" or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        raise InputError(f"{where}: tensor {name!r} is a {kind} tensor; save it as a dense one")
+    return TensorInfo(name, DTYPES[code], tuple(int(n) for n in tensor.shape), file)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse zip members that unpack to more than they take: torch never writes any, a bomb is made of them."""
+    regular_size(path)
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            packed = [m.filename for m in archive.infolist() if m.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(f"{path}: not a readable torch file ({error}); download it again") from None
+    if packed:
+        raise InputError(f"{path}: member {packed[0]!r} is compressed, which torch never does; save it again")
 
 
 def _load(path: Path) -> Any:
     torch = import_torch(f"{path}: reading a torch file")
+    _refuse_compressed(path)
     for mmap in (True, False):  # the legacy (not zip) format cannot be mapped
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about how the file was written; the user is told in one line
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError:
             raise InputError(
-                f"{path}: holds pickled objects other than tensors, which could run code; save its state dict as safetensors"
+                f"{path}: holds pickled objects other than tensors, which could run code; save its state dict as "
+                "safetensors"
             ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # a malformed pickle can make torch raise anything
             if not mmap:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise InputError(f"{path}: not a readable torch file ({first[:160]}); download it again") from None
     raise AssertionError("unreachable")
 
 
-def read_torch_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Bytes], dict[str, str]]:
-    """Return the tensors of a torch file, a byte view of each, and ties read from shared storage (alias -> name).
+def _refuse_expanded(name: str, tensor: Any, where: str) -> None:
+    """Refuse a view that is larger than what it views: a few bytes could ask for all memory."""
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(f"{where}: tensor {name!r} is an expanded view of fewer elements; save it contiguous")
+
+
+def read_torch_file(path: Path, file: int = 0) -> tuple[dict[str, TensorInfo], dict[str, Bytes]]:
+    """Return the tensors of a torch file and a byte view of each; tensors that share memory stay separate names.
 
     Raises:
         InputError: the file is unreadable, pickles anything but tensors, or is not a flat state dict.
@@ -86,13 +120,8 @@ def read_torch_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Bytes]
     ):
         raise InputError(f"{path}: not a flat state dict of named tensors; save model.state_dict() instead")
     state = cast(dict[str, Any], value)
-    tensors = {name: torch_info(name, tensor, str(path)) for name, tensor in state.items()}
-    arrays = {name: tensor_bytes(tensor) for name, tensor in state.items()}
-    seen: dict[tuple[int, tuple[int, ...], int], str] = {}
-    ties: dict[str, str] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name, tensor in state.items():
-        key = (tensor.untyped_storage().data_ptr(), tuple(tensor.shape), tensor.storage_offset())
-        if tensor.numel() and key in seen:
-            ties[name] = seen[key]
-        seen.setdefault(key, name)
-    return tensors, arrays, ties
+        tensors[name] = torch_info(name, tensor, str(path), file)
+        _refuse_expanded(name, tensor, str(path))
+    return tensors, {name: tensor_bytes(tensor) for name, tensor in state.items()}

@@ -135,7 +135,7 @@ def merge(
     if as_adapter is not None:
         from consilience.cli.adapter_command import merge_to_adapter
 
-        merge_to_adapter(source, out, as_adapter, rank, force, dry_run, quiet)
+        merge_to_adapter(source, out, as_adapter, rank, force, dry_run, quiet, threads)
         return
     if rank is not None:
         raise InputError("--rank: only goes with --as-adapter svd")
@@ -214,9 +214,8 @@ def check(
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        typer.echo(
-            f"ok: {facts['method']} of {len(plan.experts)} experts, {facts['merged']} of {facts['tensors']} tensors merged"
-        )
+        merged = f"{facts['merged']} of {facts['tensors']} tensors merged"
+        typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
 
 
 @app.command()
@@ -245,6 +244,52 @@ def inspect(
 
     facts = inspect_facts(path, tensors, fingerprint)
     typer.echo(json.dumps(facts, indent=1, ensure_ascii=False) if as_json else "\n".join(inspect_lines(facts)))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, MODEL+ADAPTER, or hub reference.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASKS", help="JSONL files, as PATH or NAME=PATH.")],
+    reference: Annotated[str | None, typer.Option(help="Also measure KL(reference || model) per token.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Use the first rows of each task only.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score the first tokens of each row only.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 (2-3 times as fast on many CPUs).")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Threads = None,
+    cache: Annotated[bool, typer.Option(help="Read and write the cache of results.")] = True,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run .py files that come with the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Measure a model on held-out rows: loss per token, accuracy where rows have choices, divergence.
+
+    Rows are JSONL: text | prompt + response | messages; choices + label for rank classification.
+
+    Example: consilience evaluate merged/ code=heldout/code.jsonl sentiment=heldout/sentiment.jsonl --dtype bfloat16
+    """
+    from consilience.tasks import evaluate as run
+    from consilience.tasks import render
+
+    result = run(
+        model,
+        tasks,
+        reference=reference,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        max_tokens=max_tokens,
+        dtype="bfloat16" if dtype in ("bfloat16", "bf16") else "float32" if dtype in ("float32", "fp32") else dtype,  # pyright: ignore
+        device=device,
+        threads=threads,
+        cache=cache,
+        progress=sys.stderr.isatty(),
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        typer.echo(result.to_json())
+        return
+    from rich.console import Console
+
+    Console().print(render([result]))
 
 
 @app.callback(invoke_without_command=True)

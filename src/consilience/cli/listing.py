@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.json_files import read_object
+from consilience.errors import InputError
 from consilience.methods.registry import load, names
 
 
@@ -77,10 +78,7 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
         facts["tied_embeddings"] = says_tied(config)
     folder = model.folder
     if folder is not None and (folder / "consilience" / "lineage.json").is_file():
-        document = read_object(folder / "consilience" / "lineage.json")
-        facts["lineage"] = {key: document.get(key) for key in ("method", "seed", "created")}
-        facts["lineage"]["fingerprint"] = cast(dict[str, Any], document.get("output", {})).get("fingerprint")
-        facts["lineage"]["models"] = [entry.get("reference") for entry in document.get("models", [])]
+        facts["lineage"] = _lineage(folder / "consilience" / "lineage.json")
     if fingerprint:
         from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint
 
@@ -89,6 +87,16 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
         facts["tensor_list"] = [{"name": i.name, "dtype": i.dtype.name, "shape": list(i.shape)} for i in infos]
     model.close()
     return facts
+
+
+def _lineage(path: Path) -> dict[str, Any]:
+    document = read_object(path)
+    output, models = document.get("output"), document.get("models")
+    if not isinstance(output, dict) or not isinstance(models, list):
+        raise InputError(f"{path}: has no output or models; restore it, or remove it")
+    references = [cast(dict[str, Any], m).get("reference") for m in cast(list[Any], models) if isinstance(m, dict)]
+    facts = {key: document.get(key) for key in ("method", "seed", "created")}
+    return facts | {"fingerprint": cast(dict[str, Any], output).get("fingerprint"), "models": references}
 
 
 def inspect_lines(facts: dict[str, Any]) -> list[str]:

@@ -57,8 +57,8 @@ def show_summary(summary: Summary) -> None:
     )
     for loss in summary.below_unit:
         typer.echo(
-            f"  {loss.name}: {loss.entries:.1%} of its task vector's entries ({loss.mass:.1%} of its mass) are below one "
-            "unit in the last place of the output"
+            f"  {loss.name}: {loss.entries:.1%} of its task vector's entries ({loss.mass:.1%} of its mass) are below "
+            "one unit in the last place of the output"
         )
     if not math.isnan(summary.rounding):
         typer.echo(f"  rounding error: {summary.rounding:.3%} of {summary.rounding_of}")

@@ -83,11 +83,15 @@ def _adapter_base(model: Model) -> str:
     return f" (LoRA on {named})" if named else " (LoRA)"
 
 
-def render_card(plan: Plan, title: str, fingerprint: str, recipe_text: str, notes: list[str]) -> str:
-    """Return the card's text."""
+def render_card(
+    plan: Plan, title: str, fingerprint: str, recipe_text: str, notes: list[str], peft: bool = False
+) -> str:
+    """Return the card's text; ``peft`` marks an output that is an adapter."""
     donor = plan.alignment.donor
     kept = front_matter(donor.folder / "README.md") if donor.folder else {}
     agreed, warnings = licences(plan)
+    if peft:
+        kept = kept | {"library_name": "peft"}
     matter: dict[str, Any] = {
         "base_model": base_models(plan),
         "base_model_relation": "merge",

@@ -4,6 +4,7 @@ Work happens in OUT.partial, beside OUT. Weights are written there under names n
 the headers, the final names and the model's other files come last, then everything is flushed and the folder renamed.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.dtypes import TORCH_NAMES
+from consilience.checkpoints.files import regular_size
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
 from consilience.engine.plan import Plan, TensorPlan
@@ -27,42 +29,93 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def _inputs(plan: Plan) -> list[Path]:
+    """Return every file and folder the merge reads, by its own name and by where its symlinks lead."""
+    found: list[Path] = []
+    for model in plan.models:
+        found += [part.path for part in (model.checkpoint, model.adapter) if part is not None and part.path is not None]
+        found += [Path(file) for file, _, _ in model.identity()]
+    donor = plan.alignment.donor.folder
+    found += side_files(donor) if donor is not None else []
+    return list(dict.fromkeys(place for path in found for place in (path.absolute(), path.resolve())))
+
+
+def _refuse_nesting(out: Path, plan: Plan) -> None:
+    """Refuse an OUT (or OUT.partial) that is, lies in or holds anything the merge reads."""
+    inputs = _inputs(plan)
+    for place in (out.absolute(), partial_path(out.absolute())):
+        real = place.parent.resolve() / place.name
+        for path in inputs:
+            if real == path or real in path.parents or (path.is_dir() and path in real.parents):
+                raise InputError(f"{place}: is, or lies in, or holds the input {path}; choose another OUT")
+
+
+def _refuse_occupied(out: Path, folder_output: bool, force: bool) -> None:
+    """Refuse to replace what stands at OUT without ``force``, or what is not of OUT's kind."""
+    if out.is_symlink():
+        raise InputError(f"{out}: is a symbolic link; name the place it points to, or choose another OUT")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if out.exists() and not folder_output:
+            raise InputError(f"{out}: is a folder, and this merge writes a file; choose another OUT")
+        return
+    if not force:
+        raise InputError(f"{out}: exists and is not empty; choose another OUT, or pass --force to replace it")
+    if not (out.is_dir() if folder_output else out.is_file()):
+        kind = "folder" if folder_output else "file"
+        raise InputError(f"{out}: exists and is not a {kind}, which this merge writes; choose another OUT")
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """Refuse an OUT.partial that no run of ours left: it would be deleted."""
+    if not partial.exists() and not partial.is_symlink():
+        return
+    ours = partial / OURS
+    left = ours.is_dir() and ((ours / PLAN).exists() or not (ours / "lineage.json").exists())
+    if partial.is_symlink() or not partial.is_dir() or not (left or not any(partial.iterdir())):
+        raise InputError(f"{partial}: is in the way and was not left by an unfinished merge; move it elsewhere")
+
+
+def _refuse_side_files(folder: Path) -> None:
+    """Refuse files of the donor's folder that cannot be copied: dangling links, pipes, devices."""
+    for path in side_files(folder):
+        regular_size(path)
+        if path.name == OURS and path.parent == folder:
+            raise InputError(f"{path}: has the name of the folder a merge adds to its output; rename it")
+
+
+def _refuse_uncreatable(partial: Path) -> None:
+    """Try out that OUT.partial can be made: permissions, odd file systems and long names fail here, not later."""
+    if partial.exists():
+        return
+    partial.mkdir()
+    partial.rmdir()
+
+
 def check_destination(out: Path, plan: Plan, force: bool, create: bool = True) -> None:
     """Refuse an OUT that would overwrite or nest with something; with ``create``, make its parent folder.
 
     Raises:
         InputError: OUT exists and is not empty (without ``force``), is or lies in an input, or cannot be created.
+        MachineError: the disk is full or failed.
     """
-    place = out.absolute()
-    real = place.parent.resolve() / place.name
-    for model in plan.models:
-        for path in (
-            model.checkpoint.path if model.checkpoint else None,
-            model.adapter.path if model.adapter else None,
-        ):
-            taken = path.resolve() if path is not None else None
-            if taken is not None and (
-                real == taken or (taken.is_dir() and taken in real.parents) or real in taken.parents
-            ):
-                raise InputError(f"{out}: is, or lies in, or holds the input {path}; choose another OUT")
-    folder_output = plan.alignment.donor.folder is not None
-    if place.exists() and not force:
-        occupied = place.is_file() or not place.is_dir() or any(place.iterdir())
-        if occupied:
-            raise InputError(f"{out}: exists and is not empty; choose another OUT, or pass --force to replace it")
-    if place.exists() and force and place.is_dir() != folder_output and (place.is_file() or any(place.iterdir())):
-        kind = "folder" if folder_output else "file"
-        raise InputError(f"{out}: exists and is not a {kind}, which this merge writes; choose another OUT")
-    if not folder_output and out.suffix != ".safetensors":
+    donor = plan.alignment.donor.folder
+    if out.name in ("", ".."):
+        raise InputError(f"{out}: is not a name to write to; name a new folder")
+    if donor is None and out.suffix != ".safetensors":
         raise InputError(f"{out}: a flat state dict is written to one file; name it with the ending .safetensors")
-    if not create:
-        return
+    if donor is not None:
+        _refuse_side_files(donor)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_nesting(out, plan)
+        _refuse_occupied(out, donor is not None, force)
+        _refuse_foreign(partial_path(out))
+        if create:
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            _refuse_uncreatable(partial_path(out))
     except OSError as error:
-        raise InputError(f"{out}: its parent folder cannot be made ({error.strerror}); choose another OUT") from None
-    if not os.access(place.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: the folder {place.parent} is not writable; choose another OUT")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise MachineError(f"{out}: cannot be made ({error.strerror}); mend it, then run this again") from None
+        raise InputError(f"{out}: cannot be made ({error.strerror}); choose another OUT") from None
 
 
 def check_space(out: Path, plan: Plan, written: int) -> None:
@@ -75,7 +128,8 @@ def check_space(out: Path, plan: Plan, written: int) -> None:
     need = plan.layout.size - written + (8 << 20)
     if free < need:
         raise MachineError(
-            f"{out}: needs {need / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; free some, then run the same command again"
+            f"{out}: needs {need / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; free some, then run the same "
+            "command again"
         )
 
 
@@ -203,19 +257,27 @@ def sync_tree(folder: Path) -> None:
                 os.close(descriptor)
 
 
+def _free_name(path: Path) -> Path:
+    """Return a name beside ``path`` that nothing has."""
+    number, found = 1, path.with_name(path.name + ".replaced")
+    while found.exists() or found.is_symlink():
+        number += 1
+        found = path.with_name(f"{path.name}.replaced-{number}")
+    return found
+
+
 def install(finished: Path, out: Path) -> None:
     """Rename ``finished`` (a folder or file) to OUT; what stood there is removed only once the new one is in place."""
     previous: Path | None = None
-    if out.exists() and (finished.is_file() or any(out.iterdir())):
-        if finished.is_file():
-            os.replace(finished, out)
-        else:
-            previous = out.with_name(out.name + ".replaced")
-            if previous.exists():
-                shutil.rmtree(previous)
-            out.rename(previous)
-    if finished.exists():
-        os.rename(finished, out)
+    if finished.is_dir() and out.is_dir() and any(out.iterdir()):
+        previous = _free_name(out)
+        out.rename(previous)
+    try:
+        os.replace(finished, out)
+    except OSError:
+        if previous is not None:
+            previous.rename(out)
+        raise
     descriptor = os.open(out.absolute().parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -76,7 +76,7 @@ class Worker:
         if isinstance(combine, WeightedSum):
             comb.weighted_sum(stack, tuple(map(real, combine.weights)), out)
         elif isinstance(combine, SignedSum):
-            comb.signed_sum(stack, tuple(map(real, combine.weights)), combine.mean, out)
+            comb.signed_sum(stack, tuple(map(np.float64, combine.weights)), combine.mean, out)
         else:
             combine.function(stack, start, combine.args, out)
 

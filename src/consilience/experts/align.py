@@ -73,12 +73,12 @@ def _check_dense(
     assert checkpoint is not None
     _refuse_quantised(model, checkpoint)
     found = _Dense([], [], [])
-    for name in tensors.keys() - checkpoint.tensors.keys():
+    for name in sorted(tensors.keys() - checkpoint.tensors.keys()):
         tied = tie_of(name, checkpoint.tensors)
         if tied is None or not says_tied(checkpoint.config) or checkpoint.tensors[tied].shape != tensors[name].shape:
             raise InputError(
-                f"{model.reference}: tensor {name!r} of {donor.reference} is missing{nearest(name, list(checkpoint.tensors))}; "
-                "pass the complete model, or name it under 'private:'"
+                f"{model.reference}: tensor {name!r} of {donor.reference} is missing"
+                f"{nearest(name, list(checkpoint.tensors))}; pass the complete model, or name it under 'private:'"
             )
         found.notes.append(f"{model.name}: {name} is tied to {tied} there and was taken from it")
     for name in sorted(checkpoint.tensors.keys() - tensors.keys()):
@@ -96,7 +96,7 @@ def _check_dense(
                 f"{model.reference}: tensor {name!r} is not in {donor.reference}{nearest(name, list(tensors))}; "
                 "nothing is dropped silently: name it under 'private:' to keep it with its expert"
             )
-    for name in tensors.keys() & checkpoint.tensors.keys():
+    for name in sorted(tensors.keys() & checkpoint.tensors.keys()):
         _check_shape(model, donor, name, checkpoint.tensors[name], tensors[name])
     return found
 
@@ -111,7 +111,8 @@ class _Dense:
 def _check_shape(model: Model, donor: Model, name: str, ours: TensorInfo, theirs: TensorInfo) -> None:
     if ours.dtype.mergeable != theirs.dtype.mergeable:
         raise InputError(
-            f"{model.reference}: tensor {name!r} is {ours.dtype.name} but {theirs.dtype.name} in {donor.reference}; convert one"
+            f"{model.reference}: tensor {name!r} is {ours.dtype.name} but {theirs.dtype.name} in {donor.reference}; "
+            "convert one"
         )
     if ours.shape == theirs.shape:
         return
@@ -126,40 +127,68 @@ def _check_shape(model: Model, donor: Model, name: str, ours: TensorInfo, theirs
         else "experts must share the base's architecture"
     )
     raise InputError(
-        f"{model.reference}: tensor {name!r} has shape {list(ours.shape)} but {list(theirs.shape)} in {donor.reference}; {hint}"
+        f"{model.reference}: tensor {name!r} has shape {list(ours.shape)} but {list(theirs.shape)} in "
+        f"{donor.reference}; {hint}"
     )
 
 
+def _check_target(model: Model, donor: Model, name: str, ties: dict[str, str], info: TensorInfo) -> None:
+    """Refuse an update that does not fit the tensor it is for, or one that a tied tensor could not take."""
+    adapter = model.adapter
+    assert adapter is not None
+    if name in ties:
+        raise InputError(
+            f"{model.reference}: it adapts {name!r}, which {donor.reference} ties to {ties[name]!r}; untie the base "
+            "(tie_word_embeddings: false), or adapt the other one"
+        )
+    target, pair, whole = info.shape, adapter.pairs.get(name), adapter.whole.get(name)
+    flat = (target[0], info.numel // max(target[0], 1)) if target else (1, 1)
+    shape = pair.delta_shape if pair is not None and pair.delta_shape != flat else None
+    shape = whole.shape if whole is not None and whole.shape != target else shape
+    if shape is not None:
+        raise InputError(
+            f"{model.reference}: its update of {name!r} has shape {list(shape)} but the tensor has {list(target)} in "
+            f"{donor.reference}; the adapter belongs to another base"
+        )
+    if not info.dtype.mergeable or (whole is not None and not whole.dtype.mergeable):
+        found = info.dtype.name if whole is None else whole.dtype.name
+        raise InputError(
+            f"{model.reference}: its update of {name!r} is {found}, and {info.dtype.name} in {donor.reference}: not a "
+            "weight that can be merged; train the adapter without it"
+        )
+
+
 def _check_adapter(
-    model: Model, donor: Model, tensors: dict[str, TensorInfo], private: Callable[[str], bool]
+    model: Model, donor: Model, tensors: dict[str, TensorInfo], ties: dict[str, str], private: Callable[[str], bool]
 ) -> list[str]:
+    """Check an adapter against its base and return the names of its own private tensors."""
     adapter = model.adapter
     assert adapter is not None
     own: list[str] = []
-    shapes = {name: pair.delta_shape for name, pair in adapter.pairs.items()} | {
-        n: t.shape for n, t in adapter.whole.items()
-    }
-    for name, shape in shapes.items():
-        if name not in tensors:
-            if private(name):
-                own.append(name)
-                continue
+    for name in sorted(adapter.pairs.keys() | adapter.whole.keys()):
+        if private(name) and name in adapter.pairs:
             raise InputError(
-                f"{model.reference}: it adapts {name!r}, which is not in {donor.reference}{nearest(name, list(tensors))}; "
-                "the adapter belongs to another base, or its layer is tied there"
+                f"{model.reference}: it adapts {name!r}, which is private, by factors that a head file cannot hold; "
+                "merge the adapter into its base with PEFT and pass the model"
             )
-        target = tensors[name].shape
-        flat = (target[0] if target else 1, tensors[name].numel // max(target[0], 1) if target else 1)
-        if (name in adapter.pairs and shape != flat) or (name in adapter.whole and shape != target):
+        if private(name):
+            own.append(name)
+        elif name not in tensors:
             raise InputError(
-                f"{model.reference}: its update of {name!r} has shape {list(shape)} but the tensor has {list(target)} in "
-                f"{donor.reference}; the adapter belongs to another base"
+                f"{model.reference}: it adapts {name!r}, which is not in {donor.reference}"
+                f"{nearest(name, list(tensors))}; the adapter belongs to another base, or its layer is tied there"
             )
-        if not tensors[name].dtype.mergeable:
-            raise InputError(
-                f"{model.reference}: {name!r} is {tensors[name].dtype.name} in {donor.reference}: not a weight"
-            )
+        else:
+            _check_target(model, donor, name, ties, tensors[name])
     return own
+
+
+def _donor_ties(donor: Checkpoint) -> dict[str, str]:
+    """Return alias -> tensor for what the donor writes twice though its config ties the two."""
+    if not says_tied(donor.config):
+        return {}
+    pairs = ((name, tie_of(name, donor.tensors)) for name in donor.tensors)
+    return {a: t for a, t in pairs if t is not None and donor.tensors[t].shape == donor.tensors[a].shape}
 
 
 def align(base: Model | None, experts: list[Model], private: Iterable[str] = ()) -> Alignment:
@@ -175,36 +204,27 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     is_private = private_filter(private)
     tensors = donor.checkpoint.tensors
     shared = {name: tensor for name, tensor in tensors.items() if not is_private(name)}
-    same_bytes: list[tuple[Model, str, str]] = []
+    ties = _donor_ties(donor.checkpoint)
+    same_bytes: list[tuple[Model, str, str]] = [(donor, alias, target) for alias, target in ties.items()]
     kept: dict[str, list[str]] = {}
     notes: list[str] = []
-    ties: dict[str, str] = {}
-    if says_tied(donor.checkpoint.config):
-        for name in tensors:
-            target = tie_of(name, tensors)
-            if target is not None and tensors[target].shape == tensors[name].shape:
-                ties[name] = target
-                same_bytes.append((donor, name, target))
-    for model in experts:
-        if model is donor:
-            continue
+    for model in [donor, *(e for e in experts if e is not donor)]:
         own: list[str] = []
-        if model.checkpoint is not None:
+        if model.checkpoint is not None and model is not donor:
             found = _check_dense(model, donor, shared, is_private)
-            own += [n for n in found.private] + [n for n in model.checkpoint.tensors if is_private(n) and n in tensors]
+            own += found.private
+            held = model.checkpoint.tensors
             same_bytes += found.same_bytes
-            same_bytes += [
-                (model, a, t)
-                for a, t in ties.items()
-                if a in model.checkpoint.tensors and t in model.checkpoint.tensors
-            ]
+            same_bytes += [(model, a, t) for a, t in ties.items() if a in held and t in held]
             notes += found.notes
+        if model.checkpoint is not None and model is not base:
+            own += [name for name in model.checkpoint.tensors if is_private(name) and name in tensors]
         if model.adapter is not None:
             if model.checkpoint is None and base is None:
                 raise InputError(
                     f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
                 )
-            own += _check_adapter(model, donor, shared, is_private)
-        if own:
+            own += _check_adapter(model, donor, shared, ties, is_private)
+        if own and model is not base:
             kept[model.name] = sorted(set(own))
     return Alignment(donor, tensors, ties, same_bytes, kept, notes)

@@ -80,8 +80,7 @@ class Model:
             pair_storage = self.adapter.checkpoint.storage
             if name in self.adapter.whole:
                 dense, storage = self.adapter.whole[name], pair_storage
-            else:
-                pair = self.adapter.pairs.get(name)
+            pair = self.adapter.pairs.get(name)
         return Source(storage, dense, pair_storage if pair else None, pair)
 
 

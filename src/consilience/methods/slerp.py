@@ -13,8 +13,8 @@ COLLINEAR = 0.9995
 def interpolation(t: float, gram: "tuple[float, float, float]") -> tuple[float, float]:
     """Return the multipliers of the two end points for <a,a>, <a,b>, <b,b> = ``gram``."""
     aa, ab, bb = gram
-    cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else 1.0
-    if abs(cosine) > COLLINEAR:
+    cosine = ab / (math.sqrt(aa) * math.sqrt(bb)) if aa > 0 and bb > 0 else 1.0
+    if not abs(cosine) <= COLLINEAR:  # NaN, which --allow-nonfinite lets through, included
         return 1.0 - t, t
     angle = math.acos(max(-1.0, min(1.0, cosine)))
     return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

@@ -1,7 +1,7 @@
 """From a recipe's settings to one value per tensor, expert and parameter.
 
 Precedence as in mergekit: the model's own ``parameters``, then the recipe's, then the method's default. A list of
-numbers is a gradient over depth: linear interpolation at ``t = layer / (layers - 1)``, t = 0 for tensors outside layers.
+numbers is a gradient over depth: linear interpolation at ``t = layer / (layers - 1)``, 0 outside layers.
 A list of ``filter``/``value`` takes the first entry that matches the tensor's name.
 """
 
@@ -14,7 +14,8 @@ from consilience.errors import InputError, nearest
 from consilience.methods.signature import Method
 from consilience.recipe.schema import Filtered, Recipe, Setting
 
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+#: The first number in a name, with what precedes it; longer runs of digits are not layer numbers.
+_LAYER = re.compile(r"^((?:.*?\.)?)(\d{1,9})\.")
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
@@ -57,8 +58,6 @@ class _Resolved:
         self.filters: list[tuple[Callable[[str], bool], str | None, Any]] = []
         self.used: set[str | None] = set()
         self.plain: Any = None
-        if isinstance(setting, list) and not setting:
-            raise InputError(f"{where}: is an empty list; give a value")
         if isinstance(setting, list) and isinstance(setting[0], Filtered):
             for entry in cast(list[Filtered], setting):
                 self.filters.append((matcher(entry.filter, where), entry.filter, entry.value))

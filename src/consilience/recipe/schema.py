@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from consilience.checkpoints.dtypes import ALIASES
 from consilience.errors import InputError, nearest
 from consilience.recipe.yaml_file import read_yaml
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Numbers = Annotated[list[Number], Strict(), Field(min_length=1)]
 Scalar = Annotated[bool, Strict()] | Number | Annotated[str, Strict()]
+Name = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f/\\.=]+$")]
+Reference = Annotated[str, Field(min_length=1)]
 
 #: mergekit keys that a later version will understand.
 _LATER = ("slices", "modules", "tokenizer", "chat_template")
@@ -26,10 +30,10 @@ class Filtered(_Closed):
     """A value for the tensors whose name matches ``filter`` (substring, glob with ``*`` or ``?``, or ``re:`` regex)."""
 
     filter: str | None = None
-    value: Scalar | list[Number]
+    value: Scalar | Numbers
 
 
-Setting = Scalar | list[Number] | list[Filtered]
+Setting = Scalar | Numbers | Annotated[list[Filtered], Strict(), Field(min_length=1)]
 
 
 class DataPaths(_Closed):
@@ -52,8 +56,8 @@ class Target(_Closed):
 class ModelEntry(_Closed):
     """One model of the merge."""
 
-    model: str
-    name: str | None = None
+    model: Reference
+    name: Name | None = None
     parameters: dict[str, Setting] = {}
     data: DataPaths | None = None
 
@@ -62,7 +66,7 @@ class Recipe(_Closed):
     """A merge: method, base, models, parameters, output dtype, seed."""
 
     merge_method: str = Field(alias="method", default="")
-    base_model: str | None = None
+    base_model: Reference | None = None
     models: list[ModelEntry] = Field(min_length=1, max_length=1000)
     parameters: dict[str, Setting] = {}
     dtype: str | None = None
@@ -101,6 +105,29 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return [*Recipe.model_fields, "method"]
 
 
+#: Pydantic's kinds of error in a user's words.
+_SAID = {
+    "missing": "is missing; add it",
+    "string_type": "must be text; quote it",
+    "string_unicode": "must be text; quote it",
+    "string_too_short": "must not be empty; name a model",
+    "string_too_long": "is too long; use at most 100 characters",
+    "string_pattern_mismatch": "must not be empty or hold '/', '\\', '.', '=' or control characters; rename it",
+    "list_type": "must be a list; write it as [a, b] or as lines that start with '- '",
+    "dict_type": "must be a mapping; write it as key: value",
+    "model_type": "must be a mapping; write it as key: value",
+    "too_short": "must name at least one",
+    "too_long": "holds too many entries; shorten it",
+    "invalid_key": "is not a text key; quote it",
+    "int_type": "must be a whole number",
+}
+
+
+def _said(error: ErrorDetails) -> str:
+    """Return what is wrong in a user's words, else in pydantic's."""
+    return _SAID.get(error["type"], error["msg"].removeprefix("Value error, ").replace("Input should", "should"))
+
+
 def explain(error: ValidationError, where: str) -> InputError:
     """Turn pydantic's report into one line that names the key and the mend."""
     errors = error.errors(include_url=False, include_input=False)
@@ -112,13 +139,15 @@ def explain(error: ValidationError, where: str) -> InputError:
         key = str(location[-1])
         if len(location) == 1 and key in _LATER:
             return InputError(f"{where}: {key!r} is not supported yet; use the 'models:' form")
-        return InputError(f"{where}: unknown key {place!r}{nearest(key, _known_keys(location))}")
-    if "parameters" in location:
-        place = ".".join(str(p) for p in location[: location.index("parameters") + 2])
+        known = _known_keys(location)
         return InputError(
-            f"{where}: {place} must be a number, true/false, a word, a list of numbers, or a list of filter/value"
+            f"{where}: unknown key {place!r}{nearest(key, known) or '; remove it, or use one of ' + ', '.join(known)}"
         )
-    return InputError(f"{where}: {place}: {first['msg']}")
+    if "parameters" in location[:-1]:
+        place = ".".join(str(p) for p in location[: location.index("parameters") + 2])
+        kinds = "a finite number, true/false, a word, a list of numbers, or a list of filter/value"
+        return InputError(f"{where}: {place} must be {kinds}")
+    return InputError(f"{where}: {place}: {_said(first)}")
 
 
 def parse_recipe(value: Any, where: str) -> Recipe:
@@ -128,7 +157,8 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         InputError: names the first key that is wrong, and the nearest known one.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{where}: a recipe is a mapping with merge_method and models, not a {type(value).__name__}")
+        kind = type(value).__name__
+        raise InputError(f"{where}: a recipe is a mapping with merge_method and models, not a {kind}; is it a recipe?")
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:

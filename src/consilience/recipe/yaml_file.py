@@ -5,16 +5,32 @@ from typing import Any
 
 import yaml
 
-from consilience.errors import InputError
+from consilience.checkpoints.files import exists, siblings
+from consilience.errors import InputError, nearest
 
 SIZE_LIMIT = 1 << 20
 NODE_LIMIT = 100_000
+#: No path, pattern or number is longer; YAML's base-60 integers take quadratic time.
+SCALAR_LIMIT = 10_000
+#: Deeper nesting than any recipe has; composing recurses.
+DEPTH_LIMIT = 100
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+#: What PyYAML lets out when a tag and its value do not go together (``!!int ""``, ``!!timestamp x``, ``!!bool x``).
+_CONSTRUCTION = (RecursionError, ValueError, OverflowError, AttributeError, IndexError, KeyError, TypeError)
 
 
 def _line(node: Any) -> str:
     return f"line {node.start_mark.line + 1}"
+
+
+def _refuse_deep(text: str, where: str) -> None:
+    """Walk the flat stream of events: the C composer recurses without a guard and would take the process down."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEPTH_LIMIT:
+            raise InputError(f"{where}: {_line(event)}: nested more than {DEPTH_LIMIT} levels deep; write it plainer")
 
 
 def _expanded(node: Any, sizes: dict[int, int], open_nodes: set[int], where: str) -> int:
@@ -23,6 +39,8 @@ def _expanded(node: Any, sizes: dict[int, int], open_nodes: set[int], where: str
         return sizes[id(node)]
     if id(node) in open_nodes:
         raise InputError(f"{where}: {_line(node)}: an alias refers to itself; write the value out")
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > SCALAR_LIMIT:
+        raise InputError(f"{where}: {_line(node)}: a value of {len(node.value)} characters is too long; shorten it")
     open_nodes.add(id(node))
     children: list[Any] = []
     if isinstance(node, yaml.MappingNode):
@@ -52,8 +70,9 @@ def parse_yaml(text: str, where: str) -> Any:
         InputError: not YAML, several documents, duplicate keys, self-reference, or an alias bomb.
     """
     if len(text) > SIZE_LIMIT:
-        raise InputError(f"{where}: {len(text)} characters is too long for a recipe (limit {SIZE_LIMIT})")
+        raise InputError(f"{where}: too long for a recipe (limit {SIZE_LIMIT} characters); is it a recipe file?")
     try:
+        _refuse_deep(text, where)
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
@@ -63,20 +82,21 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark: Any = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}: " if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = " ".join(filter(None, (getattr(error, part, None) for part in ("context", "problem")))) or str(error)
         raise InputError(f"{where}: {place}not valid YAML ({problem}); fix the line") from None
-    except (RecursionError, ValueError, OverflowError) as error:
+    except _CONSTRUCTION as error:
         raise InputError(
             f"{where}: not a usable YAML document ({type(error).__name__}: {error}); write it plainer"
         ) from None
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse the YAML document in the file ``path``."""
+    """Parse the YAML document in the file ``path`` (a pipe will do: only as much as a recipe may hold is read)."""
+    if not exists(path):
+        raise InputError(f"{path}: no such recipe file{nearest(path.name, siblings(path)) or '; check the path'}")
     try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise InputError(f"{path}: {path.stat().st_size} bytes is too long for a recipe (limit {SIZE_LIMIT})")
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            text = file.read(SIZE_LIMIT + 1).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); is it a recipe file?") from None
     except UnicodeDecodeError:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from consilience.engine.kernels.jit import kernel
 
 
@@ -17,20 +19,24 @@ def weighted_sum(stack: Any, weights: Any, out: Any) -> None:
 
 @kernel
 def signed_sum(stack: Any, weights: Any, mean: bool, out: Any) -> None:
-    """TIES' sign election and disjoint merge; see ``consilience.methods.program.SignedSum``."""
+    """TIES' sign election and disjoint merge; see ``consilience.methods.program.SignedSum``.
+
+    ``weights`` are float64. The election sums in float64, so that task vectors that cancel are seen to cancel; a
+    float32 sum would leave a residue whose sign is noise.
+    """
     zero = stack.dtype.type(0)
     one = stack.dtype.type(1)
     for i in range(out.size):
-        total = zero
+        total = 0.0
         for k in range(len(weights)):
-            total += weights[k] * stack[k, i]
-        positive = total >= zero
+            total += weights[k] * np.float64(stack[k, i])
+        positive = total >= 0.0
         agreeing = zero
         divisor = zero
         for k in range(len(weights)):
-            x = weights[k] * stack[k, i]
+            x = stack.dtype.type(weights[k]) * stack[k, i]
             agrees = x > zero if positive else x < zero
             agreeing += x if agrees else zero
-            divisor += weights[k] if agrees else zero
+            divisor += stack.dtype.type(weights[k]) if agrees else zero
         divisor = divisor if mean and divisor != zero else one
         out[i] = agreeing / divisor

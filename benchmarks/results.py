@@ -1,0 +1,340 @@
+"""Results of one benchmark run: the JSON that is kept, and the page that is generated from it.
+
+python -m benchmarks.results docs/results/bench/DATE-HOST.json     # write merge.md beside it again
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+AIMS = {"linear": 0.8, "task_arithmetic": 0.8, "slerp": 1.2, "dare_linear": 1.2, "dare_ties": 1.2, "ties": 1.2}
+"""Largest wall time of a 0.5 B merge as a ratio to the bare torch loop of the same run."""
+START_UP_AIM_S = 1.0
+PLANNING_AIM_S = 5.0
+TINY_AIM_S = 1.2
+MEMORY_AIM_MB = 500.0
+_NO_AIM = float("inf")
+NOISE = 0.25
+"""Cores busy with other work above which a row is marked as measured on a loaded machine."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """All runs of one job.
+
+    Arguments:
+        tool: "floor", "consilience" or "mergekit".
+        job: "raw", "raw_fsync", "torch" (floors), "merge", "plan", "help" or "methods".
+        size: the synthetic set; "" for jobs without input.
+        method: the merge method; "" for jobs without one.
+        wall_s, cpu_s, anon_mb, other_cores: one number per run, see `benchmarks.measure.Measurement`.
+        failure: why the job has no numbers, or "".
+    """
+
+    tool: str
+    job: str
+    size: str
+    method: str
+    wall_s: tuple[float, ...]
+    cpu_s: tuple[float, ...]
+    anon_mb: tuple[float, ...]
+    other_cores: tuple[float, ...]
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was measured."""
+        return not self.failure and bool(self.wall_s)
+
+    @property
+    def wall(self) -> float:
+        """Median wall time in seconds."""
+        return statistics.median(self.wall_s)
+
+    @property
+    def memory(self) -> float:
+        """Largest peak of anonymous memory in MB."""
+        return max(self.anon_mb)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether other work kept the cores busy during the typical run."""
+        return self.ok and statistics.median(self.other_cores) > NOISE
+
+    def times(self) -> str:
+        """Return the median, and the range when there are several runs."""
+        if not self.ok:
+            return self.failure or "-"
+        mark = " †" if self.loaded else ""
+        if len(self.wall_s) == 1:
+            return f"{self.wall:.2f}{mark}"
+        return f"{self.wall:.2f} ({min(self.wall_s):.2f}-{max(self.wall_s):.2f}){mark}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Agreement of a tool's tiny merge with the float64 reference, see `benchmarks.oracle.Agreement`."""
+
+    tool: str
+    method: str
+    error: float
+    rounding: float
+    differing: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """One benchmark run.
+
+    Arguments:
+        date: ISO date and time, UTC.
+        machine: processor, cores, memory, kernel, file system.
+        versions: of Python, the tools and what they stand on.
+        settings: the command line's.
+        parameters: number of parameters of each size.
+        rows: the jobs.
+        checks: correctness of the merges.
+    """
+
+    date: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+    settings: dict[str, str]
+    parameters: dict[str, int]
+    rows: tuple[Row, ...]
+    checks: tuple[Check, ...]
+
+    def find(self, tool: str, job: str, size: str = "", method: str = "") -> Row | None:
+        """Return the row of a job, if it was measured."""
+        for row in self.rows:
+            if (row.tool, row.job, row.size, row.method) == (tool, job, size, method) and row.ok:
+                return row
+        return None
+
+
+def machine(folder: Path) -> dict[str, str]:
+    """Describe this machine without naming it; ``folder`` tells which file system is used."""
+    processor = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    path = str(folder.resolve())
+    inside = [(len(point), kind) for point, kind in mounts if path == point or path.startswith(point.rstrip("/") + "/")]
+    return {
+        "processor": processor,
+        "cores": str(os.cpu_count()),
+        "memory": f"{memory / 2**30:.0f} GiB",
+        "kernel": platform.release().split("-")[0],
+        "file system": max(inside)[1] if inside else "unknown",
+        "class": f"{os.cpu_count()}core-{memory / 2**30:.0f}gb-{platform.machine()}",
+    }
+
+
+def load(path: Path) -> Results:
+    """Read a results file."""
+    return TypeAdapter(Results).validate_json(path.read_bytes())
+
+
+def save(results: Results, folder: Path) -> Path:
+    """Write the JSON and its page into ``folder`` and return the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{results.date[:10]}-{results.machine['class']}.json"
+    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+    (folder / "merge.md").write_text(page(results, path.name), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of strings, printed on a terminal or as Markdown."""
+
+    title: str
+    header: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def _ratio(row: Row | None, other: Row | None) -> str:
+    return f"{row.wall / other.wall:.2f}" if row and other else "-"
+
+
+def _verdict(value: float, aim: float) -> str:
+    return "met" if value <= aim else "missed"
+
+
+def _seconds(row: Row | None) -> str:
+    return row.times() if row else "-"
+
+
+def _megabytes(row: Row | None) -> str:
+    return f"{row.memory:.0f}" if row else "-"
+
+
+def _merges(results: Results) -> Table:
+    """Compare the methods at 0.5 B with the bare loop and with mergekit."""
+    size = "0.5b"
+    bare = results.find("floor", "torch", size)
+    body: list[tuple[str, ...]] = []
+    for job, label in (
+        ("raw", "*raw I/O*"),
+        ("raw_fsync", "*raw I/O + fsync*"),
+        ("torch", "*bare torch loop*"),
+    ):
+        row = results.find("floor", job, size)
+        if not row:
+            continue
+        body.append((label, _seconds(row), _ratio(row, bare), "", "", "", _megabytes(row), ""))
+    for method, aim in AIMS.items():
+        ours, theirs = (
+            results.find("consilience", "merge", size, method),
+            results.find("mergekit", "merge", size, method),
+        )
+        if not ours and not theirs:
+            continue
+        goal = f"<= {aim:.1f}" + (f", {_verdict(ours.wall / bare.wall, aim)}" if ours and bare else "")
+        body.append(
+            (
+                method,
+                _seconds(ours),
+                _ratio(ours, bare),
+                goal,
+                _seconds(theirs),
+                _ratio(theirs, ours),
+                _megabytes(ours),
+                _megabytes(theirs),
+            )
+        )
+    return Table(
+        "Merging 0.5 B parameters (base + 3 experts, bf16, warm cache, whole process)",
+        ("method", "seconds", "x bare loop", "aim", "mergekit s", "mergekit / ours", "memory MB", "mergekit MB"),
+        tuple(body),
+        "The bare loop averages three inputs with safetensors and torch in fp32 (benchmarks/floor_torch.py). "
+        "Consilience's times include fsync and the verification of the output; the bare loop and mergekit do neither. "
+        "`slerp` merges the base and one expert; `ties` and `dare_*` keep a density of 0.5.",
+    )
+
+
+def _start_up(results: Results) -> Table:
+    """List what should feel immediate."""
+    body: list[tuple[str, ...]] = []
+    for job, size, method, label, aim in (
+        ("help", "", "", "`--help`", START_UP_AIM_S),
+        ("methods", "", "", "`methods`", START_UP_AIM_S),
+        ("plan", "0.5b", "ties", "`merge --dry-run`, 0.5 B, ties", START_UP_AIM_S),
+        ("plan", "many", "linear", "`merge --dry-run`, 20,001 tensors", PLANNING_AIM_S),
+        ("merge", "many", "linear", "merge of 20,001 small tensors", _NO_AIM),
+        ("merge", "tiny", "linear", "merge of 1 MB, linear", TINY_AIM_S),
+        ("merge", "tiny", "ties", "merge of 1 MB, ties", TINY_AIM_S),
+    ):
+        ours, theirs = results.find("consilience", job, size, method), results.find("mergekit", job, size, method)
+        if not ours and not theirs:
+            continue
+        goal = "-" if aim == _NO_AIM else f"<= {aim:.1f} s" + (f", {_verdict(ours.wall, aim)}" if ours else "")
+        body.append((label, _seconds(ours), goal, _megabytes(ours), _seconds(theirs), _ratio(theirs, ours)))
+    return Table(
+        "Start-up and planning",
+        ("command", "seconds", "aim", "memory MB", "mergekit s", "mergekit / ours"),
+        tuple(body),
+        "Kernels are cached: every method has merged the 1 MB set once before.",
+    )
+
+
+def _scaling(results: Results) -> Table:
+    """Show that time is linear in size and memory flat."""
+    body: list[tuple[str, ...]] = []
+    for tool, job, method, label in (
+        ("floor", "raw_fsync", "", "*raw I/O + fsync*"),
+        ("floor", "torch", "", "*bare torch loop*"),
+        ("mergekit", "merge", "linear", "mergekit linear"),
+        ("consilience", "merge", "linear", "linear"),
+        ("consilience", "merge", "ties", "ties"),
+    ):
+        for size, count in results.parameters.items():
+            row = results.find(tool, job, size, method)
+            if row is None or count < 10**8:
+                continue
+            per = row.wall / (count / 1e9)
+            raw = results.find("floor", "raw_fsync", size)
+            memory = _megabytes(row)
+            if tool == "consilience":
+                memory += f" ({_verdict(row.memory, MEMORY_AIM_MB)})"
+            body.append((label, size, f"{count / 1e9:.2f} B", row.times(), f"{per:.2f}", _ratio(row, raw), memory))
+    return Table(
+        "Time and memory against size",
+        ("job", "set", "parameters", "seconds", "s per billion", "x raw I/O + fsync", "memory MB"),
+        tuple(body),
+        f"Anonymous memory, imports included; the aim is under {MEMORY_AIM_MB:.0f} MB at any size. In the 7b set seven "
+        "eighths of the weights are holes (see benchmarks/synthetic.py), so it shows linearity, not a competition; its "
+        "time includes writing 13.5 GB.",
+    )
+
+
+def _checks(results: Results) -> Table:
+    """Show that the merges that were timed are right."""
+    body = tuple(
+        (check.method, check.tool, f"{check.error:.4f}", f"{check.rounding:.4f}", f"{100 * check.differing:.2f} %")
+        for check in results.checks
+    )
+    return Table(
+        "Are the merges right? (1 MB set, against float64)",
+        ("method", "program", "error / task vector", "of which bf16 rounding", "elements off"),
+        body,
+        "`elements off`: share of output values that differ from the exact merge rounded to bf16.",
+    )
+
+
+def tables(results: Results) -> list[Table]:
+    """Return the tables that have anything in them."""
+    made = (_merges(results), _start_up(results), _scaling(results), _checks(results))
+    return [table for table in made if table.body]
+
+
+def _markdown(table: Table) -> str:
+    lines = [f"### {table.title}", "", "| " + " | ".join(table.header) + " |"]
+    lines.append("|" + "|".join("---" if i == 0 else "---:" for i in range(len(table.header))) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in table.body]
+    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
+
+
+def page(results: Results, source: str) -> str:
+    """Return the Markdown page of one run; ``source`` is the JSON's name."""
+    hardware = ", ".join(f"{key}: {value}" for key, value in results.machine.items() if key != "class")
+    software = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    failed = [row for row in results.rows if row.failure]
+    parts = [
+        f"<!-- Generated from {source} by `python -m benchmarks.results`; do not edit. -->",
+        f"Measured {results.date[:10]} with `make bench`. Machine: {hardware}. Versions: {software}. "
+        "Times are medians (lowest-highest) of whole processes, interleaved in one run; memory is the peak of "
+        "anonymous memory, sampled every 20 ms over the process tree.",
+        *map(_markdown, tables(results)),
+    ]
+    if any(row.loaded for row in results.rows):
+        parts.append(f"† other work (or writeback) kept more than {NOISE} cores busy: an upper bound.")
+    if failed:
+        parts.append(
+            "Failed: " + "; ".join(f"{r.tool} {r.job} {r.size} {r.method} ({r.failure})" for r in failed) + "."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def main(paths: Sequence[str]) -> None:
+    """Write the page of a results file beside it."""
+    for path in map(Path, paths):
+        (path.parent / "merge.md").write_text(page(load(path), path.name), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,36 @@
+"""``consilience merge --as-adapter``: the merge of LoRA experts as one PEFT adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from consilience.errors import InputError
+
+
+def merge_to_adapter(
+    source: Any, out: Path, kind: str, rank: int | None, force: bool, dry_run: bool, quiet: bool, threads: int | None
+) -> None:
+    """Plan the merge, write the adapter and say what truncation discarded."""
+    from consilience.api import plan_recipe
+
+    if kind not in ("cat", "svd"):
+        raise InputError(f"--as-adapter {kind!r}: choose cat (exact) or svd (with --rank)")
+    if (kind == "svd") != (rank is not None):
+        raise InputError("--rank: goes with --as-adapter svd, which needs it")
+    plan = plan_recipe(source, None)
+    from consilience.engine.adapter_output import check_low_rank, write_adapter
+
+    check_low_rank(plan)
+    if dry_run:
+        from consilience.engine.describe import describe
+        from consilience.engine.stream import thread_count
+
+        typer.echo("\n".join(describe(plan, thread_count(threads))))
+        return
+    summary = write_adapter(plan, out, "cat" if kind == "cat" else "svd", rank or 0, force=force, threads=threads)
+    if not quiet:
+        lost = f", {summary.discarded:.2%} of the update's energy discarded" if kind == "svd" else ", exact"
+        typer.echo(f"{summary.out}: adapter on {summary.modules} modules, rank {summary.rank}{lost}")
+        for note in summary.notes:
+            typer.echo(f"  note: {note}")

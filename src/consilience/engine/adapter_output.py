@@ -1,0 +1,260 @@
+"""A merge of LoRA experts written as one PEFT adapter instead of a full model.
+
+    delta = sum_k w_k s_k B_k A_k
+
+``cat`` is exact for methods that are weighted sums: A = [A_1; ...; A_K], B = [w_1 s_1 B_1, ..., w_K s_K B_K].
+``svd`` keeps the best rank-r part of each tensor's merged update and reports the energy it discards. For weighted sums
+it goes through the r x r core of two QR factorisations, never forming the product; other methods (TIES, DARE, ...) merge
+the dense update first. (sum A)(sum B) never stands in for sum AB.
+"""
+
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from consilience.checkpoints.dtypes import DTYPES, DType
+from consilience.checkpoints.safetensors_file import encode_header
+from consilience.engine import output
+from consilience.engine.block import Loader, Scratch
+from consilience.engine.card import licences, render_card
+from consilience.engine.kernels import encode as enc
+from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint, versions
+from consilience.engine.memory import MemorySink
+from consilience.engine.merge import recipe_text
+from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.stream import Listener, Silent, Streamer
+from consilience.errors import InputError
+from consilience.methods.program import WeightedSum
+
+Array = npt.NDArray[np.float64]
+#: A dense update is factorised through a random projection (Halko et al. 2011) of this many extra columns, refined by
+#: this many power iterations, unless its smaller side is not much larger than that.
+OVERSAMPLE, POWER = 16, 2
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What was written: modules, largest rank, and the share of the update's squared norm that truncation discarded."""
+
+    out: str
+    modules: int
+    rank: int
+    discarded: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Factors:
+    target: str
+    a: Array
+    b: Array
+    kept: float
+    total: float
+    embedding: bool
+
+
+def check_low_rank(plan: Plan) -> None:
+    """Refuse what an adapter cannot express.
+
+    Raises:
+        InputError: there is no base, or an expert is more than LoRA pairs on it.
+    """
+    if plan.base is None:
+        raise InputError("--as-adapter: needs the base the adapters stand on; name a base_model")
+    for expert in plan.experts:
+        if not expert.low_rank:
+            raise InputError(f"{expert.reference}: is not a plain LoRA adapter, so the merge is not one; leave --as-adapter out")
+
+
+def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
+    """Return (left [rows, R], right [R, columns]) of a weighted sum: all experts' factors side by side, in float64."""
+    program = tensor.program
+    assert program is not None
+    assert isinstance(program.combine, WeightedSum)
+    lefts: list[Array] = []
+    rights: list[Array] = []
+    scratch = Scratch()
+    for weight, source in zip(program.combine.weights, tensor.rows, strict=True):
+        if source.pair is not None:
+            left, right = scratch.factors(source, np.float64)
+            lefts.append(left * (weight * program.scale * source.pair.scale))
+            rights.append(right.copy())
+    return np.concatenate(lefts, 1), np.concatenate(rights, 0)
+
+
+def truncate(left: Array, right: Array, rank: int) -> tuple[Array, Array, float, float]:
+    """Return the best rank-``rank`` factors of ``left @ right`` through its core, the energy kept and the total."""
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T)
+    keep = min(rank, len(s))
+    root = np.sqrt(s[:keep])
+    energy = s**2
+    return q_left @ (u[:, :keep] * root), (root[:, None] * vt[:keep]) @ q_right.T, float(energy[:keep].sum()), float(energy.sum())
+
+
+def factorise(delta: Array, rank: int) -> tuple[Array, Array, float, float]:
+    """Return rank-``rank`` factors of a dense update, the energy kept and the total."""
+    total = float(np.square(delta).sum())
+    if min(delta.shape) > 4 * (rank + OVERSAMPLE):
+        probe = np.random.default_rng(0).standard_normal((delta.shape[1], rank + OVERSAMPLE))
+        basis = np.linalg.qr(delta @ probe)[0]
+        for _ in range(POWER):
+            basis = np.linalg.qr(delta @ np.linalg.qr(delta.T @ basis)[0])[0]
+        left, right, kept, _ = truncate(basis, basis.T @ delta, rank)
+        return left, right, kept, total
+    u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    root = np.sqrt(s[:rank])
+    return u[:, :rank] * root, root[:, None] * vt[:rank], float(np.square(s[:rank]).sum()), total
+
+
+def dense_update(plan: Plan, tensor: TensorPlan, threads: int | None) -> Array:
+    """Return the merged update of one tensor, [rows, columns], by running its program in float64."""
+    alone = replace(tensor, index=0, out_dtype=DTYPES["F64"], wide=True)
+    small = replace(plan, tensors=(alone,))
+    sink = MemorySink(small)
+    Streamer(small, sink, threads=threads).run()
+    merged = sink.arrays[tensor.name].view(np.float64)
+    base = Loader(Scratch(), alone, plan.allow_nonfinite).base(0, tensor.numel, None)
+    return (merged - base).reshape(tensor.shape[0], -1)
+
+
+def _factors(plan: Plan, tensor: TensorPlan, kind: Literal["cat", "svd"], rank: int, threads: int | None) -> _Factors:
+    pair = next(source.pair for source in tensor.rows if source.pair is not None)
+    embedding = "lora_embedding_" in pair.a.name
+    program = tensor.program
+    assert program is not None
+    if isinstance(program.combine, WeightedSum) and not program.stages and program.statistics == "none":
+        left, right = stacked(tensor)
+        kept = total = 1.0
+        if kind == "svd":
+            left, right, kept, total = truncate(left, right, rank)
+    elif kind == "cat":
+        raise InputError(f"--as-adapter cat: method {plan.method.name!r} is not a weighted sum of the adapters; use svd with --rank")
+    else:
+        left, right, kept, total = factorise(dense_update(plan, tensor, threads), rank)
+    a, b = (left.T, right.T) if pair.transposed else (right, left)
+    return _Factors(tensor.name, a, b, kept, total, embedding)
+
+
+def _encode(values: Array, dtype: DType) -> Any:
+    raw = np.empty(values.size * dtype.itemsize, np.uint8)
+    enc.encode(np.ascontiguousarray(values).reshape(-1), dtype, raw)
+    return raw
+
+
+def _write_weights(path: Path, found: list[_Factors], dtype: DType) -> None:
+    tensors: list[tuple[str, Array]] = []
+    for f in found:
+        stem = "base_model.model." + f.target.removesuffix(".weight")
+        middle, end = (".lora_embedding_", "") if f.embedding else (".lora_", ".weight")
+        tensors += [(f"{stem}{middle}A{end}", f.a), (f"{stem}{middle}B{end}", f.b)]
+    header, _ = encode_header([(name, dtype, values.shape) for name, values in tensors], {"format": "pt"})
+    with open(path, "wb") as file:
+        file.write(header)
+        for _, values in tensors:
+            file.write(_encode(values, dtype).data)
+
+
+def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
+    """Return the PEFT config of the merged adapter: the experts' own where they agree, ``alpha = r`` so that scale = 1."""
+    configs = [e.adapter.config for e in plan.experts if e.adapter is not None]
+    most = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {module: rank for module, rank in ranks.items() if rank != most}
+    named = [c.get("base_model_name_or_path") for c in configs]
+    return {
+        "peft_type": "LORA",
+        "task_type": configs[0].get("task_type"),
+        "base_model_name_or_path": named[0] if len(set(named)) == 1 else plan.recipe.base_model,
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks}) if _suffixes_suffice(plan, ranks) else sorted(ranks),
+        "bias": "none",
+        "fan_in_fan_out": bool(configs[0].get("fan_in_fan_out")),
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+    }
+
+
+def _suffixes_suffice(plan: Plan, ranks: dict[str, int]) -> bool:
+    """Whether naming modules by their last part adapts exactly these modules."""
+    suffixes = {module.rsplit(".", 1)[-1] for module in ranks}
+    weights = (t.name.removesuffix(".weight") for t in plan.tensors if t.name.endswith(".weight"))
+    return all(module in ranks for module in weights if module.rsplit(".", 1)[-1] in suffixes)
+
+
+def write_adapter(
+    plan: Plan,
+    out: Path,
+    kind: Literal["cat", "svd"],
+    rank: int = 0,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    listener: Listener | None = None,
+) -> AdapterSummary:
+    """Write the merge of LoRA experts as a PEFT adapter folder.
+
+    Args:
+        plan: a merge whose experts are all LoRA adapters.
+        out: the folder to write.
+        kind: ``cat`` (exact, rank = sum of the experts') or ``svd`` (truncated to ``rank``).
+        rank: rank of ``svd``.
+        force: replace a non-empty ``out``.
+        threads: workers for methods that merge dense updates.
+        listener: told of progress.
+
+    Raises:
+        InputError: an expert is not a plain adapter, or the method is not a weighted sum and ``cat`` was asked for.
+    """
+    check_low_rank(plan)
+    output.check_destination(out, plan, force)
+    partial = output.partial_path(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        found: list[_Factors] = []
+        for tensor in plan.tensors:
+            if tensor.program is not None and any(source.pair for source in tensor.rows):
+                found.append(_factors(plan, tensor, kind, rank, threads))
+                (listener or Silent()).advance(tensor.bytes_read)
+        ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
+        (partial / output.OURS).mkdir(parents=True)
+        dtype = DTYPES[plan.recipe.output_dtype or "F32"]
+        _write_weights(partial / "adapter_model.safetensors", found, dtype)
+        output.write_json(partial / "adapter_config.json", adapter_config(plan, ranks))
+        kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
+        notes = [*plan.alignment.notes, *licences(plan)[1]]
+        _write_papers(partial, plan, out, kind, notes)
+    except InputError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    output.sync_tree(partial)
+    output.install(partial, out)
+    discarded = max(0.0, 1.0 - kept / total) if kind == "svd" and total else 0.0
+    return AdapterSummary(str(out), len(found), max(ranks.values()), discarded, tuple(notes))
+
+
+def _write_papers(partial: Path, plan: Plan, out: Path, kind: str, notes: list[str]) -> None:
+    from consilience.checkpoints.adapter import open_adapter
+
+    own = checkpoint_fingerprints(open_adapter(partial).checkpoint)
+    whole = model_fingerprint(own)
+    text = recipe_text(plan)
+    models = [
+        {"name": m.name, "reference": m.reference, "fingerprint": model_fingerprint(checkpoint_fingerprints(m.adapter.checkpoint))}
+        for m in plan.experts
+        if m.adapter is not None
+    ]
+    document = {"format": 1, "method": plan.method.name, "kind": f"adapter ({kind})", "seed": plan.recipe.seed}
+    document |= {"versions": versions(), "models": models, "output": {"fingerprint": whole, "tensors": own}, "notes": notes}
+    output.write_json(partial / output.OURS / "lineage.json", document)
+    (partial / output.OURS / "recipe.yaml").write_text(text, encoding="utf-8")
+    (partial / "README.md").write_text(render_card(plan, out.name, whole, text, notes, peft=True), encoding="utf-8")

@@ -1,0 +1,148 @@
+"""Load a transformers model and its tokenizer from a local folder, strictly: nothing is initialised at random."""
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from consilience.errors import InputError, MachineError
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Silence transformers' own bars and reports, which errors here replace."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(what: str, verb: str) -> Generator[None]:
+    """Turn whatever a library raises over a user's files into one line; the cause stays attached for ``--debug``."""
+    try:
+        yield
+    except (InputError, MachineError):
+        raise
+    except MemoryError as error:
+        raise MachineError(f"{what}: not enough memory to load it") from error
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1] or [""]
+        if "can't allocate memory" in first[0] or "out of memory" in first[0]:
+            raise MachineError(f"{what}: not enough memory to load it") from error
+        raise InputError(f"{what}: {verb} ({type(error).__name__}: {first[0][:300]})") from error
+
+
+def require_transformers(purpose: str) -> None:
+    """Check that torch and transformers are there.
+
+    Raises:
+        InputError: names the extra to install.
+    """
+    from importlib.util import find_spec
+
+    for package in ("torch", "transformers"):
+        if find_spec(package) is None:
+            raise InputError(f"{purpose} needs {package}; install it with: pip install 'consilience[hf]'")
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder can be a transformers model before anything is loaded.
+
+    Raises:
+        InputError: it is no folder, an adapter without its base, or has no config.json.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such model folder; give a Hugging Face folder (config.json, weights, tokenizer)"
+        )
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder}: holds an adapter, not a model; write BASE+{folder}")
+    raise InputError(f"{folder}: holds no config.json; give a Hugging Face model folder")
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        InputError: there is none, or it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    with _quiet(), _explained(str(folder), "its tokenizer does not load; copy the base's tokenizer files there"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def load_model(
+    folder: Path | str, *, adapter: Path | str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> Any:
+    """Load a language model in float32, ready to evaluate.
+
+    Weights stored in bfloat16 are widened, which is exact; under bfloat16 autocast they are narrowed back, also exact.
+    A PEFT adapter is folded into the weights where its kind allows it, so it costs nothing at each forward pass.
+
+    Args:
+        folder: a Hugging Face folder of a causal or encoder-decoder language model; its weights are read with
+            ``weights_only`` and no code in it is run.
+        adapter: a PEFT adapter folder to put on top.
+        device: a torch device.
+        trust_remote_code: run the ``.py`` files of the folder (only for models you trust).
+
+    Raises:
+        InputError: the folder is no such model, its weights are missing, misshapen or incomplete, or the adapter does
+            not fit.
+        MachineError: not enough memory.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    with _quiet(), _explained(str(folder), "does not load as a language model"):
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        kind: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+        model, report = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise InputError(f"{folder}: tensor {absent[0]}{more} missing or misshapen in the weights; restore the files")
+    if adapter is not None:
+        model = _with_adapter(model, Path(adapter))
+    # Autocast keeps the bfloat16 copy of a weight between batches only for parameters that require gradients.
+    return model.to(device).requires_grad_(True).eval()
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter}: holds no adapter_config.json; give a PEFT adapter folder")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise InputError(f"{adapter}: an adapter needs peft; install it with: pip install 'consilience[hf]'") from None
+    with warnings.catch_warnings(record=True) as said, _explained(str(adapter), "does not fit as an adapter"):
+        warnings.simplefilter("always")
+        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    missing = next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None)
+    if missing:
+        raise InputError(f"{adapter}: does not fit the model ({missing[:300]}); check which base it was trained on")
+    if any(config.is_prompt_learning for config in adapted.peft_config.values()):
+        return adapted  # virtual tokens are not weights
+    with _explained(str(adapter), "cannot be folded into the model's weights"):
+        return adapted.merge_and_unload(safe_merge=False)

@@ -1,0 +1,473 @@
+"""Loss per token, rank classification and divergence of transformers models, batched.
+
+The output layer is the dear part of a small model with a large vocabulary, and most of its rows would be thrown away:
+it is applied only where a token is scored, a bounded number of tokens at a time. Its input is caught by a hook, so this
+works for any architecture whose logits are ``output_embeddings(x)``; whether they are is checked on a short probe, and
+models that scale or cap their logits afterwards run plainly.
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from consilience.errors import InputError
+from consilience.tasks.encoding import Encoded, encode
+from consilience.tasks.intervals import bootstrap
+from consilience.tasks.results import Accuracy, Divergence, Loss, TaskResult
+from consilience.tasks.rows import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Dtype = Literal["float32", "bfloat16"]
+
+#: Bound on one block of float32 logits [tokens, vocabulary], in bytes; a pass holds a few such blocks.
+LOGITS_BYTES = 64 << 20
+#: Bound on the padded tokens of one batch, for the memory of long sequences.
+BATCH_TOKENS = 8192
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Readout:
+    """How a model's logits come about: ``head`` maps caught states to logits; None: they are only had whole."""
+
+    model: Any
+    head: Any | None
+    vocabulary: int
+
+    def states(self, inputs: dict[str, "Tensor"], where: tuple["Tensor", "Tensor"]) -> "Tensor":
+        """Return head inputs [N, H] (or logits [N, V] without a head) at N (sequence, position) pairs."""
+        if self.head is None:
+            return self.model(**inputs, use_cache=False).logits[where]
+        caught, _ = _caught(self.model, self.head, inputs)
+        return caught[where]
+
+    def logits(self, states: "Tensor") -> "Tensor":
+        """Return float32 logits [n, V] of n states."""
+        return (states if self.head is None else self.head(states)).float()
+
+
+def _caught(model: Any, head: Any, inputs: dict[str, "Tensor"], *, short: bool = True) -> tuple[Any, Any]:
+    """Run a model; return (the input its head got [B, T, H], its logits). With ``short`` the head sees one position."""
+    seen: list[Any] = []
+
+    def hook(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        seen.append(args[0] if args else None)
+        return (args[0][:, -1:], *args[1:]) if short and args else None
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return (seen[0] if len(seen) == 1 else None), logits
+
+
+def _transforms_logits(config: Any) -> bool:
+    """Whether a config names a scale or cap on logits; one too weak to show in a probe would still bias a loss."""
+    own = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for key, value in own.to_dict().items():
+        named = ("logit" in key and any(word in key for word in ("scal", "cap", "mult"))) or "lm_head_mult" in key
+        if named and "att" not in key and value not in (None, False, 0, 1):
+            return True
+    return False
+
+
+def _readout(model: Any, probe: Encoded) -> _Readout:
+    import torch
+
+    inputs = _tensors([probe], model, _PROBE_TOKENS)[0]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or _transforms_logits(model.config):
+        return _Readout(model, None, model(**inputs, use_cache=False).logits.shape[-1])
+    states, logits = _caught(model, head, inputs, short=False)
+    if states is not None and states.ndim == 3 and states.shape[:2] == logits.shape[:2]:
+        again = head(states)
+        if again.shape == logits.shape and torch.allclose(again.float(), logits.float(), rtol=1e-4, atol=1e-6):
+            return _Readout(model, head, logits.shape[-1])
+    return _Readout(model, None, logits.shape[-1])
+
+
+def _tensors(
+    batch: Sequence[Encoded], model: Any, limit: int | None = None
+) -> tuple[dict[str, "Tensor"], tuple["Tensor", "Tensor"], "Tensor"]:
+    """Right-padded inputs [B, T], the scored (sequence, position) pairs [N] each, and their targets [N] (-1: none)."""
+    import torch
+
+    def padded(sequences: list[tuple[int, ...]], name: str) -> dict[str, "Tensor"]:
+        width = max(len(sequence) for sequence in sequences)
+        # Any id does for padding: masked out, and under causal attention nothing scored comes after it.
+        ids = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask = torch.zeros(len(sequences), width, dtype=torch.long)
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+            mask[i, : len(sequence)] = 1
+        return {f"{name}input_ids": ids.to(model.device), f"{name}attention_mask": mask.to(model.device)}
+
+    own = [one.inputs[:limit] for one in batch]
+    sources = [one.source[:limit] for one in batch]
+    inputs = {**padded(sources, ""), **padded(own, "decoder_")} if any(sources) else padded(own, "")
+    rows = torch.tensor([i for i, one in enumerate(batch) for _ in one.positions])
+    columns = torch.tensor([p for one in batch for p in one.positions])
+    targets = torch.tensor([t for one in batch for t in one.targets or (-1,) * len(one.positions)])
+    return inputs, (rows.to(model.device), columns.to(model.device)), targets.to(model.device)
+
+
+def _batches(examples: Sequence[Encoded], batch_size: int, tokens: int) -> Iterator[list[int]]:
+    """Indices of examples in batches of like length, the longest first so that memory runs out early if at all."""
+    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].inputs), -len(examples[i].source), i))
+    batch: list[int] = []
+    widest = 0
+    for index in order:
+        wide = max(widest, len(examples[index].inputs) + len(examples[index].source))
+        if batch and (len(batch) == batch_size or wide * (len(batch) + 1) > tokens):
+            yield batch
+            batch, wide = [], len(examples[index].inputs) + len(examples[index].source)
+        batch.append(index)
+        widest = wide
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _evaluating(models: Sequence[Any], dtype: Dtype) -> Generator[None]:
+    """No gradients, no dropout, and autocast: one block over all batches, so weights are cast to bfloat16 once."""
+    import torch
+
+    training = [model.training for model in models]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(models[0].device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"))
+        try:
+            for model in models:
+                model.eval()
+            yield
+        finally:
+            for model, was in zip(models, training, strict=True):
+                model.train(was)
+
+
+def _blocks(
+    models: Sequence[Any], examples: Sequence[Encoded], batch_size: int, dtype: Dtype, advance: Callable[[int], None]
+) -> Iterator[tuple["Tensor", "Tensor", list["Tensor"]]]:
+    """Yield (example index [n], target [n], each model's logits [n, V]) for blocks of scored positions."""
+    import torch
+
+    if not examples:
+        return
+    with _evaluating(models, dtype):
+        readouts = [_readout(model, examples[0]) for model in models]
+        vocabulary = readouts[0].vocabulary
+        if any(readout.vocabulary != vocabulary for readout in readouts):
+            sizes = " and ".join(str(readout.vocabulary) for readout in readouts)
+            raise InputError(f"the models' vocabularies hold {sizes} tokens, so no divergence is defined between them")
+        block = max(1, LOGITS_BYTES // (4 * vocabulary))
+        whole = any(readout.head is None for readout in readouts)
+        for batch in _batches(examples, batch_size, min(BATCH_TOKENS, block) if whole else BATCH_TOKENS):
+            inputs, where, targets = _tensors([examples[i] for i in batch], models[0])
+            owners = torch.tensor(batch)[where[0].cpu()]
+            states = [
+                readout.states({k: v.to(readout.model.device) for k, v in inputs.items()}, where)
+                for readout in readouts
+            ]
+            for start in range(0, len(owners), block):
+                part = slice(start, start + block)
+                logits = [readout.logits(s[part]) for readout, s in zip(readouts, states, strict=True)]
+                yield owners[part], targets[part], logits
+            advance(len(batch))
+
+
+def _sum_into(total: "Tensor", owners: "Tensor", values: "Tensor") -> None:
+    total.index_add_(0, owners, values.double().cpu())
+
+
+def negative_log_likelihood(logits: "Tensor", targets: "Tensor") -> "Tensor":
+    """-log softmax(logits)[target] in nats: logits [n, V] float32, targets [n] int64 -> [n]."""
+    import torch
+
+    return torch.logsumexp(logits, -1) - logits.gather(-1, targets[:, None])[:, 0]
+
+
+def divergences(logits_a: "Tensor", logits_b: "Tensor") -> tuple["Tensor", "Tensor"]:
+    """KL(a || b) and the Jensen-Shannon divergence of softmax(logits_a) = a and softmax(logits_b) = b, in nats.
+
+    KL = sum_v a_v (log a_v - log b_v), JS = (KL(a || m) + KL(b || m)) / 2 with m = (a + b) / 2; temperature 1.
+    Logits are [n, V] float32, both results [n]. A token that a gives probability 0 adds nothing; KL is infinite where b
+    gives 0 to a token that a does not. Rounding below zero is set to zero.
+    """
+    import torch
+
+    log_a, log_b = torch.log_softmax(logits_a, -1), torch.log_softmax(logits_b, -1)
+    a, b = log_a.exp(), log_b.exp()
+    log_m = torch.log((a + b).div_(2))
+
+    def against(p: "Tensor", log_p: "Tensor", log_q: "Tensor") -> "Tensor":
+        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+    js = (against(a, log_a, log_m) + against(b, log_b, log_m)) / 2
+    return against(a, log_a, log_b).clamp_min(0), js.clamp_min(0)
+
+
+def _finite(values: Sequence[float], examples: Sequence[Encoded], task: Task, what: str) -> tuple[float, ...]:
+    for value, one in zip(values, examples, strict=True):
+        if not math.isfinite(value):
+            raise InputError(
+                f"{task.where(one.row)}: the {what} is {value}: the model's weights hold NaN or infinity, or overflow;"
+                " check how it was made"
+            )
+    return tuple(values)
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    reference: Any | None = None,
+    reference_name: str | None = None,
+    batch_size: int = 32,
+    max_examples: int | None = None,
+    max_tokens: int | None = None,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+    advance: Callable[[int, int], None] | None = None,
+) -> TaskResult:
+    """Measure a model on a task in one pass: the loss, the accuracy where rows have choices, and with a reference KL.
+
+    The loss is over labelled rows (of choices, the right one), the divergence over the same positions and, for
+    unlabelled rows, over every position. See ``loss_per_token``, ``rank_accuracy`` and ``divergence`` for the
+    equations, ``encode`` for which tokens count and how limits cut.
+
+    Args:
+        model: a transformers causal or encoder-decoder language model, on its device, in any dtype.
+        tokenizer: its tokenizer.
+        task: the rows.
+        reference: a model of the same kind and vocabulary to measure the divergence from (the expert, say).
+        reference_name: what to call it in the result.
+        batch_size: sequences per forward pass; results do not depend on it beyond rounding (1e-5).
+        max_examples: use the first rows only.
+        max_tokens: score the first tokens of each row only; how much was cut is in the result.
+        dtype: "float32" runs the model as it is; "bfloat16" runs matrix products under autocast. Log-softmax and sums
+            are in float32 and float64 either way.
+        seed: of the bootstrap intervals.
+        advance: called with (sequences done now, sequences in all) after every batch.
+
+    Raises:
+        InputError: a row does not suit the model, all rows are unlabelled and there is no reference, the vocabularies
+            differ, or the model's logits are not finite.
+    """
+    import torch
+
+    config = model.config
+    causal = not getattr(config, "is_encoder_decoder", False)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    examples = encode(
+        task,
+        tokenizer,
+        decoder_start=None if causal else _decoder_start(model),
+        max_tokens=max_tokens,
+        max_examples=max_examples,
+        context=getattr(text, "max_position_embeddings", None),
+    )
+    if reference is None and not any(one.targets for one in examples):
+        raise InputError(f"{task.where(0)}: no row has a response, so there is no loss; add one, or give a reference")
+    # Choices other than the right one only rank: the reference need not see them.
+    right = [i for i, one in enumerate(examples) if one.candidate in (None, task.rows[one.row].gold)]
+    wrong = sorted(set(range(len(examples))) - set(right))
+    if reference is None:
+        right = [i for i in right if examples[i].targets]
+    total = len(right) + len(wrong)
+    models = [model] if reference is None else [model, reference]
+    nats, kl, js = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
+    started = time.perf_counter()
+    for chosen, runs in ((right, models), (wrong, [model])):
+        index = torch.tensor(chosen)
+        part = [examples[i] for i in chosen]
+        done: Callable[[int], None] = (lambda n: advance(n, total)) if advance else (lambda n: None)
+        for owners, targets, logits in _blocks(runs, part, batch_size, dtype, done):
+            owners = index[owners]
+            scored = targets >= 0
+            if bool(scored.all()):
+                _sum_into(nats, owners, negative_log_likelihood(logits[0], targets))
+            elif bool(scored.any()):
+                _sum_into(nats, owners[scored.cpu()], negative_log_likelihood(logits[0][scored], targets[scored]))
+            if len(logits) == 2:
+                forward, both = divergences(logits[1].to(logits[0].device), logits[0])
+                _sum_into(kl, owners, forward)
+                _sum_into(js, owners, both)
+    seconds = time.perf_counter() - started
+    labelled = [i for i in right if examples[i].targets]
+    return TaskResult(
+        task=task.name,
+        n_examples=len({one.row for one in examples}),
+        loss=_loss(task, [examples[i] for i in labelled], nats[labelled].tolist(), seed) if labelled else None,
+        accuracy=_accuracy(task, examples, nats.tolist(), seed) if wrong else None,
+        divergence=None
+        if reference is None
+        else _divergence(task, [examples[i] for i in right], kl[right].tolist(), js[right].tolist(), seed),
+        reference=reference_name,
+        n_cut=sum(one.dropped > 0 for one in examples),
+        dropped_tokens=sum(one.dropped for one in examples),
+        input_tokens=sum(len(examples[i].inputs) + len(examples[i].source) for i in (*right, *wrong)),
+        seconds=seconds,
+    )
+
+
+def _decoder_start(model: Any) -> int:
+    for config in (model.config, getattr(model, "generation_config", None)):
+        for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            start = getattr(config, key, None)
+            if start is not None:
+                return int(start)
+    raise InputError("the encoder-decoder model's config names no decoder_start_token_id; add it to config.json")
+
+
+def _loss(task: Task, examples: Sequence[Encoded], nats: Sequence[float], seed: int) -> Loss:
+    nats = _finite(nats, examples, task, "loss")
+    tokens = tuple(len(one.targets) for one in examples)
+    value = math.fsum(nats) / sum(tokens)
+    rows = tuple(one.row for one in examples)
+    return Loss(value, bootstrap(nats, tokens, seed=seed), len(rows), sum(tokens), rows, nats, tokens)
+
+
+def _accuracy(task: Task, examples: Sequence[Encoded], nats: Sequence[float], seed: int) -> Accuracy:
+    nats = _finite(nats, examples, task, "loss")
+    rows: dict[int, list[float]] = {}
+    for one, value in zip(examples, nats, strict=True):
+        if one.candidate is not None:
+            rows.setdefault(one.row, []).append(value)
+    correct: list[bool] = []
+    correct_norm: list[bool] = []
+    for index, values in rows.items():
+        row = task.rows[index]
+        per_character = [value / len(choice) for value, choice in zip(values, row.choices or (), strict=True)]
+        correct.append(values.index(min(values)) == row.gold)
+        correct_norm.append(per_character.index(min(per_character)) == row.gold)
+    n = len(rows)
+    return Accuracy(
+        sum(correct) / n,
+        bootstrap(correct, seed=seed),
+        sum(correct_norm) / n,
+        bootstrap(correct_norm, seed=seed),
+        n,
+        tuple(rows),
+        tuple(correct),
+        tuple(correct_norm),
+    )
+
+
+def _divergence(
+    task: Task, examples: Sequence[Encoded], kl: Sequence[float], js: Sequence[float], seed: int
+) -> Divergence:
+    kl, js = _finite(kl, examples, task, "KL divergence"), _finite(js, examples, task, "JS divergence")
+    tokens = tuple(len(one.positions) for one in examples)
+    n = sum(tokens)
+    return Divergence(
+        math.fsum(kl) / n,
+        bootstrap(kl, tokens, seed=seed),
+        math.fsum(js) / n,
+        bootstrap(js, tokens, seed=seed),
+        len(tokens),
+        n,
+        tuple(one.row for one in examples),
+        kl,
+        js,
+        tokens,
+    )
+
+
+def loss_per_token(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    batch_size: int = 32,
+    max_examples: int | None = None,
+    max_tokens: int | None = None,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+) -> Loss:
+    """Negative log-likelihood in nats per scored token: -sum_i sum_t log p(y_it | x_i, y_i<t) / sum_i |y_i|.
+
+    Arguments and errors are those of ``measure``.
+
+    Raises:
+        InputError: as ``measure``, and when the task has no labelled row.
+    """
+    result = measure(
+        model,
+        tokenizer,
+        task,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        seed=seed,
+    )
+    assert result.loss is not None  # measure refuses a task without labelled rows
+    return result.loss
+
+
+def rank_accuracy(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    batch_size: int = 32,
+    max_examples: int | None = None,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+) -> Accuracy:
+    """Rank classification: is the labelled choice c* = argmax_c log p(c | x)?
+
+    ``acc`` ranks by the sum of the choice's token log-probabilities, ``acc_norm`` by that sum over the number of
+    characters of the choice (as in lm-evaluation-harness). Under a chat template a choice includes the token that ends
+    the turn, which keeps a choice from winning by being the beginning of another. Arguments as in ``measure``.
+
+    Raises:
+        InputError: as ``measure``, and when no row has choices.
+    """
+    result = measure(model, tokenizer, task, batch_size=batch_size, max_examples=max_examples, dtype=dtype, seed=seed)
+    if result.accuracy is None:
+        raise InputError(f"{task.where(0)}: no row has choices and a label, so there is nothing to rank; add them")
+    return result.accuracy
+
+
+def divergence(
+    model_a: Any,
+    model_b: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    batch_size: int = 32,
+    max_examples: int | None = None,
+    max_tokens: int | None = None,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+) -> Divergence:
+    """Mean over scored positions of KL(softmax z_a || softmax z_b), a the reference (an expert), and of JS; T = 1.
+
+    Softmaxes are taken in float32. Labelled rows compare where the answer's tokens are predicted, unlabelled rows at
+    every position. Arguments as in ``measure``. Under bfloat16 autocast two runs of equal models differ by about 0.001
+    nats, so compare close models in float32. (Teacher first, as in Expert Merging, arXiv 2509.25712, section 3.)
+
+    Raises:
+        InputError: as ``measure``; unlabelled rows are fine here.
+    """
+    result = measure(
+        model_b,
+        tokenizer,
+        task,
+        reference=model_a,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        max_tokens=max_tokens,
+        dtype=dtype,
+        seed=seed,
+    )
+    assert result.divergence is not None  # there is a reference
+    return result.divergence
