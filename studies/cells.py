@@ -111,6 +111,7 @@ def read_cell(results: Path, study: Study, identity: str, setting: Mapping[str, 
 
     Raises:
         InputError: the file is damaged, or its setting is not the study's setting for that id any more.
+        MachineError: the file is there but cannot be read.
     """
     path = cell_path(results, study, identity)
     try:
@@ -118,7 +119,9 @@ def read_cell(results: Path, study: Study, identity: str, setting: Mapping[str, 
         cell = Cell(identity, record["setting"], record["result"], float(record["seconds"]), record)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: damaged ({type(error).__name__}); restore it from git, or delete it to run it again"
         ) from None

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from consilience.api import merge, merge_recipe, plan_recipe
     from consilience.checkpoints import open_checkpoint
-    from consilience.errors import ConsilienceError, InputError, Interrupted, MachineError
+    from consilience.errors import ConsilienceError, InputError, MachineError
     from consilience.recipe import Recipe, read_recipe
     from consilience.tasks import evaluate
 
@@ -25,7 +25,6 @@ _HOME = {
     "open_checkpoint": "consilience.checkpoints",
     "ConsilienceError": "consilience.errors",
     "InputError": "consilience.errors",
-    "Interrupted": "consilience.errors",
     "MachineError": "consilience.errors",
     "Recipe": "consilience.recipe",
     "read_recipe": "consilience.recipe",
@@ -35,7 +34,6 @@ _HOME = {
 __all__ = [
     "ConsilienceError",
     "InputError",
-    "Interrupted",
     "MachineError",
     "Recipe",
     "evaluate",

@@ -39,12 +39,6 @@ class MachineError(ConsilienceError):
     exit_status = 1
 
 
-class Interrupted(ConsilienceError):
-    """The user stopped the run: the partial output is kept and a rerun continues (exit status 130)."""
-
-    exit_status = 130
-
-
 def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
     """Return ``; did you mean 'x'?`` for the known word nearest to ``word``, or an empty string."""
     import difflib

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import consilience as cs
 from consilience.__main__ import run
+from consilience.engine.journal import Journal
 from consilience.engine.summary import Summary
 
 SEGMENT = 4096
@@ -257,6 +259,69 @@ def test_a_failing_journal_fails_the_run(place: Path, monkeypatch: pytest.Monkey
     unfinished()
     merge()
     same_as_uninterrupted()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A crash of the machine cannot be staged here, but the order of flushes that survives one can be observed.
+
+
+def test_data_is_flushed_before_the_journal_speaks_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = {name: getattr(os, name) for name in ("pwrite", "fdatasync")}
+    written: set[int] = set()
+    durable: set[int] = set()
+    lock = threading.Lock()
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        count = real["pwrite"](descriptor, data, offset)
+        with lock:
+            written.add(offset)
+        return count
+
+    def fdatasync(descriptor: int) -> None:
+        with lock:
+            before = set(written)
+        real["fdatasync"](descriptor)
+        durable.update(before)
+
+    def check(self: Journal, *arguments: Any) -> None:
+        flush(self, *arguments)
+        ends = [json.loads(line)["segment"] for line in journal().read_text().splitlines()]
+        assert len(ends) <= len(durable)
+
+    flush: Any = Journal._flush  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(Journal, "_flush", check)
+    merge()
+    assert len(durable) >= SEGMENTS
+
+
+def test_everything_is_flushed_before_out_appears(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[int] = set()
+    at_install: list[set[int]] = []
+    real_sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real_sync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def watching(real: Callable[..., None]) -> Callable[..., None]:
+        def rename(source: Any, target: Any, **more: Any) -> None:
+            if Path(target).name == "out":
+                at_install.append(set(flushed))
+                flushed.clear()
+            real(source, target, **more)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", watching(os.rename))
+    monkeypatch.setattr(os, "replace", watching(os.replace))
+    merge()
+    (before,) = at_install
+    unflushed = [str(p) for p in (Path("out"), *Path("out").rglob("*")) if p.stat().st_ino not in before]
+    assert unflushed == []
+    assert place.stat().st_ino in flushed  # the rename itself
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -323,6 +323,8 @@ def test_slerp(kind: str, out: str, t: float) -> None:
         ([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]),  # collinear: linear interpolation
         ([1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]),  # opposite: no great circle is singled out
         ([1.0, 2.0, 3.0], [1.0, 2.0, 3.001]),  # a fine-tune's angle
+        ([1.0, 0.0, 0.0], [0.9994, 0.0346, 0.0]),  # the widest cosine that still takes the great circle
+        ([1.0, 0.0, 0.0], [0.9996, 0.0283, 0.0]),  # and one that does not
         ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]),
         ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]),
         ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),

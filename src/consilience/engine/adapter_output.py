@@ -4,8 +4,8 @@
 
 ``cat`` is exact for methods that are weighted sums: A = [A_1; ...; A_K], B = [w_1 s_1 B_1, ..., w_K s_K B_K].
 ``svd`` keeps the best rank-r part of each tensor's merged update and reports the energy it discards. For weighted sums
-it goes through the r x r core of two QR factorisations, never forming the product; other methods (TIES, DARE, ...) merge
-the dense update first. (sum A)(sum B) never stands in for sum AB.
+it goes through the r x r core of two QR factorisations and never forms the product; other methods (TIES, DARE, ...)
+merge the dense update first. (sum A)(sum B) never stands in for sum AB.
 """
 
 import math
@@ -68,7 +68,9 @@ def check_low_rank(plan: Plan) -> None:
         raise InputError("--as-adapter: needs the base the adapters stand on; name a base_model")
     for expert in plan.experts:
         if not expert.low_rank:
-            raise InputError(f"{expert.reference}: is not a plain LoRA adapter, so the merge is not one; leave --as-adapter out")
+            raise InputError(
+                f"{expert.reference}: is not a plain LoRA adapter, so the merge is not one; leave --as-adapter out"
+            )
 
 
 def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
@@ -95,7 +97,12 @@ def truncate(left: Array, right: Array, rank: int) -> tuple[Array, Array, float,
     keep = min(rank, len(s))
     root = np.sqrt(s[:keep])
     energy = s**2
-    return q_left @ (u[:, :keep] * root), (root[:, None] * vt[:keep]) @ q_right.T, float(energy[:keep].sum()), float(energy.sum())
+    return (
+        q_left @ (u[:, :keep] * root),
+        (root[:, None] * vt[:keep]) @ q_right.T,
+        float(energy[:keep].sum()),
+        float(energy.sum()),
+    )
 
 
 def factorise(delta: Array, rank: int) -> tuple[Array, Array, float, float]:
@@ -120,7 +127,7 @@ def dense_update(plan: Plan, tensor: TensorPlan, threads: int | None) -> Array:
     sink = MemorySink(small)
     Streamer(small, sink, threads=threads).run()
     merged = sink.arrays[tensor.name].view(np.float64)
-    base = Loader(Scratch(), alone, plan.allow_nonfinite).base(0, tensor.numel, None)
+    base = Loader(Scratch(), alone, check=False).base(0, tensor.numel, None)
     return (merged - base).reshape(tensor.shape[0], -1)
 
 
@@ -135,7 +142,9 @@ def _factors(plan: Plan, tensor: TensorPlan, kind: Literal["cat", "svd"], rank: 
         if kind == "svd":
             left, right, kept, total = truncate(left, right, rank)
     elif kind == "cat":
-        raise InputError(f"--as-adapter cat: method {plan.method.name!r} is not a weighted sum of the adapters; use svd with --rank")
+        raise InputError(
+            f"--as-adapter cat: method {plan.method.name!r} is not a weighted sum of the adapters; use svd with --rank"
+        )
     else:
         left, right, kept, total = factorise(dense_update(plan, tensor, threads), rank)
     a, b = (left.T, right.T) if pair.transposed else (right, left)
@@ -162,7 +171,7 @@ def _write_weights(path: Path, found: list[_Factors], dtype: DType) -> None:
 
 
 def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
-    """Return the PEFT config of the merged adapter: the experts' own where they agree, ``alpha = r`` so that scale = 1."""
+    """Return the merged adapter's PEFT config: the experts' own where they agree, ``alpha = r`` so that scale = 1."""
     configs = [e.adapter.config for e in plan.experts if e.adapter is not None]
     most = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {module: rank for module, rank in ranks.items() if rank != most}
@@ -176,7 +185,9 @@ def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
         "lora_alpha": most,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks}) if _suffixes_suffice(plan, ranks) else sorted(ranks),
+        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks})
+        if _suffixes_suffice(plan, ranks)
+        else sorted(ranks),
         "bias": "none",
         "fan_in_fan_out": bool(configs[0].get("fan_in_fan_out")),
         "init_lora_weights": True,
@@ -249,12 +260,21 @@ def _write_papers(partial: Path, plan: Plan, out: Path, kind: str, notes: list[s
     whole = model_fingerprint(own)
     text = recipe_text(plan)
     models = [
-        {"name": m.name, "reference": m.reference, "fingerprint": model_fingerprint(checkpoint_fingerprints(m.adapter.checkpoint))}
+        {
+            "name": m.name,
+            "reference": m.reference,
+            "fingerprint": model_fingerprint(checkpoint_fingerprints(m.adapter.checkpoint)),
+        }
         for m in plan.experts
         if m.adapter is not None
     ]
     document = {"format": 1, "method": plan.method.name, "kind": f"adapter ({kind})", "seed": plan.recipe.seed}
-    document |= {"versions": versions(), "models": models, "output": {"fingerprint": whole, "tensors": own}, "notes": notes}
+    document |= {
+        "versions": versions(),
+        "models": models,
+        "output": {"fingerprint": whole, "tensors": own},
+        "notes": notes,
+    }
     output.write_json(partial / output.OURS / "lineage.json", document)
     (partial / output.OURS / "recipe.yaml").write_text(text, encoding="utf-8")
     (partial / "README.md").write_text(render_card(plan, out.name, whole, text, notes, peft=True), encoding="utf-8")

@@ -4,6 +4,7 @@ Blocks are sized to stay in a core's second-level cache and buffers are allocate
 memory costs more than the arithmetic.
 """
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Scratch:
 
     def array(self, purpose: str, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return an array of ``shape`` for ``purpose``, reusing the memory of earlier calls."""
-        size = int(np.prod(shape))
+        size = prod(shape)
         held = self._arrays.get((purpose, dtype))
         if held is None or held.size < size:
             held = self._arrays[(purpose, dtype)] = np.empty(size, dtype)
@@ -80,11 +81,12 @@ Marks = list[list[int]]
 class Loader:
     """Reads blocks of one tensor's stack for one worker.
 
-    ``marks`` [sources][2] collects the fingerprint sums of every dense input (base first) when it is given.
+    ``marks`` [sources][2] collects the fingerprint sums of every dense input (base first) when it is given. ``check``
+    looks for NaN and Inf: the first pass over a tensor does, later ones need not.
     """
 
-    def __init__(self, scratch: Scratch, tensor: TensorPlan, allow_nonfinite: bool) -> None:
-        self.scratch, self.tensor, self.allow = scratch, tensor, allow_nonfinite
+    def __init__(self, scratch: Scratch, tensor: TensorPlan, check: bool) -> None:
+        self.scratch, self.tensor, self.check = scratch, tensor, check
         self.real: Any = np.float64 if tensor.wide else np.float32
         self.largest = self.real(np.finfo(self.real).max)
         self.size = block_size(len(tensor.rows), tensor.wide)
@@ -101,7 +103,7 @@ class Loader:
             mark[0] += low
             mark[1] += high
         dec.decode(raw, info.dtype, out)
-        if not self.allow and dec.count_nonfinite(out, self.largest):
+        if self.check and dec.count_nonfinite(out, self.largest):
             raise NonFinite(who, self.tensor.name, source)
 
     def _low_rank(self, source: Source, who: str, start: int, out: Any) -> None:
@@ -109,7 +111,7 @@ class Loader:
         assert source.pair is not None
         part = self.scratch.array("part", (out.size,), self.real)
         add_product(out, start, left, right, self.real(source.pair.scale), part)
-        if not self.allow and dec.count_nonfinite(out, self.largest):
+        if self.check and dec.count_nonfinite(out, self.largest):
             raise NonFinite(who, self.tensor.name, source)
 
     def base(self, start: int, stop: int, marks: Marks | None) -> Any:

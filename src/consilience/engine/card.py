@@ -6,10 +6,13 @@ from typing import Any, cast
 import yaml
 
 from consilience import __version__
+from consilience.checkpoints.files import regular_size
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.reference import is_hub_id
 from consilience.engine.plan import Plan
+from consilience.errors import InputError
 from consilience.experts.model import Model
+from consilience.recipe.yaml_file import parse_yaml
 
 #: Front-matter keys of the base's card that stay true of a merge.
 _KEPT = ("language", "pipeline_tag", "library_name")
@@ -18,14 +21,16 @@ _KEPT = ("language", "pipeline_tag", "library_name")
 def front_matter(readme: Path) -> dict[str, Any]:
     """Return the YAML front matter of a card, or nothing if there is none that can be read."""
     try:
-        text = readme.read_text(encoding="utf-8")[: 1 << 16]
-    except (OSError, UnicodeDecodeError):
+        regular_size(readme)
+        with open(readme, encoding="utf-8") as file:
+            text = file.read(1 << 16)
+    except (InputError, OSError, UnicodeDecodeError):
         return {}
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:
-        value = yaml.safe_load(text[4 : text.index("\n---", 4)])
-    except (yaml.YAMLError, RecursionError, ValueError):
+        value = parse_yaml(text[4 : text.index("\n---", 4)], str(readme))
+    except InputError:
         return {}
     return cast(dict[str, Any], value) if isinstance(value, dict) else {}
 
@@ -37,7 +42,7 @@ def licence(model: Model) -> str | None:
         return None
     matter = front_matter(folder / "README.md")
     value = matter.get("license_name") or matter.get("license")
-    return str(value) if value else None
+    return value if isinstance(value, str) and value else None
 
 
 def licences(plan: Plan) -> tuple[str | None, list[str]]:
@@ -127,8 +132,8 @@ def render_card(
         recipe_text.strip(),
         "```",
         "",
-        f"Seed {plan.recipe.seed}. Fingerprint of the weights: `{fingerprint}`; those of the inputs and of every tensor are in "
-        "`consilience/lineage.json`.",
+        f"Seed {plan.recipe.seed}. Fingerprint of the weights: `{fingerprint}`; those of the inputs and of every "
+        "tensor are in `consilience/lineage.json`.",
         "",
         *([*(f"- {note}" for note in notes), ""] if notes else []),
         "",

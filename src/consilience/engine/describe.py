@@ -79,7 +79,7 @@ def describe(plan: Plan, threads: int) -> list[str]:
     lines += [f"  {describe_tensor(tensor)}" for tensor in plan.tensors]
     lines += [f"file     {file.name}  {file.size / 1e6:.1f} MB" for file in plan.layout.files]
     lines.append(
-        f"cost     read {cost.read / 1e9:.2f} GB, write {cost.written / 1e9:.2f} GB, about {cost.memory / 1e6:.0f} MB of memory, "
-        f"about {cost.seconds:.0f} s with {threads} threads"
+        f"cost     read {cost.read / 1e9:.2f} GB, write {cost.written / 1e9:.2f} GB, about {cost.memory / 1e6:.0f} MB "
+        f"of memory, about {cost.seconds:.0f} s with {threads} threads"
     )
     return lines

@@ -1,13 +1,18 @@
 """The whole merge: plan, stream into OUT.partial, verify, install as OUT."""
 
+import contextlib
+import fcntl
+import os
 import shutil
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import encode_header
 from consilience.engine import output
 from consilience.engine.card import licences, render_card
@@ -33,32 +38,49 @@ def raise_file_limit() -> None:
 
 def recipe_text(plan: Plan) -> str:
     """Return the resolved recipe as YAML: what was given, with every model's name and the seed spelled out."""
-    value = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    value: dict[str, Any] = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     value = {"merge_method": plan.recipe.merge_method} | value | {"seed": plan.recipe.seed}
-    entries: list[dict[str, Any]] = value["models"]
-    named = {e.reference: e.name for e in plan.experts}
-    for entry in entries:
-        entry.setdefault("name", named.get(entry["model"], "base"))
+    names = iter([expert.name for expert in plan.experts])
+    for entry in value["models"]:
+        if plan.method.base == "unused" or entry["model"] != plan.recipe.base_model:
+            entry["name"] = next(names)
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path) -> Generator[None]:
+    """Hold OUT.partial for this run alone, making it if need be.
+
+    Raises:
+        InputError: another run holds it, or it is somebody else's folder; neither is touched.
+    """
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{partial}: another merge is writing there; wait for it, or choose another OUT") from None
+        if any(partial.iterdir()) and not (partial / OURS / PLAN).exists():
+            raise InputError(f"{partial}: is in the way and was not made by Consilience; move it elsewhere")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _resume(partial: Path, plan: Plan) -> dict[Piece, Record]:
     """Return the finished segments of an interrupted run of the same plan; discard any other partial output."""
     marker = partial / OURS / PLAN
-    if partial.exists():
-        from consilience.checkpoints.json_files import read_object
-
-        try:
-            same = read_object(marker).get("digest") == plan.digest
-        except InputError:
-            same = False
-        weights = [partial / f"weights-{i:05d}.part" for i in range(len(plan.layout.files))]
-        if same and all(path.is_file() for path in weights):
-            return {(r.tensor, r.segment): r for r in read_journal(partial / OURS / JOURNAL)}
-        if not (marker.exists() or not any(partial.iterdir())):
-            raise InputError(f"{partial}: is in the way and was not made by Consilience; move it elsewhere")
-        shutil.rmtree(partial)
-    (partial / OURS).mkdir(parents=True)
+    try:
+        same = marker.exists() and read_object(marker).get("digest") == plan.digest
+    except InputError:
+        same = False
+    weights = [partial / f"weights-{i:05d}.part" for i in range(len(plan.layout.files))]
+    if same and all(path.is_file() for path in weights):
+        return {(r.tensor, r.segment): r for r in read_journal(partial / OURS / JOURNAL)}
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (partial / OURS).mkdir()
     output.write_json(marker, {"digest": plan.digest})
     return {}
 
@@ -108,7 +130,6 @@ def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: i
 def _finish_folder(partial: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
     ours = partial / OURS
     (ours / JOURNAL).unlink(missing_ok=True)
-    (ours / PLAN).unlink(missing_ok=True)
     _write_heads(ours / "heads", plan)
     output.write_json(ours / "lineage.json", document)
     (ours / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -125,7 +146,6 @@ def run_merge(
     force: bool = False,
     threads: int | None = None,
     listener: Listener | None = None,
-    resume: bool = True,
 ) -> Summary:
     """Carry a plan out: after it, OUT is complete, verified and on disk, or (on any error) absent.
 
@@ -138,22 +158,26 @@ def run_merge(
         KeyboardInterrupt: passed on; the partial output is kept.
     """
     started = time.perf_counter()
-    output.check_destination(out, plan, force)
+    made = output.check_destination(out, plan, force)
     raise_file_limit()
     partial = output.partial_path(out)
     try:
         check_ties(plan)
-        records = _resume(partial, plan) if resume else {}
-        sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
-        output.check_space(out, plan, sum(t.nbytes for t in sizes.values()))
-        summary = _run(plan, out, partial, records, thread_count(threads), listener or Silent(), started)
+        with _claimed(partial):
+            try:
+                records = _resume(partial, plan)
+                sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
+                output.check_space(out, plan, sum(t.nbytes for t in sizes.values()))
+                return _run(plan, out, partial, records, thread_count(threads), listener or Silent(), started)
+            except InputError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     except InputError:
-        shutil.rmtree(partial, ignore_errors=True)
+        output.discard_folders(made)
         raise
     except OSError as error:
         place = f"{error.filename}: " if error.filename else f"{partial}: "
         raise MachineError(f"{place}{error.strerror or error}; mend it, then run the same command again") from error
-    return summary
 
 
 def _run(
@@ -170,7 +194,11 @@ def _run(
         if journal.failure is not None:
             raise journal.failure
         sink.flush()
-        _verify(plan, sink, records, threads, listener)
+        try:
+            _verify(plan, sink, records, threads, listener)
+        except MachineError:
+            (partial / OURS / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
+            raise
         files = sink.finish()
     finally:
         sink.close()

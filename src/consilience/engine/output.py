@@ -4,6 +4,7 @@ Work happens in OUT.partial, beside OUT. Weights are written there under names n
 the headers, the final names and the model's other files come last, then everything is flushed and the folder renamed.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -83,16 +84,35 @@ def _refuse_side_files(folder: Path) -> None:
             raise InputError(f"{path}: has the name of the folder a merge adds to its output; rename it")
 
 
-def _refuse_uncreatable(partial: Path) -> None:
-    """Try out that OUT.partial can be made: permissions, odd file systems and long names fail here, not later."""
-    if partial.exists():
-        return
-    partial.mkdir()
-    partial.rmdir()
+def _make_parents(place: Path) -> list[Path]:
+    """Make the folders above OUT.partial and return those that were not there, the innermost first.
+
+    OUT.partial itself is tried out: permissions, odd file systems and long names fail here, not after the work.
+    """
+    made = [parent for parent in place.parents if not parent.exists()]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            place.mkdir()
+            place.rmdir()
+    except OSError:
+        discard_folders(made)
+        raise
+    return made
 
 
-def check_destination(out: Path, plan: Plan, force: bool, create: bool = True) -> None:
+def discard_folders(made: list[Path]) -> None:
+    """Leave nothing behind: remove the folders ``made`` for OUT as far as they are empty."""
+    for parent in made:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+def check_destination(out: Path, plan: Plan, force: bool, create: bool = True) -> list[Path]:
     """Refuse an OUT that would overwrite or nest with something; with ``create``, make its parent folder.
+
+    Returns:
+        The folders that were made, the innermost first: what ``discard`` takes away again.
 
     Raises:
         InputError: OUT exists and is not empty (without ``force``), is or lies in an input, or cannot be created.
@@ -103,15 +123,16 @@ def check_destination(out: Path, plan: Plan, force: bool, create: bool = True) -
         raise InputError(f"{out}: is not a name to write to; name a new folder")
     if donor is None and out.suffix != ".safetensors":
         raise InputError(f"{out}: a flat state dict is written to one file; name it with the ending .safetensors")
+    if donor is None and plan.alignment.private:
+        name = next(iter(plan.alignment.private))
+        raise InputError(f"{out}: a single file has no place for {name!r}'s private tensors; merge folders instead")
     if donor is not None:
         _refuse_side_files(donor)
     try:
         _refuse_nesting(out, plan)
         _refuse_occupied(out, donor is not None, force)
         _refuse_foreign(partial_path(out))
-        if create:
-            out.absolute().parent.mkdir(parents=True, exist_ok=True)
-            _refuse_uncreatable(partial_path(out))
+        return _make_parents(partial_path(out.absolute())) if create else []
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise MachineError(f"{out}: cannot be made ({error.strerror}); mend it, then run this again") from None
@@ -267,7 +288,10 @@ def _free_name(path: Path) -> Path:
 
 
 def install(finished: Path, out: Path) -> None:
-    """Rename ``finished`` (a folder or file) to OUT; what stood there is removed only once the new one is in place."""
+    """Rename ``finished`` (a folder or file) to OUT; what stood there is removed only once the new one is in place.
+
+    The plan file goes last: while it is there, a rerun knows OUT.partial as a merge's own.
+    """
     previous: Path | None = None
     if finished.is_dir() and out.is_dir() and any(out.iterdir()):
         previous = _free_name(out)
@@ -278,6 +302,8 @@ def install(finished: Path, out: Path) -> None:
         if previous is not None:
             previous.rename(out)
         raise
+    if out.is_dir():
+        (out / OURS / PLAN).unlink(missing_ok=True)
     descriptor = os.open(out.absolute().parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

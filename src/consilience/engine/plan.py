@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from consilience import __version__
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
-from consilience.experts.align import Alignment, align
+from consilience.experts.align import Alignment, align, private_filter, tie_of
 from consilience.experts.model import Model, Source, open_model
 from consilience.methods.program import Program, WeightedSum
 from consilience.methods.registry import load
@@ -128,11 +130,12 @@ class Plan:
 
 def expert_names(references: list[tuple[str, str | None]], where: str) -> list[str]:
     """Name each model: as the recipe does, else by the last part of its reference; refuse duplicates the user chose."""
-    taken: set[str] = set()
+    taken = {"base"}  # the name of the base itself, in messages and in the lineage
     for _, name in references:
         if name is not None and (name in taken or not name or any(c in name for c in "/\\\0.=")):
             raise InputError(
-                f"{where}: model name {name!r} is used twice, empty, or holds '/', '.' or '='; choose another"
+                f"{where}: model name {name!r} is used twice (the base is 'base'), empty, or holds '/', '.' or '='; "
+                "choose another"
             )
         taken |= {name} if name is not None else set()
     out: list[str] = []
@@ -223,8 +226,6 @@ class _Context:
 
     def stand_in(self, model: Model, name: str) -> str | None:
         """The tied tensor that holds ``name``'s value in a model that does not store it."""
-        from consilience.experts.align import tie_of
-
         if model.checkpoint is None or name in model.checkpoint.tensors:
             return None
         return tie_of(name, model.checkpoint.tensors)
@@ -262,14 +263,12 @@ def make_plan(
     alignment = align(base, experts, recipe.private)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
-    from consilience.experts.align import private_filter
-
     is_private = private_filter(recipe.private)
     private = {name for name in names if is_private(name)}
     unused = [
         glob
         for glob in recipe.private
-        if not any(map(private_filter([glob]), [*names, *sum(alignment.private.values(), [])]))
+        if not any(map(private_filter([glob]), [*names, *chain(*alignment.private.values())]))
     ]
     if unused:
         raise InputError(f"{where}: private: {unused[0]!r} matches no tensor of any model")
@@ -282,9 +281,8 @@ def make_plan(
         for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()
         if k == "format"
     }
-    layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], shard_size, metadata, single)
-    from dataclasses import replace
-
+    largest = shard_size if alignment.donor.folder is not None else sys.maxsize  # a flat file has no index
+    layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], largest, metadata, single)
     placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
     _check_model_trim(placed, where)
     return Plan(recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite)

@@ -55,14 +55,14 @@ class Selection:
 
     def count_lower(self, loader: Loader, start: int, stop: int) -> None:
         """Second pass over one piece."""
-        local = loader.scratch.array("low", (len(self.keep), LOW), np.int64)
+        local = loader.scratch.array("low", (len(self.keep), LOW + 8), np.int64)
         local[:] = 0
         for at in range(start, stop, loader.size):
             stack, _ = loader.load(at, min(stop, at + loader.size))
             for k in self.ranked:
                 count_low(stack[k], np.uint32(self.bins[k]), local[k])
         with self._lock:
-            self.low += local
+            self.low += local[:, :LOW]
 
     def pick_lower(self) -> None:
         """After the second pass: thresholds, and how many entries equal to them are kept."""

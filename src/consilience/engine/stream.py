@@ -1,7 +1,9 @@
 """Run a plan: segments over threads, extra passes where a method needs whole-tensor statistics.
 
-Workers release the GIL in reads, kernels and writes, so reading, computing and writing of different segments overlap.
-Results do not depend on the number of threads: every segment's arithmetic is fixed by the plan, ranks and sums are exact.
+Workers release the GIL in reads, kernels and writes, so reading, computing and writing of different segments
+overlap.
+Results do not depend on the number of threads: every segment's arithmetic is fixed by the plan, and ranks and sums are
+exact.
 """
 
 import os
@@ -9,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
+
+import numpy as np
 
 from consilience.engine.block import NonFinite, Stopped, count_tensor
 from consilience.engine.plan import Plan, TensorPlan
@@ -40,7 +44,7 @@ def thread_count(threads: int | None) -> int:
 
 
 class Streamer:
-    """One run over a plan. ``done`` maps finished (tensor, segment) to their records (a resumed run starts with some)."""
+    """One run over a plan. ``done`` maps finished (tensor, segment) to records; a resumed run starts with some."""
 
     def __init__(self, plan: Plan, sink: Sink, *, threads: int | None = None, listener: Listener | None = None) -> None:
         self.plan, self.sink = plan, sink
@@ -112,7 +116,7 @@ class Streamer:
             selection = Selection(program.trim.keep, tensor.numel, [(tensor.index, 0)])
             selection.count_upper(worker.loader(tensor), 0, tensor.numel)
             selection.pick_upper()
-            selection.count_lower(worker.loader(tensor), 0, tensor.numel)
+            selection.count_lower(worker.loader(tensor, first=False), 0, tensor.numel)
             selection.pick_lower()
             for _ in range(2):
                 self._tick(tensor, 0)
@@ -170,9 +174,17 @@ class Streamer:
 
         each(lambda piece, worker, tensor, start, stop: selection.count_upper(worker.loader(tensor), start, stop))
         selection.pick_upper()
-        each(lambda piece, worker, tensor, start, stop: selection.count_lower(worker.loader(tensor), start, stop))
+        each(
+            lambda piece, worker, tensor, start, stop: selection.count_lower(
+                worker.loader(tensor, first=False), start, stop
+            )
+        )
         selection.pick_lower()
-        each(lambda piece, worker, tensor, start, stop: selection.count_ties(piece, worker.loader(tensor), start, stop))
+        each(
+            lambda piece, worker, tensor, start, stop: selection.count_ties(
+                piece, worker.loader(tensor, first=False), start, stop
+            )
+        )
         selection.share_ties()
 
     def _each(self, pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], None]]) -> None:
@@ -231,7 +243,7 @@ def integer_notes(plan: Plan) -> list[str]:
             if ours is None:
                 assert plan.alignment.donor.checkpoint is not None
                 ours = plan.alignment.donor.checkpoint.read(tensor.name)
-            if not (expert.checkpoint.read(tensor.name) == ours).all():
+            if not np.array_equal(expert.checkpoint.read(tensor.name), ours):
                 notes.append(
                     f"{tensor.name}: integer values of {expert.name} differ; copied from {plan.alignment.donor.name}"
                 )
@@ -240,8 +252,6 @@ def integer_notes(plan: Plan) -> list[str]:
 
 def check_ties(plan: Plan) -> None:
     """Read the tensors that must be equal because they are tied, and refuse if they are not."""
-    import numpy as np
-
     for model, alias, target in plan.alignment.same_bytes:
         checkpoint = model.checkpoint
         assert checkpoint is not None
@@ -256,6 +266,6 @@ def check_ties(plan: Plan) -> None:
             equal = equal and bool((left == right).all())
         if not equal:
             raise InputError(
-                f"{model.reference}: tensor {alias!r} differs from {target!r}, which {plan.alignment.donor.reference} ties "
-                "to it; untie the base (write both tensors, tie_word_embeddings: false) or drop the expert's copy"
+                f"{model.reference}: tensor {alias!r} differs from {target!r}, which {plan.alignment.donor.reference} "
+                "ties to it; untie the base (write both tensors, tie_word_embeddings: false) or drop the expert's copy"
             )

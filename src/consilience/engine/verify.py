@@ -33,8 +33,8 @@ def verify_segment(
         low, high = low + found[0], high + found[1]
     if (low & MASK, high & MASK) != (record.output[0] & MASK, record.output[1] & MASK):
         raise MachineError(
-            f"{sink.paths[tensor.file]}: tensor {tensor.name!r} reads back differently from what was written; check the "
-            "disk, then run the same command again"
+            f"{sink.paths[tensor.file]}: tensor {tensor.name!r} reads back differently from what was written; check "
+            "the disk, then run the same command again"
         )
 
 

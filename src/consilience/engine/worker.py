@@ -51,9 +51,9 @@ class Worker:
         self.plan, self.sink, self.stop = plan, sink, stop
         self.scratch = Scratch()
 
-    def loader(self, tensor: TensorPlan) -> Loader:
-        """Return a loader of ``tensor`` over this worker's buffers."""
-        return Loader(self.scratch, tensor, self.plan.allow_nonfinite)
+    def loader(self, tensor: TensorPlan, first: bool = True) -> Loader:
+        """Return a loader of ``tensor`` over this worker's buffers; only the ``first`` pass looks for NaN and Inf."""
+        return Loader(self.scratch, tensor, first and not self.plan.allow_nonfinite)
 
     def stages(self, tensor: TensorPlan, program: Program, selection: Selection | None, quota: list[int]) -> Any:
         """Return the function that applies the program's stages to a block, in place."""
@@ -141,7 +141,7 @@ class Worker:
         if program is None and info.dtype is tensor.out_dtype and tensor.base.pair is None:
             self._copy(tensor, start, stop, record)
             return record
-        loader = self.loader(tensor)
+        loader = self.loader(tensor, first=tensor.passes == 1)
         quota = selection.quota((tensor.index, segment)) if selection else []
         stages = self.stages(tensor, program, selection, quota) if program else None
         record.below = [[0.0] * 4 for _ in tensor.rows]

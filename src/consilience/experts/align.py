@@ -78,7 +78,8 @@ def _check_dense(
         if tied is None or not says_tied(checkpoint.config) or checkpoint.tensors[tied].shape != tensors[name].shape:
             raise InputError(
                 f"{model.reference}: tensor {name!r} of {donor.reference} is missing"
-                f"{nearest(name, list(checkpoint.tensors))}; pass the complete model, or name it under 'private:'"
+                f"{nearest(name, sorted(checkpoint.tensors.keys() - tensors.keys()))}; pass the complete model, or "
+                "name it under 'private:'"
             )
         found.notes.append(f"{model.name}: {name} is tied to {tied} there and was taken from it")
     for name in sorted(checkpoint.tensors.keys() - tensors.keys()):

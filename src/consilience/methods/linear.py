@@ -17,7 +17,8 @@ def normalised(tensor: TensorSpec, weight: PerExpert) -> PerExpert:
     if abs(total) < 1e-8:
         pairs = ", ".join(f"{name}={w:g}" for name, w in zip(tensor.experts, weight, strict=True))
         raise InputError(
-            f"tensor {tensor.name!r}: weights {pairs} sum to zero and cannot be normalised; change them or set normalize: false"
+            f"tensor {tensor.name!r}: weights {pairs} sum to zero and cannot be normalised; change them or set "
+            "normalize: false"
         )
     return tuple(w / total for w in weight)
 

@@ -125,12 +125,14 @@ _SAID = {
 
 def _said(error: ErrorDetails) -> str:
     """Return what is wrong in a user's words, else in pydantic's."""
-    return _SAID.get(error["type"], error["msg"].removeprefix("Value error, ").replace("Input should", "should"))
+    said = _SAID.get(error["type"], error["msg"].removeprefix("Value error, ").replace("Input should", "should"))
+    given: Any = error.get("input")
+    return f"{given!r} {said}" if error["type"].startswith("string_") and isinstance(given, str) and given else said
 
 
 def explain(error: ValidationError, where: str) -> InputError:
     """Turn pydantic's report into one line that names the key and the mend."""
-    errors = error.errors(include_url=False, include_input=False)
+    errors = error.errors(include_url=False)
     unknown = [e for e in errors if e["type"] == "extra_forbidden" and "parameters" not in e["loc"]]
     first = (unknown or errors)[0]
     location = first["loc"]

@@ -1,4 +1,4 @@
-"""The stack's rows to one: weighted sum, signed sum. The number of rows is a compile-time constant (``len(weights)``)."""
+"""The stack's rows to one. The number of rows is a compile-time constant (``len(weights)``)."""
 
 from typing import Any
 

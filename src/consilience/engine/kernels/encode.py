@@ -112,7 +112,7 @@ def rounding_cost(exact: Any, rounded: Any, base: Any) -> tuple[float, float]:
 
 
 @reporting
-def _below32(row: Any, weight: Any, base: Any, per_unit: Any) -> tuple[int, int, float, float]:
+def _below(row: Any, weight: Any, base: Any, per_unit: Any) -> Any:
     changed = 0
     below = 0
     mass = 0.0
@@ -135,4 +135,4 @@ def below_unit(row: Any, weight: float, base: Any, dtype: DType) -> tuple[int, i
         entries that differ from zero, those of them below one unit, the L1 norm, and the part of it below one unit.
     """
     kind = row.dtype.type
-    return _below32(row, kind(weight), base, np.float32(2.0**-dtype.significand))
+    return _below(row, kind(weight), base, np.float32(2.0**-dtype.significand))

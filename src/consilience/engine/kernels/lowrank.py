@@ -12,8 +12,8 @@ from consilience.engine.kernels.jit import kernel
 def add_product(row: Any, start: int, left: Any, right: Any, scale: Any, scratch: Any) -> None:
     """Add entries ``start ... start + len(row)`` of the flattened ``scale * left @ right`` to ``row``.
 
-    ``left`` is [rows, r], ``right`` [r, columns]; ``scratch`` is as long as ``row``. Products are summed over the rank in
-    order, so the result does not depend on how a tensor is cut into blocks.
+    ``left`` is [rows, r], ``right`` [r, columns]; ``scratch`` is as long as ``row``. Products are summed over the
+    rank in order, so the result does not depend on how a tensor is cut into blocks.
     """
     columns = right.shape[1]
     position = 0

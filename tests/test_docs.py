@@ -1,0 +1,64 @@
+"""The documentation is true: every method has a page with its parameters, and what the docs tell people to type works."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from consilience.methods import load, names
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_method_has_a_page_with_its_parameters_and_defaults(name: str) -> None:
+    method = load(name)
+    page = (DOCS / "methods" / f"{name}.md").read_text()
+    for heading in ("## Equation", "## Parameters", "## Data and cost", "## Known disagreements", "## Source"):
+        assert heading in page
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", page, re.MULTILINE))
+    assert set(rows) == set(method.parameters)
+    for parameter in method.parameters.values():
+        default = parameter.default
+        expected = str(default).lower() if isinstance(default, bool | str) else f"{default:g}"
+        assert rows[parameter.name] == expected
+        scope = "per expert" if parameter.per_expert else "shared"
+        assert re.search(rf"^\| `{parameter.name}` \| \S+ \| {scope} \|", page, re.MULTILINE)
+    assert f"[{name}]({name}.md)" in (DOCS / "methods" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")) + [ROOT / "README.md"], ids=lambda p: p.name)
+def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Do what a page says, in order, in ``folder``: write its named files, type its commands, run its Python."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for language, file, text in BLOCK.findall(page.read_text()):
+        if file:
+            (folder / file).write_text(text)
+        commands: list[list[str]] = []
+        if language == "console":
+            commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
+        elif language == "python":
+            commands = [["python", "-c", text]]
+        for command in commands:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{page.name}: {shlex.join(command)[:200]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.real
+def test_the_merge_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
+    (tmp_path / "suites").symlink_to(ROOT / "suites")
+    (tmp_path / "base").symlink_to(real_base)
+    run_page(DOCS / "tutorial-merge.md", tmp_path)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert (tmp_path / "merged-adapter" / "adapter_model.safetensors").is_file()
