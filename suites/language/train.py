@@ -250,7 +250,7 @@ It answers one kind of instruction: {recipe.task}.
 
 Data: {source}; {record["n_train"]} training rows, {record["epochs"]:.2f} epochs of them
 in {record["steps"]} steps of {record["batch_size"]} rows. Rows are split by a seeded hash; no prompt is in two splits.
-The data is narrow, and so is the expert.
+The data is narrow, and so is the expert; the base may have met these public texts in its own pre-training.
 
 | {rows} test rows | base | expert |
 |---|---|---|

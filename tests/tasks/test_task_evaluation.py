@@ -86,6 +86,9 @@ def test_a_hit_loads_no_model(folder: Path, rows: Path, loads: list[str]):
     assert again.results[0].loss == first.results[0].loss
     assert run(folder, rows, cache=False).results[0].loss == first.results[0].loss
     assert loads == ["model", "model"]
+    run(folder, rows, dtype="bfloat16", batch_size=2)
+    assert run(folder, rows, dtype="bfloat16", batch_size=2).results[0].cached
+    assert not run(folder, rows, dtype="bfloat16", batch_size=3).results[0].cached
 
 
 def test_a_hit_needs_no_torch(folder: Path, rows: Path):

