@@ -9,9 +9,11 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from consilience.engine.plan import Plan
 from consilience.engine.worker import Record
 
 
@@ -60,17 +62,43 @@ class Journal:
             self.failure = error
 
 
-def read_journal(path: Path) -> list[Record]:
-    """Return the records of every whole line; a line cut short by a crash ends the reading."""
+def _valid(value: Any, plan: Plan) -> Record:
+    """Return the record a line holds; raise ValueError or TypeError for anything this plan could not have written."""
+    record = Record(**value)
+    tensor = plan.tensors[record.tensor] if 0 <= record.tensor < len(plan.tensors) else None
+    numbers: list[Any] = [*chain(*record.inputs), *record.output, *chain(*record.below), *record.rounding]
+    shapes = {len(record.output), len(record.rounding), *map(len, record.inputs)} == {2}
+    if (
+        tensor is None
+        or not 0 <= record.segment < tensor.segments
+        or not shapes
+        or len(record.inputs) != len(tensor.rows) + 1
+        or len(record.below) not in (0, len(tensor.rows))
+        or any(len(counts) != 4 for counts in record.below)
+        or not all(isinstance(number, int | float) for number in numbers)
+    ):
+        raise ValueError("not a record of this plan")
+    return record
+
+
+def read_journal(path: Path, plan: Plan) -> list[Record]:
+    """Return the records of every whole, sensible line, and cut the file after the last of them.
+
+    A line cut short by a crash must go: what is appended after it would be lost to the next reading.
+    """
     records: list[Record] = []
+    good = 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        data = path.read_bytes()
+    except OSError:
         return records
-    for line in lines:
+    for line in data.splitlines(keepends=True):
         try:
-            value: dict[str, Any] = json.loads(line)
-            records.append(Record(**value))
-        except (ValueError, TypeError):
+            if not line.endswith(b"\n"):
+                break
+            records.append(_valid(json.loads(line), plan))
+        except (ValueError, TypeError, RecursionError):
             break
+        good += len(line)
+    os.truncate(path, good)
     return records

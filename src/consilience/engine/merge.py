@@ -76,8 +76,11 @@ def _resume(partial: Path, plan: Plan) -> dict[Piece, Record]:
     except InputError:
         same = False
     weights = [partial / f"weights-{i:05d}.part" for i in range(len(plan.layout.files))]
+    for path, file in zip(weights, plan.layout.files, strict=True):
+        if same and (partial / file.name).is_file() and not path.exists():  # stopped between renaming and installing
+            (partial / file.name).rename(path)
     if same and all(path.is_file() for path in weights):
-        return {(r.tensor, r.segment): r for r in read_journal(partial / OURS / JOURNAL)}
+        return {(r.tensor, r.segment): r for r in read_journal(partial / OURS / JOURNAL, plan)}
     for path in partial.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (partial / OURS).mkdir()
@@ -127,9 +130,9 @@ def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: i
             listener.advance(0)
 
 
-def _finish_folder(partial: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
+def _write_papers(partial: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
+    """Write everything but the weights: lineage, recipe, heads, the donor's other files, the card."""
     ours = partial / OURS
-    (ours / JOURNAL).unlink(missing_ok=True)
     _write_heads(ours / "heads", plan)
     output.write_json(ours / "lineage.json", document)
     (ours / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -137,6 +140,15 @@ def _finish_folder(partial: Path, plan: Plan, document: dict[str, Any], text: st
         output.copy_side_files(partial, plan)
         (partial / "README.md").write_text(card, encoding="utf-8")
     output.sync_tree(partial)
+
+
+def _install(partial: Path, out: Path, plan: Plan, files: list[Path]) -> None:
+    """Rename the folder (or its one file) to OUT."""
+    if plan.alignment.donor.folder is not None:
+        output.install(partial, out)
+    else:
+        output.install(files[0], out)
+        shutil.rmtree(partial)
 
 
 def run_merge(
@@ -199,20 +211,16 @@ def _run(
         except MachineError:
             (partial / OURS / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
             raise
+        notes = [*plan.alignment.notes, *integer_notes(plan), *licences(plan)[1], *_policy_notes(plan)]
+        document, fingerprint = lineage(plan, records)
+        document["notes"] = notes
+        text = recipe_text(plan)
+        _write_papers(partial, plan, document, text, render_card(plan, out.name, fingerprint, text, notes))
         files = sink.finish()
     finally:
         sink.close()
     verify_headers(plan, files)
-    notes = [*plan.alignment.notes, *integer_notes(plan), *licences(plan)[1], *_policy_notes(plan)]
-    document, fingerprint = lineage(plan, records)
-    document["notes"] = notes
-    text = recipe_text(plan)
-    _finish_folder(partial, plan, document, text, render_card(plan, out.name, fingerprint, text, notes))
-    if plan.alignment.donor.folder is not None:
-        output.install(partial, out)
-    else:
-        output.install(files[0], out)
-        shutil.rmtree(partial)
+    _install(partial, out, plan, files)
     error, of = rounding(plan, records)
     return Summary(
         out=str(out),

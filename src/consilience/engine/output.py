@@ -172,9 +172,13 @@ class FileSink:
         """Put ``data`` at byte ``start`` of the tensor."""
         view, position = memoryview(data), tensor.offset + start
         self._dirty.add(tensor.file)
-        while view.nbytes:
-            count = os.pwrite(self._descriptors[tensor.file], view, position)
-            view, position = view[count:], position + count
+        try:
+            while view.nbytes:
+                count = os.pwrite(self._descriptors[tensor.file], view, position)
+                view, position = view[count:], position + count
+        except OSError as error:
+            error.filename = str(self.paths[tensor.file])
+            raise
 
     def read(self, file: int, position: int, out: Any) -> None:
         """Fill ``out`` from a file (for verification)."""
@@ -290,7 +294,7 @@ def _free_name(path: Path) -> Path:
 def install(finished: Path, out: Path) -> None:
     """Rename ``finished`` (a folder or file) to OUT; what stood there is removed only once the new one is in place.
 
-    The plan file goes last: while it is there, a rerun knows OUT.partial as a merge's own.
+    Plan and journal go last: while they are there, a rerun knows OUT.partial as a merge's own and continues it.
     """
     previous: Path | None = None
     if finished.is_dir() and out.is_dir() and any(out.iterdir()):
@@ -303,7 +307,8 @@ def install(finished: Path, out: Path) -> None:
             previous.rename(out)
         raise
     if out.is_dir():
-        (out / OURS / PLAN).unlink(missing_ok=True)
+        for name in (JOURNAL, PLAN):
+            (out / OURS / name).unlink(missing_ok=True)
     descriptor = os.open(out.absolute().parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

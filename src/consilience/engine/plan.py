@@ -118,6 +118,7 @@ class Plan:
             "stochastic": self.stochastic,
             "allow_nonfinite": self.allow_nonfinite,
             "inputs": [model.identity() for model in self.models],
+            "tensors": [_facts(tensor) for tensor in self.tensors],
             "files": [(file.name, file.size, hashlib.blake2b(file.header).hexdigest()) for file in self.layout.files],
         }
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -126,6 +127,12 @@ class Plan:
         """Release the inputs."""
         for model in self.models:
             model.close()
+
+
+def _facts(tensor: TensorPlan) -> list[Any]:
+    """Return what decides a tensor's bytes besides its inputs' bytes: values that come from configs and recipes."""
+    sources = [(s.dense.name if s.dense else None, s.pair and (s.pair.scale, s.pair.transposed)) for s in tensor.rows]
+    return [tensor.name, tensor.stream, tensor.out_dtype.name, tensor.parameters, sources]
 
 
 def expert_names(references: list[tuple[str, str | None]], where: str) -> list[str]:
@@ -157,10 +164,6 @@ def open_models(
     recipe: Recipe, method: Method, where: str, root: Path | None
 ) -> tuple[Model | None, list[tuple[Model, int]]]:
     """Open the base and the experts; with each expert comes its entry's number in ``recipe.models``."""
-    if method.base == "required" and recipe.base_model is None:
-        raise InputError(
-            f"{where}: method {method.name!r} needs a base_model; name the model the experts were tuned from"
-        )
     base = open_model("base", recipe.base_model, root) if recipe.base_model is not None else None
     names = expert_names([(entry.model, entry.name) for entry in recipe.models], where)
     experts: list[tuple[Model, int]] = []
@@ -168,12 +171,20 @@ def open_models(
         if entry.model == recipe.base_model and method.base != "unused":
             continue  # mergekit's way of listing the base among the models: its task vector is zero
         experts.append((open_model(name, entry.model, root), number))
-    count = len(experts) + (1 if method.counts_base else 0)
+    return base, experts
+
+
+def check_count(method: Method, base: Model | None, experts: int, where: str) -> None:
+    """Refuse too few or too many models for a method, or a base that is not there."""
+    if method.base == "required" and base is None:
+        raise InputError(
+            f"{where}: method {method.name!r} needs a base_model; name the model the experts were tuned from"
+        )
+    count = experts + (1 if method.counts_base else 0)
     if count < method.minimum or (method.maximum is not None and count > method.maximum):
         of = "models with the base" if method.counts_base else "models"
         need = f"exactly {method.minimum}" if method.minimum == method.maximum else f"at least {method.minimum}"
         raise InputError(f"{where}: method {method.name!r} merges {need} {of}; the recipe names {count}")
-    return base, experts
 
 
 def _running_average(spec: TensorSpec, parameters: dict[str, Any]) -> Program:
@@ -258,7 +269,10 @@ def make_plan(
         InputError: anything in the recipe or the models does not fit; nothing has been written.
     """
     method = load(recipe.merge_method)
+    if models is None and method.base == "required" and recipe.base_model is None:
+        check_count(method, None, len(recipe.models), where)
     base, numbered = models or open_models(recipe, method, where, root)
+    check_count(method, base, len(numbered), where)
     experts = [model for model, _ in numbered]
     alignment = align(base, experts, recipe.private)
     names = list(alignment.tensors)

@@ -157,7 +157,8 @@ class Streamer:
         trim = tensors[0].program.trim if tensors[0].program else None
         assert trim is not None
         keep = [min(total, max(int(d * total), 1 if d > 0 else 0)) for d in trim.density]
-        selection = Selection(keep, total, [(t.index, s) for t in tensors for s in range(t.segments)])
+        by_name = sorted(tensors, key=lambda tensor: tensor.name)  # ties must not depend on how files are cut
+        selection = Selection(keep, total, [(t.index, s) for t in by_name for s in range(t.segments)])
         self._select(pool, selection)
         self._each(
             pool, [lambda t=t, s=s: self._finish(t, s, t.program, selection) for t in tensors for s in self._open(t)]

@@ -12,6 +12,13 @@ from consilience.engine.kernels.reduce import LEAF, leaf_magnitudes, leaf_produc
 from consilience.methods.program import Sums
 
 
+def _exact_sum(values: Any) -> float:
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):  # infinities of both signs, or a sum beyond float64
+        return math.nan
+
+
 class Summation:
     """Accumulates one tensor's sums, leaf by leaf, from any thread."""
 
@@ -48,7 +55,7 @@ class Summation:
 
     def result(self) -> Sums:
         """Return the sums: the leaves' exact total, whatever their order."""
-        exact = {key: math.fsum(np.concatenate(parts)) for key, parts in self._leaves.items()}
+        exact = {key: _exact_sum(np.concatenate(parts)) for key, parts in self._leaves.items()}
         if self.kind == "gram":
             gram = np.zeros((self.rows, self.rows))
             for (i, j), value in exact.items():

@@ -83,7 +83,10 @@ class Worker:
     def _store(self, tensor: TensorPlan, start: int, values: Any, base: Any, record: Record) -> None:
         """Round ``values``, check for overflow, measure what rounding cost, fingerprint and write."""
         dtype, real = tensor.out_dtype, values.dtype.type
+        exact = values
         if self.plan.stochastic:
+            values = self.scratch.array("noisy", (exact.size,), exact.dtype)
+            values[:] = exact
             key = random_bits.stream_key(self.plan.recipe.seed, tensor.stream, "round")
             enc.round_stochastically(values, dtype, key, start)
         raw = self.scratch.array("out", (values.size * dtype.itemsize,), np.uint8)
@@ -99,7 +102,7 @@ class Worker:
                     f"{dtype.largest:g}); choose a wider out_dtype, smaller weights, or pass --allow-nonfinite"
                 )
         if dtype.bits < 64:
-            error, change = enc.rounding_cost(values, rounded, base)
+            error, change = enc.rounding_cost(exact, rounded, base)
             record.rounding[0] += error
             record.rounding[1] += change
         self._emit(tensor, start, raw, record)

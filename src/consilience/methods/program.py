@@ -50,7 +50,8 @@ class WeightedSum:
 class SignedSum:
     """TIES' merge: per element keep the rows whose weighted sign is that of the weighted sum (0 counts as +).
 
-    ``sum of the kept w*x``, divided by the sum of their weights when ``mean`` (a zero divisor counts as 1).
+    ``sum of the kept w*x``, divided by the sum of their weights when ``mean``. A divisor below 1e-8, what rounding
+    leaves of weights that cancel, counts as 1.
     """
 
     weights: tuple[float, ...]

@@ -38,5 +38,5 @@ def signed_sum(stack: Any, weights: Any, mean: bool, out: Any) -> None:
             agrees = x > zero if positive else x < zero
             agreeing += x if agrees else zero
             divisor += stack.dtype.type(weights[k]) if agrees else zero
-        divisor = divisor if mean and divisor != zero else one
+        divisor = divisor if mean and abs(divisor) >= 1e-8 else one
         out[i] = agreeing / divisor

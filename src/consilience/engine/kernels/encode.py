@@ -84,7 +84,8 @@ def round_stochastically(values: Any, dtype: DType, key: int, start: int) -> Non
 def encode(values: Any, dtype: DType, out: Any) -> None:
     """Round ``values`` to ``dtype`` (nearest, ties to even) into the bytes ``out`` (uint8)."""
     if dtype.name == "BF16":
-        narrow = values if values.dtype == np.float32 else values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            narrow = values if values.dtype == np.float32 else values.astype(np.float32)
         _to_bf16(narrow, out.view(np.uint16))
     elif dtype.name == "F16":
         with np.errstate(over="ignore"):
