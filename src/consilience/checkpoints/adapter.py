@@ -200,6 +200,8 @@ def _pair(
         raise InputError(f"{file}: {module} has no lora_{missing} factor; download it again")
     a, b = found["A"], found["B"]
     rank = a.shape[0] if len(a.shape) >= 2 else 0
+    if len(b.shape) > 2 and 0 < math.prod(b.shape[1:]) < rank and rank % math.prod(b.shape[1:]) == 0:
+        raise InputError(f"{file}: {module}: adapts a grouped convolution; merge it into its base with PEFT")
     shapes_fit = rank > 0 and len(b.shape) >= 2 and rank == math.prod(b.shape[1:])
     if not shapes_fit or not (a.dtype.mergeable and b.dtype.mergeable):
         raise InputError(

@@ -123,6 +123,16 @@ class MemoryStorage:
     def close(self) -> None:
         """Nothing to release."""
 
+    def shared(self) -> dict[str, str]:
+        """Return alias -> first name for tensors that are the same memory: ties as the data shows them."""
+        first: dict[tuple[int, int], str] = {}
+        aliases: dict[str, str] = {}
+        for name, array in self.arrays.items():
+            name_of = first.setdefault((array.ctypes.data, array.size), name)
+            if array.size and name_of != name:
+                aliases[name] = name_of
+        return aliases
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -42,7 +42,7 @@ def _scratch(tensor: TensorPlan) -> int:
 def _values(parameters: dict[str, Any], names: tuple[str, ...]) -> str:
     shown: list[str] = []
     for key, value in parameters.items():
-        if key == "int8_mask":
+        if key in ("int8_mask", "rescale") and value is False:
             continue
         key = key.rstrip("_")
         if isinstance(value, tuple):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Listener, Streamer
+from consilience.engine.stream import Listener, Streamer, check_ties
 from consilience.experts.state_dict import StateDict, to_like
 
 
@@ -24,6 +24,7 @@ def merge_in_memory(
     plan: Plan, like: StateDict, threads: int | None = None, listener: Listener | None = None
 ) -> dict[str, Any]:
     """Run a plan over state dicts and return the merged one, in the same library as ``like``."""
+    check_ties(plan)
     sink = MemorySink(plan)
     Streamer(plan, sink, threads=threads, listener=listener).run()
     return {t.name: to_like(sink.arrays[t.name], t.out_dtype, t.shape, like[t.name]) for t in plan.tensors}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
+from consilience.checkpoints.checkpoint import Checkpoint, MemoryStorage, TensorInfo
 from consilience.errors import InputError, nearest
 from consilience.experts.model import Model
 
@@ -185,11 +185,12 @@ def _check_adapter(
 
 
 def _donor_ties(donor: Checkpoint) -> dict[str, str]:
-    """Return alias -> tensor for what the donor writes twice though its config ties the two."""
-    if not says_tied(donor.config):
-        return {}
-    pairs = ((name, tie_of(name, donor.tensors)) for name in donor.tensors)
-    return {a: t for a, t in pairs if t is not None and donor.tensors[t].shape == donor.tensors[a].shape}
+    """Return alias -> tensor for what the donor holds twice though its config, or one shared memory, ties the two."""
+    pairs = list(donor.storage.shared().items()) if isinstance(donor.storage, MemoryStorage) else []
+    if says_tied(donor.config):
+        pairs += [(name, target) for name in donor.tensors if (target := tie_of(name, donor.tensors)) is not None]
+    held = donor.tensors
+    return {a: t for a, t in pairs if (held[t].shape, held[t].dtype) == (held[a].shape, held[a].dtype)}
 
 
 def align(base: Model | None, experts: list[Model], private: Iterable[str] = ()) -> Alignment:

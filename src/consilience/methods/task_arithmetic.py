@@ -14,6 +14,8 @@ def task_arithmetic(
     weight: Annotated[PerExpert, Default(1.0), "multiplier of each task vector; negative values negate a task"],
     lambda_: Annotated[float, Default(1.0), "multiplier of the sum"],
     normalize: Annotated[bool, Default(False), "divide by the sum of the weights"],
+    density: Annotated[PerExpert, Default(1.0), "accepted from mergekit recipes; has no effect, there as here"],
+    rescale: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect, there as here"],
     int8_mask: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect"],
 ) -> Program:
     """Add the weighted task vectors to the base.
@@ -23,5 +25,5 @@ def task_arithmetic(
     The paper uses one scale for all tasks (lambda, commonly 0.3 for eight vision tasks); mergekit's per-model
     ``weight`` and ``lambda`` both default to 1, as here.
     """
-    del int8_mask
+    del density, rescale, int8_mask
     return Program("task_vectors", WeightedSum(normalised(tensor, weight) if normalize else weight), scale=lambda_)

@@ -22,6 +22,7 @@ def ties(
     trim: Annotated[
         Literal["tensor", "model"], Default("tensor"), "rank magnitudes within each tensor or over the model"
     ],
+    rescale: Annotated[Literal[False], Default(False), "accepted from mergekit recipes; only false is supported"],
     int8_mask: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect"],
 ) -> Program:
     """Trim each task vector to its largest entries, elect a sign per element, merge the entries that agree.
@@ -35,6 +36,6 @@ def ties(
     (``normalize: false``, with lambda 0.3) is the default of several vision codes under the same name. An element whose
     weighted sum is exactly zero takes the sign + (as in mergekit); the paper's code gives it the model's majority sign.
     """
-    del int8_mask
+    del rescale, int8_mask
     stages = (Trim(tuple(kept(tensor.numel, d) for d in density), density, trim),) if min(density) < 1 else ()
     return Program("task_vectors", SignedSum(weight, normalize), stages, lambda_)
