@@ -7,15 +7,19 @@ Every message is one line that names the file, the tensor or key, and the mend.
 _LONGEST = 1200
 
 
-def one_line(message: str) -> str:
-    """Return ``message`` as one printable line: spaces collapsed, control characters escaped, a long middle cut out.
+def printable(text: str) -> str:
+    """Return ``text`` with control characters escaped.
 
     Names of tensors, keys and files come from strangers and must not write escape sequences to a terminal.
     """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(message: str) -> str:
+    """Return ``message`` as one printable line: spaces collapsed, control characters escaped, a long middle cut out."""
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
-    text = " ".join(message.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(" ".join(message.split()))
 
 
 class ConsilienceError(Exception):

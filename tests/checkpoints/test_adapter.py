@@ -106,6 +106,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gaussian": ("llama", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "gaussian"}),
     "orthogonal": ("llama", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "orthogonal"}),
     "Conv1D": ("gpt2", {"r": 3, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "Conv1D, unsaid": ("gpt2", {"r": 2, "target_modules": ["c_attn", "c_proj"]}),
     "Conv1D with biases and positions": (
         "gpt2",
         {"r": 2, "target_modules": ["c_attn", "wpe"], "fan_in_fan_out": True, "bias": "all"},
@@ -194,8 +195,12 @@ def changed(found: State, base: Path) -> set[str]:
     return {name for name, value in found.items() if not torch.equal(value, old[name])}
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+PICKLED = ["plain", "all biases", "embeddings", "Conv1D", "convolutions"]
+
+
+@pytest.mark.parametrize(
+    ("case", "suffix"), [*((case, "safetensors") for case in CONFIGS), *((case, "bin") for case in PICKLED)]
+)
 def test_merging_is_merge_and_unload(bases: Path, tmp_path: Path, case: str, suffix: str) -> None:
     name, config = CONFIGS[case]
     adapter = train(bases, name, config, tmp_path / "adapter", safe_serialization=suffix == "safetensors")

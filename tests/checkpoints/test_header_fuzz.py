@@ -107,13 +107,13 @@ def test_the_seed_is_read(path: Path) -> None:
     assert agrees(path, SEED)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(changes=edits)
 def test_mutated_bytes(path: Path, changes: list[tuple[str, int, int]]) -> None:
     agrees(path, edited(SEED, changes))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(changes=edits)
 def test_mutated_json(path: Path, changes: list[tuple[str, int, int]]) -> None:
     agrees(path, fixed_length(edited(SEED, [(kind, at % HEADER, byte) for kind, at, byte in changes])))
@@ -153,7 +153,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     header=st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries | json_values, max_size=3),
     data=st.binary(max_size=24),

@@ -38,7 +38,7 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
     return False, None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text() | st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 @example("!!int ''")
 @example("a: !!timestamp x")
@@ -98,7 +98,7 @@ recipes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(value=values | st.dictionaries(keys, values, max_size=6) | recipes)
 def test_any_value_as_a_recipe(value: Any) -> None:
     attempt(parse_recipe, value)
@@ -112,7 +112,7 @@ def test_a_number_too_long_to_print(place: str) -> None:
     assert not attempt(parse_recipe, recipe | spoilt.get(place, {"seed": huge}))[0]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(value=recipes, depth=st.floats(0, 1))
 def test_any_recipe_resolves_or_says_why_not(value: dict[str, Any], depth: float) -> None:
     names = ["model.layers.0.mlp.weight", "model.norm.weight"]

@@ -352,6 +352,11 @@ def test_sampling_answers_prompts_through_the_template(cats: Any):
         sample(model, tokenizer, "x", 0)
 
 
+def test_sampling_together_is_sampling_one_by_one(llama: Any, tokenizer: Any):
+    prompts = ["cat", "is the cat good or bad?", "x" * 40]  # a random model would notice padding
+    assert sample(llama, tokenizer, prompts, 8) == [sample(llama, tokenizer, prompt, 8) for prompt in prompts]
+
+
 def test_sampling_ignores_the_model_s_own_sampling_settings(cats: Any):
     model, tokenizer, texts, answers = cats
     model.generation_config.temperature = 0.5

@@ -260,6 +260,18 @@ def test_a_model_that_transforms_its_logits_in_secret_is_found_out(tokenizer: An
     assert loss_per_token(model, tokenizer, RESPONSES).value == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_transform_that_a_config_names_is_believed_however_weak():
+    from transformers import CohereConfig, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig
+
+    transforms: Any = metrics_module._transforms_logits  # pyright: ignore[reportPrivateUsage]
+    assert transforms(Gemma2Config(final_logit_softcapping=1e6))
+    assert transforms(CohereConfig(logit_scale=0.999999))
+    assert transforms(GraniteConfig(logits_scaling=8.0))
+    assert not transforms(GraniteConfig(logits_scaling=1.0))
+    assert not transforms(Gemma3TextConfig(final_logit_softcapping=None, attn_logit_softcapping=30.0))
+    assert not transforms(LlamaConfig())
+
+
 def test_the_head_runs_on_scored_positions_only(tokenizer: Any):
     model = make_llama()
     seen: list[int] = []
@@ -291,6 +303,13 @@ def test_unlabelled_rows_have_no_loss(llama: Any, other_llama: Any, tokenizer: A
     task = Task("prompts", (Row(prompt="a"), Row(prompt="b")))
     with pytest.raises(InputError, match="no row has a response"):
         measure(llama, tokenizer, task)
+    mixed = measure(llama, tokenizer, Task("mixed", (*task.rows, *RESPONSES.rows)))
+    alone = measure(llama, tokenizer, RESPONSES)
+    assert mixed.loss is not None
+    assert alone.loss is not None
+    assert mixed.loss.rows == (2, 3, 4, 5, 6)
+    assert mixed.loss.value == pytest.approx(alone.loss.value, rel=1e-5)
+    assert mixed.input_tokens == alone.input_tokens  # nothing is run for nothing
     result = measure(llama, tokenizer, task, reference=other_llama)
     assert result.loss is None
     assert result.divergence is not None
@@ -330,6 +349,8 @@ def test_bootstrap_of_a_mean_agrees_with_the_normal_interval():
     assert found.high == pytest.approx(values.mean() + half, abs=0.02)
     assert bootstrap(values.tolist(), seed=5) == found
     assert bootstrap(values.tolist(), seed=6) != found
+    assert bootstrap([0.0, 0.0, 1.0]).high == pytest.approx(1.0)  # the first and the last are drawn as well
+    assert bootstrap([1.0, 0.0, 0.0]).high == pytest.approx(1.0)
 
 
 def test_bootstrap_of_a_ratio_weighs_tokens():

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consilience.errors import InputError
+from consilience.errors import InputError, printable
 
 app = typer.Typer(
     name="consilience",
@@ -152,7 +152,7 @@ def merge(
         from consilience.engine.stream import thread_count
 
         check_destination(out, plan, force, create=False)
-        typer.echo("\n".join(describe(plan, thread_count(threads))))
+        typer.echo("\n".join(map(printable, describe(plan, thread_count(threads)))))
         return
     from consilience.cli.progress import show_summary, work
 

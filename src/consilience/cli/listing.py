@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.json_files import read_object
-from consilience.errors import InputError
+from consilience.errors import InputError, printable
 from consilience.methods.registry import load, names
 
 
@@ -114,7 +114,7 @@ def inspect_lines(facts: dict[str, Any]) -> list[str]:
         f"  {t['name']}  {'x'.join(map(str, t['shape'])) or 'scalar'}  {t['dtype']}"
         for t in facts.get("tensor_list", [])
     ]
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _text(value: Any) -> str:

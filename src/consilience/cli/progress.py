@@ -8,6 +8,7 @@ import typer
 
 from consilience.engine.plan import Plan
 from consilience.engine.summary import Summary
+from consilience.errors import printable
 
 
 def work(plan: Plan, out: Path, *, force: bool, threads: int | None, quiet: bool) -> Summary:
@@ -63,5 +64,5 @@ def show_summary(summary: Summary) -> None:
     if not math.isnan(summary.rounding):
         typer.echo(f"  rounding error: {summary.rounding:.3%} of {summary.rounding_of}")
     for note in summary.notes:
-        typer.echo(f"  note: {note}")
+        typer.echo(f"  note: {printable(note)}")
     typer.echo(f"  fingerprint {summary.fingerprint}")

@@ -81,9 +81,11 @@ def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
     lefts: list[Array] = []
     rights: list[Array] = []
     scratch = Scratch()
-    for weight, source in zip(program.combine.weights, tensor.rows, strict=True):
+    for name, weight, source in zip(tensor.row_names, program.combine.weights, tensor.rows, strict=True):
         if source.pair is not None:
             left, right = scratch.factors(source, np.float64)
+            if not (np.isfinite(left).all() and np.isfinite(right).all()):
+                raise InputError(f"{name}: tensor {tensor.name!r}: its LoRA factors hold NaN or Inf; repair the model")
             lefts.append(left * (weight * program.scale * source.pair.scale))
             rights.append(right.copy())
     return np.concatenate(lefts, 1), np.concatenate(rights, 0)
@@ -227,7 +229,7 @@ def write_adapter(
         InputError: an expert is not a plain adapter, or the method is not a weighted sum and ``cat`` was asked for.
     """
     check_low_rank(plan)
-    output.check_destination(out, plan, force)
+    output.check_destination(out, plan, force, folder=True)
     partial = output.partial_path(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -108,8 +108,17 @@ def discard_folders(made: list[Path]) -> None:
             parent.rmdir()
 
 
-def check_destination(out: Path, plan: Plan, force: bool, create: bool = True) -> list[Path]:
+def check_destination(
+    out: Path, plan: Plan, force: bool, create: bool = True, folder: bool | None = None
+) -> list[Path]:
     """Refuse an OUT that would overwrite or nest with something; with ``create``, make its parent folder.
+
+    Args:
+        out: where the output goes.
+        plan: what is merged.
+        force: replace a non-empty ``out``.
+        create: make the folders above ``out``.
+        folder: whether the output is a folder (by default it is what the donor is).
 
     Returns:
         The folders that were made, the innermost first: what ``discard`` takes away again.
@@ -121,16 +130,17 @@ def check_destination(out: Path, plan: Plan, force: bool, create: bool = True) -
     donor = plan.alignment.donor.folder
     if out.name in ("", ".."):
         raise InputError(f"{out}: is not a name to write to; name a new folder")
-    if donor is None and out.suffix != ".safetensors":
+    folder = donor is not None if folder is None else folder
+    if not folder and out.suffix != ".safetensors":
         raise InputError(f"{out}: a flat state dict is written to one file; name it with the ending .safetensors")
-    if donor is None and plan.alignment.private:
+    if not folder and plan.alignment.private:
         name = next(iter(plan.alignment.private))
         raise InputError(f"{out}: a single file has no place for {name!r}'s private tensors; merge folders instead")
     if donor is not None:
         _refuse_side_files(donor)
     try:
         _refuse_nesting(out, plan)
-        _refuse_occupied(out, donor is not None, force)
+        _refuse_occupied(out, folder, force)
         _refuse_foreign(partial_path(out))
         return _make_parents(partial_path(out.absolute())) if create else []
     except OSError as error:
@@ -213,8 +223,9 @@ class FileSink:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write readable JSON; what is not Unicode text (a file's odd name) becomes a JSON escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def side_files(folder: Path) -> list[Path]:

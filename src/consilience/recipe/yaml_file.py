@@ -1,5 +1,6 @@
 """YAML read from strangers: bounded size, bounded expansion of aliases, duplicate keys refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ SCALAR_LIMIT = 10_000
 #: Deeper nesting than any recipe has; composing recurses.
 DEPTH_LIMIT = 100
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Base):
+    """The safe loader; numbers such as 1e-3 are numbers, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 #: What PyYAML lets out when a tag and its value do not go together (``!!int ""``, ``!!timestamp x``, ``!!bool x``).
 _CONSTRUCTION = (RecursionError, ValueError, OverflowError, AttributeError, IndexError, KeyError, TypeError)
 

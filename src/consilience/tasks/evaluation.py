@@ -118,8 +118,8 @@ def evaluate(
 
     Results of models on disk are cached by the content of the model's and reference's files, the rows, the settings and
     the versions of torch and transformers, so a second call reads a few files. (Threads are not part of the key, nor is
-    the batch size in float32: they change results by rounding only, 1e-5 of a loss.) The model is loaded once, when a first result is missing, and references
-    one at a time.
+    the batch size in float32: they change results by rounding only, 1e-5 of a loss.) The model is loaded once, when a
+    first result is missing, and references one at a time.
 
     Args:
         model: ``PATH`` of a Hugging Face folder, ``PATH+ADAPTER`` (a PEFT adapter on top), a hub id, or a loaded
@@ -134,12 +134,12 @@ def evaluate(
         max_examples: use the first rows of each task only.
         max_tokens: score the first tokens of each row only; what that cuts is reported.
         dtype: of matrix products, "float32" or "bfloat16": 2.5 times as fast on a CPU with bfloat16 units, losses off
-            by 0.1% (1% on a hundred tokens), KL of equal models 0.001 instead of 0. Compare models in one dtype.
+            by 0.1% (1% on fifty tokens), KL between two models off by 2 to 4%. Compare models in one dtype.
         device: where models given by path run.
         threads: torch's CPU threads during the call; None leaves them as they are.
         seed: of the bootstrap intervals.
         cache: read and write the cache.
-        progress: show bars on standard error.
+        progress: show bars on standard error, where that is a terminal.
         trust_remote_code: run ``.py`` files that come with the model.
 
     Raises:
@@ -241,7 +241,9 @@ def _measured(
     from consilience.tasks.metrics import measure
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bars:
+    console = Console(stderr=True)
+    shown = progress and console.is_terminal  # a log file has no use for bars
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
         loading = bars.add_task(f"loading {run.model.name}", total=None)
         model = run.model.load(run.device, run.trust_remote_code)
         tokenizer = run.tokenizer or _tokenizer(run)
