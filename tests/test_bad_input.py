@@ -635,6 +635,7 @@ COMMANDS = [
     Case("setting of no expert", ("c.weight", "'c'"), command(*MERGE, "--set", "c.weight=1")),
     Case("setting of no parameter", ("wieght", "did you mean 'weight'"), command(*MERGE, "--set", "wieght=1")),
     Case("setting with a recipe", ("--set", "recipe.yaml"), lambda: [*recipe(RECIPE), "--set", "weight=1"]),
+    Case("weight beyond float32", ("tensor", "F32", "smaller weights"), command(*MERGE, "--set", "weight=1e39")),
     Case("unknown option", ("--denstiy", "--help"), command(*MERGE, "--denstiy", "1")),
     Case("unknown command", ("mrege", "--help"), command("mrege")),
     Case("missing argument", ("consilience merge --help",), command("merge", "base")),
@@ -863,6 +864,30 @@ ADAPTERS = [
     ),
 ]
 
+
+def as_adapter(arrays: Arrays, *options: str) -> Callable[[], list[str]]:
+    def arrange() -> list[str]:
+        write_adapter(Path("lora"), arrays)
+        return ["merge", "base", "out", "-e", "l=lora", "--as-adapter", *options]
+
+    return arrange
+
+
+NAN_FACTORS = factors() | {FIRST_A: np.full((2, 4), np.nan, np.float32)}
+AS_ADAPTER = [
+    Case("adapter of no kind", ("'cta'", "cat"), as_adapter(factors(), "cta")),
+    Case("svd without a rank", ("--rank",), as_adapter(factors(), "svd")),
+    Case("rank without svd", ("--rank", "svd"), command(*MERGE, "--rank", "2")),
+    Case("adapter of full weights", ("a: ", "not a plain LoRA"), command(*MERGE, "--as-adapter", "cat")),
+    Case("NaN into an adapter", ("l: ", FIRST, "repair"), as_adapter(NAN_FACTORS, "cat")),
+    Case("NaN into a truncated adapter", ("l: ", FIRST, "repair"), as_adapter(NAN_FACTORS, "svd", "--rank", "1")),
+    Case(
+        "adapter where OUT.partial is not ours",
+        ("out.partial", "move it"),
+        lambda: (occupied("out.partial"), as_adapter(factors(), "cat")())[1],
+    ),
+]
+
 INSPECTED = [
     Case("inspect nothing", ("gone", "check the path"), command("inspect", "gone")),
     Case("inspect a truncated file", (A_FILE, "download"), lambda: (cut(lambda n: 20), ["inspect", "a"])[1]),
@@ -879,7 +904,7 @@ INSPECTED = [
     Case("dry run of a bad merge", ("a: ", FIRST), lambda: (edit("a", drop(FIRST)), [*MERGE, "--dry-run"])[1]),
 ]
 
-CASES = [*HEADERS, *FOLDERS, *PICKLES, *FIT, *RECIPES, *COMMANDS, *OUTPUTS, *ADAPTERS, *INSPECTED]
+CASES = [*HEADERS, *FOLDERS, *PICKLES, *FIT, *RECIPES, *COMMANDS, *OUTPUTS, *ADAPTERS, *AS_ADAPTER, *INSPECTED]
 
 
 def snapshot(root: Path) -> dict[str, Any]:
@@ -1042,21 +1067,53 @@ def test_a_recipe_may_begin_with_a_mark_and_come_through_a_pipe() -> None:
     os.close(reader)
 
 
+def test_files_whose_names_are_not_text_come_along() -> None:
+    odd = os.fsdecode(b"\xff")
+    Path(A_FILE).rename(f"a/{odd}.safetensors")
+    Path(f"base/{odd}.txt").write_text("x", encoding="utf-8")
+    Path("base/two\nlines.txt").write_text("y", encoding="utf-8")
+    assert run([*MERGE, "-q"]) == 0
+    assert Path(f"out/{odd}.txt").read_text(encoding="utf-8") == "x"
+    document = json.loads(Path("out/consilience/lineage.json").read_text(encoding="utf-8"))
+    assert document["models"][1]["files"][0]["file"] == f"{odd}.safetensors"
+
+
+def test_an_adapter_may_be_made_from_a_flat_base() -> None:
+    write_adapter(Path("lora"), factors())
+    assert run(["merge", "base/model.safetensors", "out", "-e", "l=lora", "--as-adapter", "cat", "-q"]) == 0
+    assert Path("out/adapter_model.safetensors").is_file()
+
+
+def test_names_do_not_write_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "a"):
+        edit(name, put("x\x1b[2Jy", np.ones(3, np.float32)))
+    for arguments in (["inspect", "a", "--tensors"], ["merge", "base", "out", "-e", "a=a", "--dry-run"]):
+        assert run(arguments) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out
+        assert "\\x1b[2J" in out
+
+
 def test_safetensors_go_before_pickles() -> None:
     torch_file(Path("a/pytorch_model.bin"), {"w": None})
     Path("a/pytorch_model.bin.index.json").write_text('{"weight_map": {"w": "pytorch_model.bin"}}', encoding="utf-8")
     same(merged(*MERGE), expected())
 
 
-def test_tensors_that_share_memory_in_a_pickle_are_all_kept() -> None:
+def test_tensors_that_share_memory_in_a_pickle_are_all_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """Shared memory is a tie; the transpose of a tensor is not."""
     import torch
 
     square = torch.arange(9.0).reshape(3, 3)
+    other = square + 1
     torch_file(Path("x.pt"), {"a": square, "b": square, "t": square.T})
-    torch_file(Path("y.pt"), {"a": square + 1, "b": square + 2, "t": square.T + 3})
+    torch_file(Path("y.pt"), {"a": other, "b": other, "t": square.T + 3})
+    torch_file(Path("z.pt"), {"a": other, "b": other + 1, "t": square.T})
     found = merged("merge", "x.pt", "out.safetensors", "-e", "y=y.pt", out="out.safetensors")
-    for name, value in {"a": square + 1, "b": square + 2, "t": square.T + 3}.items():
+    for name, value in {"a": other, "b": other, "t": square.T + 3}.items():
         np.testing.assert_array_equal(found[name], value.numpy())
+    assert run(["merge", "x.pt", "no.safetensors", "-e", "z=z.pt"]) == 2
+    assert "z.pt: tensor 'b' differs from 'a'" in capsys.readouterr().err
 
 
 def test_a_tensor_in_two_pickled_shards_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The documentation is true: every method has a page with its parameters, and what the docs tell people to type works."""
+"""The documentation is true: every method has a page with its parameters, and what the docs tell people to do works."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from consilience.methods import load, names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,7 @@ def test_every_method_has_a_page_with_its_parameters_and_defaults(name: str) -> 
     assert f"[{name}]({name}.md)" in (DOCS / "methods" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")) + [ROOT / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
 def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if "://" not in target:

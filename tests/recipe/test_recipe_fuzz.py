@@ -49,6 +49,16 @@ def test_any_text_as_yaml(text: str) -> None:
     attempt(parse_yaml, text)
 
 
+@pytest.mark.parametrize("text", ["1e-3", "-2E+5", "1.5e3", ".5e1", "1.e2", "1.0e+3", "0.25"])
+def test_numbers_with_an_exponent_are_numbers(text: str) -> None:
+    assert parse_yaml(text, WHERE) == float(text)
+
+
+@pytest.mark.parametrize("text", ["1e", "e5", "1e5x", "v1e5", "1e-", "--1e5"])
+def test_words_that_look_like_numbers_stay_words(text: str) -> None:
+    assert parse_yaml(text, WHERE) == text
+
+
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20) | st.dates()
 
 
