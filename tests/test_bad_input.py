@@ -302,6 +302,11 @@ FOLDERS = [
         ("base/tokenizer.json", "restore"),
         lambda: Path("base/tokenizer.json").symlink_to("gone"),
     ),
+    Case(
+        "base links to a folder",
+        ("base/docs", "link to a folder", "copy"),
+        lambda: (occupied("elsewhere"), Path("base/docs").symlink_to("../elsewhere")),
+    ),
     Case("base has a pipe", ("base/vocab.txt", "regular file"), lambda: pipe("base/vocab.txt")),
     Case(
         "base holds our folder's name", ("base/consilience", "rename"), lambda: Path("base/consilience").write_text("x")

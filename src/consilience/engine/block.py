@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from consilience.engine.kernels import decode as dec
-from consilience.engine.kernels.fingerprint import mix
+from consilience.engine.kernels.ingest import ingest
 from consilience.engine.kernels.lowrank import add_product
 from consilience.engine.kernels.reduce import LEAF
 from consilience.engine.plan import TensorPlan
@@ -18,8 +18,8 @@ from consilience.errors import ConsilienceError, InputError
 from consilience.experts.model import Source
 
 #: Bytes a block's stack may take; half of a common second-level cache.
-CACHE = 1 << 20
-LARGEST_BLOCK, SMALLEST_BLOCK = 1 << 16, 1 << 13
+CACHE = 4 << 20
+LARGEST_BLOCK, SMALLEST_BLOCK = 1 << 18, 1 << 13
 
 
 class Stopped(ConsilienceError):
@@ -89,21 +89,25 @@ class Loader:
         self.scratch, self.tensor, self.check = scratch, tensor, check
         self.real: Any = np.float64 if tensor.wide else np.float32
         self.largest = self.real(np.finfo(self.real).max)
+        self.nothing = np.empty(0, self.real)
         self.size = block_size(len(tensor.rows), tensor.wide)
 
-    def _dense(self, source: Source, who: str, start: int, stop: int, out: Any, mark: list[int] | None) -> None:
+    def _dense(
+        self, source: Source, who: str, start: int, stop: int, out: Any, base: Any, mark: list[int] | None
+    ) -> None:
+        """Read one source's values less ``base`` (empty: as they are) into ``out``."""
         info, storage = source.dense, source.storage
         assert info is not None
         assert storage is not None
         width = info.dtype.itemsize
         raw = self.scratch.array("raw", ((stop - start) * width,), np.uint8)
         storage.read(info, start * width, raw)
+        at = None if mark is None else start * width
+        low, high, bad = ingest(raw, info.dtype, out, base, at, self.largest, self.check)
         if mark is not None:
-            low, high = mix(raw, start * width)
             mark[0] += low
             mark[1] += high
-        dec.decode(raw, info.dtype, out)
-        if self.check and dec.count_nonfinite(out, self.largest):
+        if bad:
             raise NonFinite(who, self.tensor.name, source)
 
     def _low_rank(self, source: Source, who: str, start: int, out: Any) -> None:
@@ -117,7 +121,7 @@ class Loader:
     def base(self, start: int, stop: int, marks: Marks | None) -> Any:
         """Return the base's values of a block."""
         out = self.scratch.array("base", (stop - start,), self.real)
-        self._dense(self.tensor.base, "base", start, stop, out, marks[0] if marks else None)
+        self._dense(self.tensor.base, "base", start, stop, out, self.nothing, marks[0] if marks else None)
         if self.tensor.base.pair is not None:
             self._low_rank(self.tensor.base, "base", start, out)
         return out
@@ -131,9 +135,8 @@ class Loader:
         for k, source in enumerate(tensor.rows):
             row, who = stack[k], tensor.row_names[k]
             if source.dense is not None:
-                self._dense(source, who, start, stop, row, marks[k + 1] if marks else None)
-                if task_vectors:
-                    dec.subtract(row, base)
+                less = base if task_vectors else self.nothing
+                self._dense(source, who, start, stop, row, less, marks[k + 1] if marks else None)
             else:
                 row[:] = 0 if task_vectors else base
             if source.pair is not None:

@@ -241,9 +241,16 @@ def _run(
 
 
 def _policy_notes(plan: Plan) -> list[str]:
+    notes: list[str] = []
     running = sum(t.name.endswith((".running_mean", ".running_var")) and t.program is not None for t in plan.tensors)
-    return (
-        [f"{running} BatchNorm statistics were averaged, not extrapolated; re-estimate them on data before use"]
-        if running
-        else []
-    )
+    if running:
+        notes.append(
+            f"{running} BatchNorm statistics were averaged, not extrapolated; re-estimate them on data before use"
+        )
+    folder = plan.alignment.donor.folder
+    left = output.weights_in_subfolders(folder) if folder is not None else []
+    if left:
+        notes.append(
+            f"weights in subfolders of the base are not part of the merge and were left behind: {', '.join(left[:5])}"
+        )
+    return notes

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,12 @@ def _refuse_foreign(partial: Path) -> None:
 
 
 def _refuse_side_files(folder: Path) -> None:
-    """Refuse files of the donor's folder that cannot be copied: dangling links, pipes, devices."""
+    """Refuse what cannot be copied from the donor's folder: links to folders, dangling links, pipes, devices."""
+    for top, folders, _ in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        linked = [f for f in sorted(folders) if os.path.islink(os.path.join(top, f))]
+        if linked:
+            raise InputError(f"{top}/{linked[0]}: is a link to a folder, which may lead anywhere; copy or remove it")
     for path in side_files(folder):
         regular_size(path)
         if path.name == OURS and path.parent == folder:
@@ -228,18 +234,30 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def side_files(folder: Path) -> list[Path]:
-    """Return the folder's files that travel with a merged model: all but weights, indices, its card and VCS files."""
-    found: list[Path] = []
+def _files(folder: Path) -> Iterator[Path]:
+    """Walk a model's files in order, past hidden folders, training checkpoints and our own."""
     for top, folders, files in os.walk(folder):
         folders[:] = sorted(
             f for f in folders if not f.startswith(".") and f != OURS and not f.startswith("checkpoint-")
         )
-        for name in sorted(files):
-            weight = name.endswith(WEIGHT_SUFFIXES) or name.endswith(".index.json")
-            if not weight and not name.startswith(".git") and name not in ("README.md", "trainer_state.json"):
-                found.append(Path(top) / name)
-    return found
+        yield from (Path(top) / name for name in sorted(files))
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Return the folder's files that travel with a merged model: all but weights, indices, its card and VCS files."""
+    left_out = (*WEIGHT_SUFFIXES, ".index.json")
+    papers = ("README.md", "trainer_state.json")
+    return [
+        f
+        for f in _files(folder)
+        if not f.name.endswith(left_out) and not f.name.startswith(".git") and f.name not in papers
+    ]
+
+
+def weights_in_subfolders(folder: Path) -> list[str]:
+    """Return the weight files below the folder's top level: other modules, or other formats of the same model."""
+    found = (path.relative_to(folder) for path in _files(folder) if path.name.endswith(WEIGHT_SUFFIXES))
+    return [str(path) for path in found if len(path.parts) > 1]
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:

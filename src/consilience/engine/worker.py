@@ -13,6 +13,7 @@ from consilience.engine.kernels import encode as enc
 from consilience.engine.kernels import random_bits
 from consilience.engine.kernels.fingerprint import mix
 from consilience.engine.kernels.select import trim
+from consilience.engine.kernels.settle import audit
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Selection
 from consilience.errors import InputError
@@ -92,26 +93,15 @@ class Worker:
         raw = self.scratch.array("out", (values.size * dtype.itemsize,), np.uint8)
         enc.encode(values, dtype, raw)
         rounded = self.scratch.array("rounded", (values.size,), values.dtype)
-        dec.decode(raw, dtype, rounded)
-        if not self.plan.allow_nonfinite:
-            largest = real(np.finfo(values.dtype).max)
-            bad = int(dec.count_nonfinite(rounded, largest))
-            if bad:
-                raise InputError(
-                    f"tensor {tensor.name!r}: {bad} merged values near element {start} overflow {dtype.name} (largest "
-                    f"{dtype.largest:g}); choose a wider out_dtype, smaller weights, or pass --allow-nonfinite"
-                )
-        if dtype.bits < 64:
-            error, change = enc.rounding_cost(exact, rounded, base)
-            record.rounding[0] += error
-            record.rounding[1] += change
-        self._emit(tensor, start, raw, record)
-
-    def _emit(self, tensor: TensorPlan, start: int, raw: Any, record: Record) -> None:
-        at = start * tensor.out_dtype.itemsize
-        low, high = mix(raw, at)
-        record.output[0] += low
-        record.output[1] += high
+        at = start * dtype.itemsize
+        low, high, bad, error, change = audit(raw, dtype, rounded, exact, base, at, real(np.finfo(values.dtype).max))
+        if bad and not self.plan.allow_nonfinite:
+            raise InputError(
+                f"tensor {tensor.name!r}: {bad} merged values near element {start} overflow {dtype.name} (largest "
+                f"{dtype.largest:g}); choose a wider out_dtype, smaller weights, or pass --allow-nonfinite"
+            )
+        record.rounding = [record.rounding[0] + error, record.rounding[1] + change]
+        record.output = [record.output[0] + low, record.output[1] + high]
         self.sink.write(tensor, at, raw)
 
     def _copy(self, tensor: TensorPlan, start: int, stop: int, record: Record) -> None:
@@ -126,14 +116,14 @@ class Worker:
             raw = self.scratch.array("copy", ((end - at) * width,), np.uint8)
             storage.read(info, at * width, raw)
             low, high = mix(raw, at * width)
-            record.inputs[0][0] += low
-            record.inputs[0][1] += high
+            record.inputs[0] = [record.inputs[0][0] + low, record.inputs[0][1] + high]
+            record.output = list(record.inputs[0])
             if info.dtype.mergeable and not self.plan.allow_nonfinite:
                 values = self.scratch.array("check", (end - at,), np.float64 if tensor.wide else np.float32)
                 dec.decode(raw, info.dtype, values)
                 if dec.count_nonfinite(values, values.dtype.type(np.finfo(values.dtype).max)):
                     raise NonFinite("base", tensor.name, tensor.base)
-            self._emit(tensor, at, raw, record)
+            self.sink.write(tensor, at * width, raw)
 
     def merge(self, tensor: TensorPlan, segment: int, program: Program | None, selection: Selection | None) -> Record:
         """Produce one segment of the output."""

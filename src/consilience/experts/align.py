@@ -186,7 +186,9 @@ def _check_adapter(
 
 def _donor_ties(donor: Checkpoint) -> dict[str, str]:
     """Return alias -> tensor for what the donor holds twice though its config, or one shared memory, ties the two."""
-    pairs = list(donor.storage.shared().items()) if isinstance(donor.storage, MemoryStorage) else []
+    shared = donor.storage.shared().items() if isinstance(donor.storage, MemoryStorage) else ()
+    # The head follows the embeddings, whichever the file names first.
+    pairs = [(t, a) if tie_of(t, donor.tensors) == a else (a, t) for a, t in shared]
     if says_tied(donor.config):
         pairs += [(name, target) for name in donor.tensors if (target := tie_of(name, donor.tensors)) is not None]
     held = donor.tensors

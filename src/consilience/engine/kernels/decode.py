@@ -9,25 +9,17 @@ from consilience.engine.kernels.jit import kernel
 
 
 @kernel
-def _from_bf16(raw: Any, out: Any) -> None:
-    bits = out.view(np.uint32)
+def from_bf16(raw: Any, out: Any) -> None:
+    """Decode bfloat16 bits ``raw`` [n] uint16 into ``out`` [n] float32 or float64."""
     for i in range(raw.size):
-        bits[i] = np.uint32(raw[i]) << np.uint32(16)
+        out[i] = np.uint32(np.uint32(raw[i]) << np.uint32(16)).view(np.float32)
 
 
 @kernel
-def _widen(raw: Any, out: Any) -> None:
+def widen(raw: Any, out: Any) -> None:
+    """Copy floats ``raw`` [n] into ``out`` [n] of the same or a wider type."""
     for i in range(raw.size):
         out[i] = raw[i]
-
-
-@kernel
-def _from_bf16_wide(raw: Any, narrow: Any, out: Any) -> None:
-    bits = narrow.view(np.uint32)
-    for i in range(raw.size):
-        bits[i] = np.uint32(raw[i]) << np.uint32(16)
-    for i in range(raw.size):
-        out[i] = narrow[i]
 
 
 @kernel
@@ -46,21 +38,11 @@ def subtract(values: Any, base: Any) -> None:
         values[i] -= base[i]
 
 
-@kernel
-def add(values: Any, base: Any) -> None:
-    """``values += base`` in place."""
-    for i in range(values.size):
-        values[i] += base[i]
-
-
 def decode(raw: Any, dtype: DType, out: Any) -> None:
     """Decode the bytes ``raw`` (uint8) of ``dtype`` into ``out`` (float32, or float64)."""
     if dtype.name == "BF16":
-        if out.dtype == np.float32:
-            _from_bf16(raw.view(np.uint16), out)
-        else:
-            _from_bf16_wide(raw.view(np.uint16), np.empty(out.size, np.float32), out)
+        from_bf16(raw.view(np.uint16), out)
     elif dtype.name == "F16":
         np.copyto(out, raw.view(np.float16))
     else:
-        _widen(raw.view(np.float32 if dtype.name == "F32" else np.float64), out)
+        widen(raw.view(np.float32 if dtype.name == "F32" else np.float64), out)

@@ -15,7 +15,8 @@ MASK = (1 << 64) - 1
 
 
 @kernel
-def _mix(words: Any, start: int) -> tuple[Any, Any]:
+def mix_words(words: Any, start: int) -> tuple[Any, Any]:
+    """Return the two sums over 64-bit ``words`` whose first is word ``start`` of the tensor (uint64, wrapping)."""
     low = np.uint64(0)
     high = np.uint64(0)
     for i in range(words.size):
@@ -31,12 +32,12 @@ def _mix(words: Any, start: int) -> tuple[Any, Any]:
 def mix(raw: Any, start: int) -> tuple[int, int]:
     """Return the two sums over the bytes ``raw`` (uint8), which begin at byte ``start`` (a multiple of 8)."""
     whole = raw.size & ~7
-    low, high = _mix(raw[:whole].view(np.uint64), start >> 3)
+    low, high = mix_words(raw[:whole].view(np.uint64), start >> 3)
     low, high = int(low), int(high)
     if whole != raw.size:
         last = np.zeros(8, np.uint8)
         last[: raw.size - whole] = raw[whole:]
-        more = _mix(last.view(np.uint64), (start + whole) >> 3)
+        more = mix_words(last.view(np.uint64), (start + whole) >> 3)
         low, high = low + int(more[0]), high + int(more[1])
     return low & MASK, high & MASK
 
@@ -44,5 +45,5 @@ def mix(raw: Any, start: int) -> tuple[int, int]:
 def digest(low: int, high: int, nbytes: int) -> str:
     """Return the fingerprint as 32 hexadecimal digits; the length keeps zero padding apart from zeros."""
     tail = np.frombuffer(nbytes.to_bytes(8, "little"), np.uint64)
-    a, b = _mix(tail, 1 << 60)
+    a, b = mix_words(tail, 1 << 60)
     return f"{(low + int(a)) & MASK:016x}{(high + int(b)) & MASK:016x}"
