@@ -1,7 +1,7 @@
 """``make demo``: merge four real experts into one real model with every method, and measure what was gained and lost.
 
 Fetches the base, merges (full weights and adapter space), prints held-out loss per domain for base, experts and merges,
-and one generated sample per domain. Strengths were chosen on validation rows (docs/results/language_merge.md).
+and one generated sample per domain. Strengths are round numbers; the study (studies/language_merge.py) tunes them.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def samples(console: Console, model: str) -> None:
 
 def run(keep: bool) -> None:
     """Run the demo."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=110)
     started = time.perf_counter()
     base = str(base_path())
     folder = CACHE / "demo"

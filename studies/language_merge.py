@@ -22,9 +22,9 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dare_linear, density 0.5": ("dare_linear", "weights", {"density": 0.5}),
     "dare_ties, density 0.5": ("dare_ties", "weights", {"density": 0.5}),
 }
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.25, 0.5, 0.75)
 #: A disjoint mean is about a fourth of the sum of four task vectors, so it is tried at larger strengths.
-MEAN_STRENGTHS = (0.5, 1.0, 1.5, 2.0)
+MEAN_STRENGTHS = (1.0, 1.5, 2.0)
 
 
 def _strengths(label: str) -> Sequence[float]:
