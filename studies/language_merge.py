@@ -24,7 +24,7 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 STRENGTHS = (0.25, 0.5, 0.75)
 #: A disjoint mean is about a fourth of the sum of four task vectors, so it is tried at larger strengths.
-MEAN_STRENGTHS = (1.0, 1.5, 2.0)
+MEAN_STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
 
 def _strengths(label: str) -> Sequence[float]:
