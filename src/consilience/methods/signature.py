@@ -97,7 +97,6 @@ class Method:
     maximum: int | None
     data: str
     source: str
-    reads_base: bool
     counts_base: bool
 
     @property
@@ -158,7 +157,6 @@ def method(
             maximum=experts[1],
             data=data,
             source=source,
-            reads_base=base != "unused",
             counts_base=counts_base,
         )
 
