@@ -146,7 +146,7 @@ def check(out: Array, answer: Answer, kinds: Sequence[str], kind: str) -> None:
     assert worst.max() <= 0, f"element {at}: {found[at]} instead of {answer.value[at]}"
     if out.size > 100 and kind != "float64":  # the slack must not hide a narrow type: nearly all are the nearest number
         nearest = answer.value.astype(np.float64).astype(TYPES[kind])
-        assert (out == nearest).mean() > 0.99
+        assert (out == nearest).mean() > (0.99 if out.size > 5000 else 0.95)
 
 
 def values(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> Array:

@@ -11,11 +11,12 @@ from typing import Any
 
 from consilience import __version__
 from consilience.checkpoints.dtypes import DTYPES, DType
+from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter, tie_of
 from consilience.experts.model import Model, Source, open_model
-from consilience.methods.program import Program, WeightedSum
+from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
 from consilience.recipe.resolve import Settings, depths
@@ -102,6 +103,7 @@ class Plan:
     layout: Layout
     stochastic: bool
     allow_nonfinite: bool
+    coefficients: Coefficients | None = None
 
     @property
     def models(self) -> list[Model]:
@@ -133,6 +135,12 @@ def _facts(tensor: TensorPlan) -> list[Any]:
     """Return what decides a tensor's bytes besides its inputs' bytes: values that come from configs and recipes."""
     sources = [(s.dense.name if s.dense else None, s.pair and (s.pair.scale, s.pair.transposed)) for s in tensor.rows]
     return [tensor.name, tensor.stream, tensor.out_dtype.name, tensor.parameters, sources]
+
+
+def resolve_file(path: str, root: Path | None) -> Path:
+    """Return a recipe's file: as written from the current folder if it exists there, else from the recipe's folder."""
+    plain = Path(path).expanduser()
+    return root / plain if root is not None and not plain.exists() and not plain.is_absolute() else plain
 
 
 def expert_names(references: list[tuple[str, str | None]], where: str) -> list[str]:
@@ -196,6 +204,40 @@ def _running_average(spec: TensorSpec, parameters: dict[str, Any]) -> Program:
     return Program("weights", WeightedSum(share))
 
 
+def _program(
+    context: "_Context", spec: TensorSpec, parameters: dict[str, Any], running: bool
+) -> tuple[Program | None, dict[str, Any]]:
+    """Return what to do with a tensor, and its parameters as people should see them."""
+    if running:
+        return _running_average(spec, parameters), parameters
+    coefficients = context.coefficients
+    if coefficients is None:
+        return context.method.plan(spec, **parameters), parameters
+    pieces = coefficients.pieces.get(spec.name)
+    if pieces is None:
+        return None, {}
+    trimmed = coefficients.trimmed
+    stages: tuple[Trim | Elect, ...] = ()
+    if trimmed is not None:
+        density = (trimmed.density,) * len(spec.experts)
+        stages = (Trim((0,) * len(spec.experts), density, "model"), *((Elect(),) if trimmed.elect else ()))
+    return Program("task_vectors", piecewise(coefficients, pieces), stages), {"alpha": _shown(coefficients, pieces)}
+
+
+def piecewise(coefficients: Coefficients, pieces: tuple[Piece, ...]) -> WeightedSum | PiecewiseSum:
+    """Return the weighted sum that a tensor's coefficients ask for."""
+    weights = [tuple(map(float, coefficients.alpha[:, piece.index])) for piece in pieces]
+    if len(set(weights)) == 1:
+        return WeightedSum(weights[0])
+    return PiecewiseSum(tuple(piece.start for piece in pieces), tuple(weights))
+
+
+def _shown(coefficients: Coefficients, pieces: tuple[Piece, ...]) -> Any:
+    if len(pieces) == 1:
+        return tuple(map(float, coefficients.alpha[:, pieces[0].index]))
+    return [[float(a) for a in coefficients.alpha[:, piece.index]] for piece in pieces]
+
+
 def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     donor, ties = context.alignment.donor, context.alignment.ties
     target = ties.get(name, name)
@@ -211,8 +253,8 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
         spec = TensorSpec(target, info.shape, info.numel, tuple(model.name for model in stack))
         parameters = context.settings.at(target, context.depths.get(target, 0.0))
         running = name.endswith(_RUNNING)
-        program = _running_average(spec, parameters) if running else context.method.plan(spec, **parameters)
-        if program.space == "task_vectors" and all(row.untouched for row in rows):
+        program, parameters = _program(context, spec, parameters, running)
+        if program is None or (program.space == "task_vectors" and all(row.untouched for row in rows)):
             program, rows = None, ()
     out_dtype = context.out_dtype if context.out_dtype is not None and info.dtype.mergeable else info.dtype
     dtypes = [s.dense.dtype for s in (base, *rows) if s.dense is not None]
@@ -234,6 +276,7 @@ class _Context:
     depths: dict[str, float]
     private: set[str]
     out_dtype: DType | None
+    coefficients: Coefficients | None
 
     def stand_in(self, model: Model, name: str) -> str | None:
         """The tied tensor that holds ``name``'s value in a model that does not store it."""
@@ -252,6 +295,7 @@ def make_plan(
     allow_nonfinite: bool = False,
     models: tuple[Model | None, list[tuple[Model, int]]] | None = None,
     single: str = "model.safetensors",
+    coefficients: Coefficients | None = None,
 ) -> Plan:
     """Plan a merge from headers.
 
@@ -264,6 +308,8 @@ def make_plan(
         allow_nonfinite: let NaN, Inf and overflow through.
         models: already opened models (state dicts); by default the recipe's references are opened.
         single: name of the weight file when there is only one.
+        coefficients: what a learned method found; the recipe's own file, if it names one, by default. Without either a
+            learned method is planned at its anchor.
 
     Raises:
         InputError: anything in the recipe or the models does not fit; nothing has been written.
@@ -287,7 +333,15 @@ def make_plan(
     if unused:
         raise InputError(f"{where}: private: {unused[0]!r} matches no tensor of any model")
     out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
-    context = _Context(method, alignment, experts, settings, depths(names), private, out_dtype)
+    if recipe.coefficients is not None:
+        coefficients = load_coefficients(resolve_file(recipe.coefficients, root))
+    if coefficients is not None:
+        sizes = {name: info.numel for name, info in alignment.tensors.items() if info.dtype.mergeable}
+        named = recipe.coefficients or "coefficients"
+        coefficients = fit(coefficients, [m.name for m in experts], sizes, named, frozen=private)
+    elif method.name == "coefficients":
+        raise InputError(f"{where}: method 'coefficients' needs a coefficients file; name one as coefficients: PATH")
+    context = _Context(method, alignment, experts, settings, depths(names), private, out_dtype, coefficients)
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
     metadata = {"format": "pt"} | {
@@ -299,7 +353,7 @@ def make_plan(
     layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], largest, metadata, single)
     placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
     _check_model_trim(placed, where)
-    return Plan(recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite)
+    return Plan(recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite, coefficients)
 
 
 def _check_model_trim(tensors: tuple[TensorPlan, ...], where: str) -> None:

@@ -153,6 +153,12 @@ class Streamer:
 
     def _model_trim(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         """A trim that ranks the magnitudes of all tensors together."""
+        selection = self._model_selection(pool, tensors)
+        self._each(
+            pool, [lambda t=t, s=s: self._finish(t, s, t.program, selection) for t in tensors for s in self._open(t)]
+        )
+
+    def _model_selection(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> Selection:
         total = sum(tensor.numel for tensor in tensors)
         trim = tensors[0].program.trim if tensors[0].program else None
         assert trim is not None
@@ -160,9 +166,12 @@ class Streamer:
         by_name = sorted(tensors, key=lambda tensor: tensor.name)  # ties must not depend on how files are cut
         selection = Selection(keep, total, [(t.index, s) for t in by_name for s in range(t.segments)])
         self._select(pool, selection)
-        self._each(
-            pool, [lambda t=t, s=s: self._finish(t, s, t.program, selection) for t in tensors for s in self._open(t)]
-        )
+        return selection
+
+    def select(self) -> Selection:
+        """Rank the magnitudes of all trimmed tensors of the model and return which survive; nothing is merged."""
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="select") as pool:
+            return self._model_selection(pool, [t for t in self.plan.tensors if t.program and t.program.trim])
 
     def _select(self, pool: ThreadPoolExecutor, selection: Selection) -> None:
         def each(run: Callable[[Piece, Worker, TensorPlan, int, int], None]) -> None:

@@ -17,7 +17,7 @@ from consilience.engine.kernels.settle import audit
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Selection
 from consilience.errors import InputError
-from consilience.methods.program import Drop, Program, SignedSum, WeightedSum
+from consilience.methods.program import Drop, Elect, PiecewiseSum, Program, SignedSum, WeightedSum
 
 
 class Sink(Protocol):
@@ -62,6 +62,9 @@ class Worker:
 
         def apply(stack: Any, start: int) -> None:
             for stage in program.stages:
+                if isinstance(stage, Elect):
+                    comb.elect(stack)
+                    continue
                 for k in range(stack.shape[0]):
                     if isinstance(stage, Drop):
                         limit = np.uint64(round(stage.density[k] * 2**32))
@@ -76,6 +79,9 @@ class Worker:
         combine, real = program.combine, stack.dtype.type
         if isinstance(combine, WeightedSum):
             comb.weighted_sum(stack, tuple(map(real, combine.weights)), out)
+        elif isinstance(combine, PiecewiseSum):
+            for low, high, weights in combine.cut(start, start + out.size):
+                comb.weighted_sum(stack[:, low:high], tuple(map(real, weights)), out[low:high])
         elif isinstance(combine, SignedSum):
             comb.signed_sum(stack, tuple(map(np.float64, combine.weights)), combine.mean, out)
         else:
@@ -149,7 +155,7 @@ class Worker:
             out = self.scratch.array("merged", (end - at,), loader.real)
             vectors = program.space == "task_vectors"
             if vectors:
-                self._measure_below(tensor, program, stack, base, record)
+                self._measure_below(tensor, program, stack, at, base, record)
             stages(stack, at)
             self._combine(program, stack, at, out)
             if vectors:
@@ -159,10 +165,19 @@ class Worker:
             self._store(tensor, at, out, base if vectors else self.scratch.array("zero", (0,), loader.real), record)
         return record
 
-    def _measure_below(self, tensor: TensorPlan, program: Program, stack: Any, base: Any, record: Record) -> None:
+    def _measure_below(
+        self, tensor: TensorPlan, program: Program, stack: Any, start: int, base: Any, record: Record
+    ) -> None:
         if tensor.out_dtype.bits > 16:
             return
-        for k, weight in enumerate(program.combine.weights):
-            if not tensor.rows[k].untouched:
-                found = enc.below_unit(stack[k], weight * program.scale, base, tensor.out_dtype)
-                record.below[k] = [a + b for a, b in zip(record.below[k], found, strict=True)]
+        combine = program.combine
+        size = stack.shape[1]
+        cuts = (
+            combine.cut(start, start + size) if isinstance(combine, PiecewiseSum) else [(0, size, combine.weights)]
+        )
+        for low, high, weights in cuts:
+            for k, weight in enumerate(weights):
+                if not tensor.rows[k].untouched:
+                    row = stack[k, low:high]
+                    found = enc.below_unit(row, weight * program.scale, base[low:high], tensor.out_dtype)
+                    record.below[k] = [a + b for a, b in zip(record.below[k], found, strict=True)]

@@ -7,6 +7,7 @@ and writes. A stage that needs to know the whole tensor first (``Trim``) or a pr
 passes over the data, never the data in memory.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,6 +48,31 @@ class WeightedSum:
 
 
 @dataclass(frozen=True, slots=True)
+class PiecewiseSum:
+    """``sum_k weights[p][k] * row_k`` on the elements from ``starts[p]`` to ``starts[p + 1]`` (or the end)."""
+
+    starts: tuple[int, ...]
+    pieces: tuple[tuple[float, ...], ...]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The first piece's: what stands for a program's weights where one per row is wanted."""
+        return self.pieces[0]
+
+    def cut(self, start: int, stop: int) -> list[tuple[int, int, tuple[float, ...]]]:
+        """Return (first, last + 1, weights) of the pieces that meet the block ``start ... stop``, counted from it."""
+        first = bisect_right(self.starts, start) - 1
+        found: list[tuple[int, int, tuple[float, ...]]] = []
+        for number in range(first, len(self.starts)):
+            low = max(self.starts[number], start)
+            if low >= stop:
+                break
+            high = min(self.starts[number + 1], stop) if number + 1 < len(self.starts) else stop
+            found.append((low - start, high - start, self.pieces[number]))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class SignedSum:
     """TIES' merge: per element keep the rows whose weighted sign is that of the weighted sum (0 counts as +).
 
@@ -71,8 +97,13 @@ class Custom:
     weights: tuple[float, ...] = ()
 
 
-Stage = Trim | Drop
-Combine = WeightedSum | SignedSum | Custom
+@dataclass(frozen=True, slots=True)
+class Elect:
+    """Zero the entries of every row whose sign is not that of the sum of the rows (0 counts as +): TIES' election."""
+
+
+Stage = Trim | Drop | Elect
+Combine = WeightedSum | PiecewiseSum | SignedSum | Custom
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ BUILT_IN: dict[str, str] = {
     "dare_linear": "consilience.methods.dare_linear",
     "dare_ties": "consilience.methods.dare_ties",
     "slerp": "consilience.methods.slerp",
+    "coefficients": "consilience.methods.coefficients",
 }
 
 

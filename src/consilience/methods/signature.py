@@ -4,7 +4,10 @@
     def ties(tensor: TensorSpec, *, weight: Annotated[PerExpert, Default(1.0), "multiplier"], ...) -> Program: ...
 
 A parameter annotated ``PerExpert`` takes one number per expert (a recipe gives one for all, or one each, and per
-layer); ``float``, ``bool`` and ``Literal`` parameters are shared by all experts. ``Range`` bounds numbers.
+layer); ``float``, ``int``, ``bool``, ``Literal``, ``str`` and ``tuple[str, ...]`` parameters are shared by all experts.
+``Range`` bounds numbers.
+
+A *learned* method is a function too, but of the whole merge: it returns Coefficients, found on data (``learned_method``).
 """
 
 import inspect
@@ -13,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, cast, get_args, get_origin, get_type_hints
 
-from consilience.methods.program import Program
+from consilience.methods.program import Program, WeightedSum
 
 PerExpert = tuple[float, ...]
 
@@ -22,7 +25,7 @@ PerExpert = tuple[float, ...]
 class Default:
     """The value a parameter takes when the recipe is silent."""
 
-    value: float | bool | str
+    value: float | bool | str | tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,9 @@ class Parameter:
     """One parameter of a method, as read from its signature. ``choices`` is empty for numbers and flags."""
 
     name: str
-    kind: Literal["number", "flag", "choice"]
+    kind: Literal["number", "integer", "flag", "choice", "text", "texts"]
     per_expert: bool
-    default: float | bool | str | None
+    default: float | bool | str | tuple[str, ...] | None
     range: Range
     choices: tuple[Any, ...]
     help: str
@@ -62,6 +65,11 @@ class Parameter:
         if self.kind == "choice":
             valid = any(type(value) is type(choice) and value == choice for choice in self.choices)
             return None if valid else f"must be one of {', '.join(map(str, self.choices))}"
+        if self.kind in ("text", "texts"):
+            texts = [value] if isinstance(value, str) else value
+            many = self.kind == "texts" and isinstance(texts, list | tuple)
+            valid = all(isinstance(text, str) for text in texts) if many else isinstance(value, str)
+            return None if valid else "must be text" + (", or a list of texts" if self.kind == "texts" else "")
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
@@ -69,6 +77,8 @@ class Parameter:
             or abs(value) == float("inf")
         ):
             return "must be a finite number"
+        if self.kind == "integer" and value != int(value):
+            return "must be a whole number"
         if not self.range.low <= value <= self.range.high:
             return f"must lie in [{self.range.low:g}, {self.range.high:g}]"
         return None
@@ -87,7 +97,10 @@ class MethodFunction(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: its name, what it needs, its parameters and the function that plans a tensor."""
+    """A merge method: its name, what it needs, its parameters and the function that plans a tensor.
+
+    ``learn`` is set for learned methods: it finds the coefficients that ``plan`` alone would take from the anchor.
+    """
 
     name: str
     plan: MethodFunction
@@ -98,11 +111,12 @@ class Method:
     data: str
     source: str
     counts_base: bool
+    learn: Callable[..., Any] | None = None
 
     @property
     def summary(self) -> str:
         """The first line of the docstring."""
-        return (self.plan.__doc__ or "").strip().splitlines()[0]
+        return ((self.learn or self.plan).__doc__ or "").strip().splitlines()[0]
 
 
 def _parameter(name: str, annotation: Any) -> Parameter:
@@ -111,9 +125,10 @@ def _parameter(name: str, annotation: Any) -> Parameter:
     choices: tuple[Any, ...] = ()
     if get_origin(base) is types.UnionType or get_origin(base) is Literal:
         choices = get_args(base) if get_origin(base) is Literal else ()
-    kind: Literal["number", "flag", "choice"] = "choice" if choices else "flag" if base is bool else "number"
-    if kind == "number" and not per_expert and base is not float:
-        raise TypeError(f"parameter {name}: annotation {base!r} is not PerExpert, float, bool or Literal")
+    kinds: dict[Any, Any] = {bool: "flag", int: "integer", str: "text", tuple[str, ...]: "texts", float: "number"}
+    kind = "choice" if choices else "number" if per_expert else kinds.get(base)
+    if kind is None:
+        raise TypeError(f"parameter {name}: annotation {base!r} is not one that the schema knows")
     return Parameter(
         name=name.rstrip("_"),
         kind=kind,
@@ -123,6 +138,12 @@ def _parameter(name: str, annotation: Any) -> Parameter:
         choices=choices,
         help=next((e for e in extras if isinstance(e, str)), ""),
     )
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {p.name: p for p in (_parameter(name, hints[name]) for name in names)}
 
 
 def method(
@@ -145,19 +166,43 @@ def method(
     """
 
     def decorate(function: Callable[..., Program]) -> Method:
-        hints = get_type_hints(function, include_extras=True)
-        names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        parameters = [_parameter(name, hints[name]) for name in names]
         return Method(
             name=function.__name__,
             plan=cast(MethodFunction, function),
-            parameters={p.name: p for p in parameters},
+            parameters=_parameters(function),
             base=base,
             minimum=experts[0],
             maximum=experts[1],
             data=data,
             source=source,
             counts_base=counts_base,
+        )
+
+    return decorate
+
+
+def _anchor(tensor: TensorSpec, *, alphabar: PerExpert, **rest: Any) -> Program:
+    """Task Arithmetic at the anchor: where learning starts from."""
+    del tensor, rest
+    return Program("task_vectors", WeightedSum(alphabar))
+
+
+def learned_method(
+    *, source: str, data: str, experts: tuple[int, int | None] = (1, None)
+) -> Callable[[Callable[..., Any]], Method]:
+    """Make a method of a function that finds coefficients on data.
+
+    The function takes a ``consilience.learned.run.Run`` and its parameters as keyword arguments, one of which is
+    ``alphabar`` (per expert: the coefficients to start from), and returns ``Coefficients``.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Method:
+        parameters = _parameters(function)
+        if "alphabar" not in parameters:
+            raise TypeError(f"{function.__name__}: a learned method has a parameter alphabar")
+        plan = cast(MethodFunction, _anchor)
+        return Method(
+            function.__name__, plan, parameters, "required", *experts, data, source, counts_base=False, learn=function
         )
 
     return decorate

@@ -71,7 +71,8 @@ class _Resolved:
                 value = candidate
                 self.used.add(pattern)
                 break
-        return gradient(cast(list[float], value), t) if isinstance(value, list) else value
+        numeric = isinstance(value, list) and not isinstance(value[0], str)
+        return gradient(cast(list[float], value), t) if numeric else value
 
     def check_used(self, names: Iterable[str]) -> None:
         """Refuse a filter that matches no tensor at all: it is a typo."""
@@ -123,7 +124,23 @@ class Settings:
         problem = parameter.check(value)
         if problem:
             raise InputError(f"{place}: {value!r} for tensor {name!r}: {problem}")
-        return float(value) if parameter.kind == "number" else value
+        if parameter.kind == "texts":
+            return (value,) if isinstance(value, str) else tuple(value)
+        return float(value) if parameter.kind == "number" else int(value) if parameter.kind == "integer" else value
+
+    def once(self) -> dict[str, Any]:
+        """Return a learned method's keyword arguments, which are the same for all tensors.
+
+        Raises:
+            InputError: a setting differs between tensors (a gradient over depth, or filters).
+        """
+        for group in (self._shared, *self._own.values()):
+            for key, resolved in group.items():
+                if resolved.filters or (isinstance(resolved.plain, list) and self.method.parameters[key].kind != "texts"):
+                    raise InputError(
+                        f"{resolved.where}: a learned method's parameters are the same for all tensors; give one value"
+                    )
+        return self.at("", 0.0)
 
     def at(self, name: str, t: float) -> dict[str, Any]:
         """Return the method's keyword arguments for one tensor."""

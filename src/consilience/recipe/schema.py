@@ -33,7 +33,8 @@ class Filtered(_Closed):
     value: Scalar | Numbers
 
 
-Setting = Scalar | Numbers | Annotated[list[Filtered], Strict(), Field(min_length=1)]
+Texts = Annotated[list[Annotated[str, Strict()]], Strict(), Field(min_length=1)]
+Setting = Scalar | Numbers | Texts | Annotated[list[Filtered], Strict(), Field(min_length=1)]
 
 
 class DataPaths(_Closed):
@@ -74,6 +75,7 @@ class Recipe(_Closed):
     seed: Annotated[int, Strict(), Field(ge=0, lt=1 << 63)] = 0
     private: list[str] = []
     target: Target | None = None
+    coefficients: Annotated[str, Strict(), Field(min_length=1)] | None = None
     tokenizer_source: Literal["base"] | None = None
 
     @model_validator(mode="before")

@@ -40,3 +40,17 @@ def signed_sum(stack: Any, weights: Any, mean: bool, out: Any) -> None:
             divisor += stack.dtype.type(weights[k]) if agrees else zero
         divisor = divisor if mean and abs(divisor) >= 1e-8 else one
         out[i] = agreeing / divisor
+
+
+@kernel
+def elect(stack: Any) -> None:
+    """Zero the entries of ``stack`` [K, n] whose sign is not that of their column's sum; 0 counts as +, in float64."""
+    zero = stack.dtype.type(0)
+    for i in range(stack.shape[1]):
+        total = 0.0
+        for k in range(stack.shape[0]):
+            total += np.float64(stack[k, i])
+        for k in range(stack.shape[0]):
+            agrees = stack[k, i] > zero if total >= 0.0 else stack[k, i] < zero
+            if not agrees:
+                stack[k, i] = zero

@@ -1,0 +1,31 @@
+"""What multiplies each task vector: groups of tensors, chunks, and the Coefficients file."""
+
+from consilience.coefficients.coefficients import (
+    Coefficients,
+    Trimmed,
+    constant,
+    excluder,
+    expand,
+    fit,
+    is_coefficients,
+    load_coefficients,
+    save_coefficients,
+)
+from consilience.coefficients.groups import Group, Piece, boundaries, make_groups, pieces_of
+
+__all__ = [
+    "Coefficients",
+    "Group",
+    "Piece",
+    "Trimmed",
+    "boundaries",
+    "constant",
+    "excluder",
+    "expand",
+    "fit",
+    "is_coefficients",
+    "load_coefficients",
+    "make_groups",
+    "pieces_of",
+    "save_coefficients",
+]

@@ -1,0 +1,293 @@
+"""The Coefficients file: what multiplies each task vector, learned once and applied by the streaming merge.
+
+    theta[l, chunk] = theta_0[l, chunk] + sum_k alpha[k, index(l, chunk)] * tau_k[l, chunk]
+
+``coefficients.safetensors`` holds ``alpha`` [experts, coefficients] in float64; ``coefficients.json`` beside it says
+which tensors each index belongs to and how the values were found. Tensors in no group keep the base's value.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+from consilience.checkpoints.dtypes import DTYPES
+from consilience.checkpoints.json_files import read_object
+from consilience.checkpoints.open import open_checkpoint
+from consilience.checkpoints.safetensors_file import encode_header
+from consilience.coefficients.groups import Group, Piece, pieces_of
+from consilience.errors import InputError, nearest
+
+Alpha = npt.NDArray[np.float64]
+FORMAT = 1
+WEIGHTS, PAPERS = "coefficients.safetensors", "coefficients.json"
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """Task vectors are trimmed to their largest entries over the model before they are multiplied (AdaMerging++).
+
+    ``elect`` also drops the entries whose sign is not that of the sum over experts, as TIES does.
+    """
+
+    density: float
+    elect: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """``alpha`` [K, N] float64 of K experts; ``facts`` is free-form JSON about how it was found."""
+
+    experts: tuple[str, ...]
+    groups: tuple[Group, ...]
+    alpha: Alpha
+    trimmed: Trimmed | None = None
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @cached_property
+    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """Return every grouped tensor's pieces by its name."""
+        return {name: pieces for group in self.groups for name, pieces in pieces_of(group).items()}
+
+    @property
+    def count(self) -> int:
+        """Number of coefficients per expert."""
+        return int(self.alpha.shape[1])
+
+    @cached_property
+    def learned(self) -> npt.NDArray[np.bool_]:
+        """Whether each of the N coefficients is learned."""
+        mask = np.zeros(self.count, bool)
+        for group in self.groups:
+            mask[group.first : group.first + group.chunks] = group.learned
+        return mask
+
+    def of(self, tensor: str) -> Alpha:
+        """Return [K, number of the tensor's pieces]."""
+        return self.alpha[:, [piece.index for piece in self.pieces[tensor]]]
+
+    def with_alpha(self, alpha: Any, **facts: Any) -> "Coefficients":
+        """Return the same groups with other values."""
+        values = np.asarray(alpha, np.float64)
+        if values.shape != self.alpha.shape:
+            raise ValueError(f"alpha has shape {values.shape}, not {self.alpha.shape}")
+        return replace(self, alpha=values.copy(), facts=self.facts | facts)
+
+
+def constant(experts: Sequence[str], groups: Sequence[Group], values: Sequence[float], **facts: Any) -> Coefficients:
+    """Return coefficients that are ``values[k]`` everywhere: Task Arithmetic."""
+    count = sum(group.chunks for group in groups)
+    alpha = np.repeat(np.asarray(values, np.float64)[:, None], count, axis=1)
+    return Coefficients(tuple(experts), tuple(groups), alpha, facts=dict(facts))
+
+
+def expand(source: Coefficients, groups: Sequence[Group]) -> Coefficients:
+    """Return ``source`` on other ``groups``: each new coefficient is the old one's mean over the elements it covers.
+
+    Cutting a group into chunks keeps every element's coefficient, so the merged tensors stay what they were.
+
+    Raises:
+        ValueError: the groups do not hold the same tensors.
+    """
+    count = sum(group.chunks for group in groups)
+    total, weight = np.zeros((len(source.experts), count)), np.zeros(count)
+    for group in groups:
+        for name, pieces in pieces_of(group).items():
+            if name not in source.pieces:
+                raise ValueError(f"tensor {name!r} has no coefficients to start from")
+            for piece in pieces:
+                for old in source.pieces[name]:
+                    shared = min(piece.stop, old.stop) - max(piece.start, old.start)
+                    if shared > 0:
+                        total[:, piece.index] += shared * source.alpha[:, old.index]
+                        weight[piece.index] += shared
+    return Coefficients(source.experts, tuple(groups), total / weight, source.trimmed, dict(source.facts))
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+_Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 60)]
+
+
+class _GroupEntry(_Closed):
+    name: str
+    tensors: list[tuple[str, _Count]] = Field(min_length=1)
+    chunks: Annotated[int, Strict(), Field(ge=1)]
+    learned: bool = True
+
+
+class _TrimmedEntry(_Closed):
+    density: Annotated[float, Field(gt=0, le=1)]
+    elect: bool
+
+
+class _Document(_Closed):
+    format: int
+    experts: list[str] = Field(min_length=1)
+    trimmed: _TrimmedEntry | None = None
+    groups: list[_GroupEntry]
+    facts: dict[str, Any] = {}
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    """Return the two files of a coefficients file named by either of them, their folder, or an output folder."""
+    if path.is_dir():
+        inner = path / "consilience" if (path / "consilience" / WEIGHTS).exists() else path
+        return inner / WEIGHTS, inner / PAPERS
+    if path.suffix == ".json":
+        return path.with_suffix(".safetensors"), path
+    return path, path.with_suffix(".json")
+
+
+def save_coefficients(path: Path | str, coefficients: Coefficients) -> None:
+    """Write ``path`` (a .safetensors file, or a folder) and the .json file beside it."""
+    weights, papers = _pair(Path(path))
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    header, _ = encode_header([("alpha", DTYPES["F64"], coefficients.alpha.shape)], {"format": "consilience"})
+    weights.write_bytes(header + np.ascontiguousarray(coefficients.alpha, "<f8").tobytes())
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "experts": list(coefficients.experts),
+        "groups": [
+            {"name": g.name, "tensors": [list(t) for t in g.tensors], "chunks": g.chunks, "learned": g.learned}
+            for g in coefficients.groups
+        ],
+        "facts": coefficients.facts,
+    }
+    if coefficients.trimmed is not None:
+        document["trimmed"] = {"density": coefficients.trimmed.density, "elect": coefficients.trimmed.elect}
+    papers.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def is_coefficients(path: Path | str) -> bool:
+    """Whether a path names a coefficients file (or the folder that holds one)."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / WEIGHTS).is_file() and (path / PAPERS).is_file()
+    weights, papers = _pair(path)
+    return weights.name.endswith(".safetensors") and weights.is_file() and papers.is_file() and papers.stem == (
+        weights.stem
+    ) and "coefficients" in weights.stem
+
+
+def load_coefficients(path: Path | str) -> Coefficients:
+    """Read a coefficients file.
+
+    Raises:
+        InputError: a file is missing or malformed; the message names the key.
+    """
+    weights, papers = _pair(Path(path))
+    for file in (weights, papers):
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; a coefficients file is {WEIGHTS} and {PAPERS} side by side")
+    try:
+        document = _Document.model_validate(read_object(papers))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{papers}: {place}: {first['msg']}; restore the file") from None
+    if document.format != FORMAT:
+        raise InputError(f"{papers}: format {document.format} is not {FORMAT}; update consilience")
+    alpha = _read_alpha(weights)
+    groups: list[Group] = []
+    first, seen = 0, set[str]()
+    for entry in document.groups:
+        held = tuple((name, numel) for name, numel in entry.tensors)
+        again = next((name for name, _ in held if name in seen), None)
+        if again is not None:
+            raise InputError(f"{papers}: tensor {again!r} is in two groups; restore the file")
+        seen.update(name for name, _ in held)
+        group = Group(entry.name, held, entry.chunks, first, entry.learned)
+        if group.chunks > group.numel:
+            raise InputError(f"{papers}: group {group.name!r} has more chunks than elements; restore the file")
+        groups.append(group)
+        first += entry.chunks
+    if len(set(document.experts)) < len(document.experts):
+        raise InputError(f"{papers}: an expert is named twice; restore the file")
+    if alpha.shape != (len(document.experts), first):
+        raise InputError(
+            f"{weights}: tensor 'alpha' has shape {list(alpha.shape)} but {papers.name} describes "
+            f"[{len(document.experts)}, {first}]; restore both files"
+        )
+    trimmed = Trimmed(document.trimmed.density, document.trimmed.elect) if document.trimmed else None
+    return Coefficients(tuple(document.experts), tuple(groups), alpha, trimmed, document.facts)
+
+
+def _read_alpha(path: Path) -> Alpha:
+    checkpoint = open_checkpoint(path)
+    try:
+        info = checkpoint.tensors.get("alpha")
+        if info is None or info.dtype.name != "F64" or len(info.shape) != 2 or len(checkpoint.tensors) != 1:
+            raise InputError(f"{path}: must hold one tensor, 'alpha' [experts, coefficients] in float64; restore it")
+        alpha = cast(Alpha, checkpoint.read("alpha").view("<f8").astype(np.float64).reshape(info.shape))
+    finally:
+        checkpoint.storage.close()
+    if not np.isfinite(alpha).all():
+        raise InputError(f"{path}: tensor 'alpha' holds NaN or Inf; learn the coefficients again")
+    return alpha
+
+
+def fit(
+    coefficients: Coefficients, experts: Sequence[str], tensors: Mapping[str, int], where: str, *, frozen: Any = ()
+) -> Coefficients:
+    """Return the coefficients with rows in the order of ``experts``, checked against the models they are applied to.
+
+    Args:
+        coefficients: as learned or loaded.
+        experts: names of the experts of this merge, each once.
+        tensors: number of elements of every tensor of the base.
+        where: how errors name the coefficients.
+        frozen: names of tensors that may not be merged (private ones).
+
+    Raises:
+        InputError: an expert has no coefficients or the other way round, or a tensor is missing or has another size.
+    """
+    if set(experts) != set(coefficients.experts):
+        other = sorted(set(experts) ^ set(coefficients.experts))[0]
+        side = "has no coefficients there" if other in experts else "is not an expert of this merge"
+        raise InputError(
+            f"{where}: {other!r} {side}; name the experts {', '.join(coefficients.experts)} (-e NAME=PATH)"
+        )
+    for group in coefficients.groups:
+        for name, numel in group.tensors:
+            if name not in tensors:
+                raise InputError(f"{where}: tensor {name!r} is not in the base{nearest(name, list(tensors))}")
+            if tensors[name] != numel:
+                raise InputError(
+                    f"{where}: tensor {name!r} has {tensors[name]} elements in the base but {numel} there; the "
+                    "coefficients belong to another architecture"
+                )
+            if name in frozen:
+                raise InputError(f"{where}: tensor {name!r} is private here but has coefficients; drop one of the two")
+    order = [coefficients.experts.index(name) for name in experts]
+    return replace(coefficients, experts=tuple(experts), alpha=coefficients.alpha[order])
+
+
+def excluder(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Return whether a tensor's name matches any of ``patterns``: globs, or ``re:`` regexes matched from the start.
+
+    Raises:
+        InputError: a pattern is not a regular expression.
+    """
+    import fnmatch
+    import re
+
+    tests: list[Callable[[str], bool]] = []
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                compiled = re.compile(pattern[3:])
+            except re.error as error:
+                raise InputError(f"exclude: {pattern!r} is not a regular expression ({error}); correct it") from None
+            tests.append(lambda name, compiled=compiled: compiled.match(name) is not None)
+        else:
+            tests.append(lambda name, pattern=pattern: fnmatch.fnmatchcase(name, pattern))
+    return lambda name: any(test(name) for test in tests)

@@ -1,0 +1,77 @@
+"""The state of an unfinished training on disk: one safetensors file, replaced whole.
+
+It holds the trained tensors and the two moments of AdamW in float32, and in its metadata the number of steps done, the
+seconds they took and every step's losses. Orders are functions of the step, and nothing else is random.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from consilience.errors import MachineError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is: steps done, the seconds they took, and the losses of each step by task index."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[dict[int, float]] = field(default_factory=lambda: [])
+
+
+def save_state(path: Path, parameters: dict[str, Any], optimizer: Any, progress: Progress) -> None:
+    """Write the state; a crash leaves the previous file or this one, never a part.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        tensors[f"value/{name}"] = parameter.detach()
+        tensors |= {f"{moment}/{name}": optimizer.state[parameter][moment] for moment in _MOMENTS}
+    notes = {"step": progress.step, "seconds": progress.seconds, "losses": progress.losses}
+    temporary = path.with_name(path.name + ".new")
+    try:
+        save_file(tensors, temporary, {"progress": json.dumps(notes)})
+        _flush(temporary)
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise MachineError(f"{path}: cannot be written ({error}); free some disk, then run this again") from error
+
+
+def load_state(path: Path, parameters: dict[str, Any], optimizer: Any) -> Progress:
+    """Put a saved state into the model's parameters and the optimizer; without a usable file nothing is changed."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            notes: Any = json.loads(file.metadata()["progress"])
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(file.get_tensor(f"value/{name}"))
+                    moments = {m: file.get_tensor(f"{m}/{name}").to(parameter.device) for m in _MOMENTS}
+                    done = torch.tensor(float(notes["step"]), device=parameter.device)
+                    optimizer.state[parameter] = {"step": done, **moments}
+    except FileNotFoundError:
+        return Progress()
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{path}: cannot be read ({error}); remove its folder, then run this again") from error
+    losses = [{int(task): loss for task, loss in step.items()} for step in notes["losses"]]
+    return Progress(notes["step"], notes["seconds"], losses)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
