@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from consilience.errors import InputError
+from consilience.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from consilience.coefficients import Coefficients
     from consilience.engine.plan import Plan
     from consilience.engine.stream import Listener
     from consilience.engine.summary import Summary
     from consilience.experts.state_dict import StateDict
+    from consilience.learned.loop import Watcher
     from consilience.recipe.schema import Recipe
 
 PathLike = str | Path
@@ -28,9 +30,17 @@ def _named(experts: "Mapping[str, Any] | Sequence[Any]") -> dict[str, Any]:
 
 
 def build_recipe(
-    method: str, base: str | None, experts: Mapping[str, str], parameters: Mapping[str, Any], **extra: Any
+    method: str,
+    base: str | None,
+    experts: Mapping[str, str],
+    parameters: Mapping[str, Any],
+    *,
+    data: Mapping[str, Mapping[str, str]] | None = None,
+    **extra: Any,
 ) -> "Recipe":
     """Return a recipe from plain arguments; a parameter given as a mapping holds one value per expert name.
+
+    ``data`` maps expert names to their files (``{"calibration": ...}``).
 
     Raises:
         InputError: a parameter or expert name is unknown, or a value has the wrong form.
@@ -44,13 +54,18 @@ def build_recipe(
         if isinstance(value, Mapping):
             for name, each in cast(Mapping[str, Any], value).items():
                 if name not in own:
-                    from consilience.errors import nearest
-
                     raise InputError(f"{key}: there is no expert {name!r}{nearest(name, list(own))}")
                 own[name][key] = each
         else:
             shared[key] = list(cast(Sequence[Any], value)) if isinstance(value, tuple) else value
-    models = [{"model": path, "name": name, "parameters": own[name]} for name, path in experts.items()]
+    for name in data or {}:
+        if name not in own:
+            raise InputError(f"calibration: there is no expert {name!r}{nearest(name, list(own))}")
+    models: list[dict[str, Any]] = [
+        {"model": path, "name": name, "parameters": own[name]} for name, path in experts.items()
+    ]
+    for model in models:
+        model |= {"data": dict(data[model["name"]])} if data and model["name"] in data else {}
     value = {"merge_method": method, "models": models, "parameters": shared} | extra
     return parse_recipe(value | ({"base_model": base} if base is not None else {}), "arguments")
 
@@ -68,6 +83,9 @@ def merge(
     threads: int | None = None,
     stochastic_rounding: bool = False,
     allow_nonfinite: bool = False,
+    calibration: Mapping[str, PathLike] | None = None,
+    coefficients: PathLike | None = None,
+    device: str = "cpu",
     **parameters: Any,
 ) -> "Summary | dict[str, Any]":
     """Merge experts into one model.
@@ -87,6 +105,9 @@ def merge(
         threads: number of workers (default: the cores this process may use); never changes the result.
         stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
         allow_nonfinite: let NaN, Inf and overflow through.
+        calibration: for learned methods, each expert's JSONL file of (unlabelled) rows.
+        coefficients: a coefficients file to apply (method "coefficients").
+        device: where a learned method runs the model.
         parameters: the method's; a mapping gives one value per expert name.
 
     Returns:
@@ -100,6 +121,7 @@ def merge(
     in_memory = isinstance(base, Mapping) or any(isinstance(value, Mapping) for value in named.values())
     extra: dict[str, Any] = {"seed": seed, "private": list(private)}
     extra |= {"out_dtype": out_dtype} if out_dtype else {}
+    extra |= {"coefficients": str(coefficients)} if coefficients is not None else {}
     if in_memory:
         if out is not None:
             raise InputError("out: state dicts are merged in memory; save the result yourself, or pass paths")
@@ -107,7 +129,8 @@ def merge(
     if out is None:
         raise InputError("out: name the folder to write")
     paths = {name: str(value) for name, value in named.items()}
-    recipe = build_recipe(method, None if base is None else str(base), paths, parameters, **extra)
+    data = {name: {"calibration": str(path)} for name, path in (calibration or {}).items()}
+    recipe = build_recipe(method, None if base is None else str(base), paths, parameters, data=data, **extra)
     return merge_recipe(
         recipe,
         out,
@@ -115,6 +138,7 @@ def merge(
         threads=threads,
         stochastic_rounding=stochastic_rounding,
         allow_nonfinite=allow_nonfinite,
+        device=device,
     )
 
 
@@ -137,6 +161,10 @@ def _merge_state_dicts(
     recipe = build_recipe(
         method, None if base is None else "base", {n: f"expert {n}" for n in experts}, parameters, **extra
     )
+    from consilience.methods.registry import load
+
+    if load(method).learn is not None:
+        raise InputError(f"method {method!r} runs the model, so it needs folders, not state dicts; pass paths")
     opened = [(from_state_dict(name, state), i) for i, (name, state) in enumerate(experts.items())]
     models = (None if base is None else from_state_dict("base", base), opened)
     plan = make_plan(recipe, where="arguments", stochastic=stochastic, allow_nonfinite=allow_nonfinite, models=models)
@@ -150,6 +178,7 @@ def plan_recipe(
     shard_size: int | None = None,
     stochastic_rounding: bool = False,
     allow_nonfinite: bool = False,
+    coefficients: "Coefficients | None" = None,
 ) -> "Plan":
     """Check a recipe against its models' headers and return everything the merge would do; nothing is written.
 
@@ -165,7 +194,7 @@ def plan_recipe(
             raise InputError(f"{path}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
         recipe, where, root = read_recipe(path), str(path), path.parent
     single = Path(out).name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
-    return make_plan(
+    plan = make_plan(
         recipe,
         where=where,
         root=root,
@@ -173,7 +202,57 @@ def plan_recipe(
         stochastic=stochastic_rounding,
         allow_nonfinite=allow_nonfinite,
         single=single,
+        coefficients=coefficients,
     )
+    if plan.unlearned:
+        from consilience.learned.learn import check_data
+
+        check_data(plan)
+    return plan
+
+
+def learn(
+    recipe: "Recipe | PathLike",
+    out: PathLike | None = None,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    device: str = "cpu",
+    tensorboard: PathLike | None = None,
+    trust_remote_code: bool = False,
+    watcher: "Watcher | None" = None,
+) -> "Coefficients":
+    """Learn a recipe's coefficients without merging: ``merge_recipe`` and ``save_coefficients`` take them.
+
+    Args:
+        recipe: one with a learned method, or the path of its YAML file.
+        out: where a merge will go; the state is kept in OUT.partial, so that a later call continues. None keeps none.
+        force: the merge will replace a non-empty ``out``.
+        threads: workers of the passes over the task vectors.
+        device: a torch device.
+        tensorboard: a folder to log to.
+        trust_remote_code: run ``.py`` files that come with the base.
+        watcher: told of progress.
+
+    Raises:
+        InputError: recipe, models or data are wrong, or the method is not a learned one.
+    """
+    from consilience.learned.learn import learn_plan
+
+    plan = plan_recipe(recipe, out)
+    try:
+        return learn_plan(
+            plan,
+            None if out is None else Path(out),
+            force=force,
+            threads=threads,
+            device=device,
+            tensorboard=None if tensorboard is None else Path(tensorboard),
+            trust_remote_code=trust_remote_code,
+            watcher=watcher,
+        )
+    finally:
+        plan.close()
 
 
 def merge_recipe(
@@ -185,12 +264,42 @@ def merge_recipe(
     shard_size: int | None = None,
     stochastic_rounding: bool = False,
     allow_nonfinite: bool = False,
+    device: str = "cpu",
+    tensorboard: PathLike | None = None,
+    trust_remote_code: bool = False,
+    coefficients: "Coefficients | None" = None,
+    watcher: "Watcher | None" = None,
     listener: "Listener | None" = None,
 ) -> "Summary":
-    """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge``."""
-    plan = plan_recipe(
-        recipe, out, shard_size=shard_size, stochastic_rounding=stochastic_rounding, allow_nonfinite=allow_nonfinite
-    )
+    """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge`` and ``learn``.
+
+    A learned method learns first, unless its ``coefficients`` are given.
+    """
+
+    def planned(found: "Coefficients | None") -> "Plan":
+        return plan_recipe(
+            recipe,
+            out,
+            shard_size=shard_size,
+            stochastic_rounding=stochastic_rounding,
+            allow_nonfinite=allow_nonfinite,
+            coefficients=found,
+        )
+
+    plan = planned(coefficients)
+    if plan.unlearned:
+        plan.close()
+        found = learn(
+            recipe,
+            out,
+            force=force,
+            threads=threads,
+            device=device,
+            tensorboard=tensorboard,
+            trust_remote_code=trust_remote_code,
+            watcher=watcher,
+        )
+        plan = planned(found)
     from consilience.engine.merge import run_merge
 
     try:

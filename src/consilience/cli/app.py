@@ -231,17 +231,24 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="A list of obje
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A model folder, weight file, adapter, or hub reference.")],
-    tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False,
+    path: Annotated[
+        str, typer.Argument(help="A model folder, weight file, adapter, hub reference, or coefficients file.")
+    ],
+    tensors: Annotated[bool, typer.Option(help="List every tensor (of coefficients: every group's values).")] = False,
     fingerprint: Annotated[bool, typer.Option(help="Read all weights and print their fingerprint.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw coefficients into FILE.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
-    """Say what a model or adapter is, from its headers.
+    """Say what a model or adapter is, from its headers, or what learned coefficients are.
 
     Example: consilience inspect merged/ --fingerprint
-    """
-    from consilience.cli.listing import inspect_facts, inspect_lines
 
+    Example: consilience inspect merged/consilience --plot coefficients.png
+    """
+    from consilience.cli.listing import inspect_facts, inspect_lines, plot_coefficients
+
+    if plot is not None:
+        plot_coefficients(path, plot)
     facts = inspect_facts(path, tensors, fingerprint)
     typer.echo(json.dumps(facts, indent=1, ensure_ascii=False) if as_json else "\n".join(inspect_lines(facts)))
 

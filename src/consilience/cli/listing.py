@@ -46,9 +46,12 @@ def method_lines() -> list[str]:
 
 
 def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]:
-    """Return what headers say about a model or adapter (and, if asked, its weights' fingerprint)."""
+    """Return what headers say about a model or adapter (and, if asked, its weights' fingerprint), or coefficients."""
+    from consilience.coefficients import is_coefficients
     from consilience.experts.model import open_model
 
+    if is_coefficients(path):
+        return _coefficients(path, tensors, fingerprint)
     model = open_model("model", path)
     parts = [p for p in (model.checkpoint, model.adapter.checkpoint if model.adapter else None) if p is not None]
     infos = [info for part in parts for info in part.tensors.values()]
@@ -79,6 +82,9 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
     folder = model.folder
     if folder is not None and (folder / "consilience" / "lineage.json").is_file():
         facts["lineage"] = _lineage(folder / "consilience" / "lineage.json")
+    if folder is not None and (folder / "consilience" / "coefficients.json").is_file():
+        found = _coefficients(str(folder / "consilience"), False, False)
+        facts["coefficients"] = {key: found[key] for key in ("experts", "groups", "coefficients", "learned")}
     if fingerprint:
         from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint
 
@@ -87,6 +93,35 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
         facts["tensor_list"] = [{"name": i.name, "dtype": i.dtype.name, "shape": list(i.shape)} for i in infos]
     model.close()
     return facts
+
+
+def _coefficients(path: str, values: bool, fingerprint: bool) -> dict[str, Any]:
+    from consilience.coefficients import load_coefficients
+    from consilience.coefficients.listing import coefficient_facts
+
+    if fingerprint:
+        raise InputError(f"--fingerprint: {path} holds coefficients, not weights; name a model")
+    return coefficient_facts(path, load_coefficients(path), values=values)
+
+
+def plot_coefficients(path: str, file: Path) -> None:
+    """Draw the coefficients at ``path`` into the PNG file ``file``.
+
+    Raises:
+        InputError: there are no coefficients at ``path``, or no PNG file can be written to ``file``.
+    """
+    from consilience.coefficients import is_coefficients, load_coefficients
+    from consilience.coefficients.picture import picture
+
+    if not is_coefficients(path):
+        inner = Path(path) / "consilience"
+        hint = f"; name {inner}" if is_coefficients(inner) else ""
+        raise InputError(f"--plot: {path} is not a coefficients file{hint}")
+    if file.suffix.lower() != ".png":
+        raise InputError(f"--plot {file}: pictures are PNG files; name one that ends in .png")
+    if not file.parent.is_dir():
+        raise InputError(f"--plot {file}: there is no folder {file.parent}; make it first")
+    picture(load_coefficients(path), file)
 
 
 def _lineage(path: Path) -> dict[str, Any]:
@@ -101,12 +136,16 @@ def _lineage(path: Path) -> dict[str, Any]:
 
 def inspect_lines(facts: dict[str, Any]) -> list[str]:
     """Return the facts as text."""
+    if facts["kind"] == "coefficients":
+        from consilience.coefficients.listing import coefficient_lines
+
+        return [printable(line) for line in coefficient_lines(facts)]
     lines = [
         f"{facts['path']}: {facts['kind']}",
         f"  {facts['tensors']} tensors, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:.1f} MB, "
         + ", ".join(f"{count} {name}" for name, count in facts["dtypes"].items()),
     ]
-    for key in ("architectures", "tied_embeddings", "adapter", "lineage", "fingerprint"):
+    for key in ("architectures", "tied_embeddings", "adapter", "lineage", "coefficients", "fingerprint"):
         if facts.get(key) is not None:
             lines.append(f"  {key.replace('_', ' ')}: {_text(facts[key])}")
     lines += [f"  file {entry['file']}  {entry['bytes'] / 1e6:.1f} MB" for entry in facts["files"]]

@@ -7,9 +7,10 @@ which tensors each index belongs to and how the values were found. Tensors in no
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from consilience.checkpoints.dtypes import DTYPES
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
-from consilience.checkpoints.safetensors_file import encode_header
+from consilience.checkpoints.safetensors_file import encode_header, read_header
 from consilience.coefficients.groups import Group, Piece, pieces_of
 from consilience.errors import InputError, nearest
 
@@ -49,6 +50,11 @@ class Coefficients:
     alpha: Alpha
     trimmed: Trimmed | None = None
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        shape = len(self.experts), sum(group.chunks for group in self.groups)
+        if self.alpha.shape != shape:
+            raise ValueError(f"alpha has shape {self.alpha.shape}, but the experts and groups need {shape}")
 
     @cached_property
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
@@ -90,37 +96,49 @@ def constant(experts: Sequence[str], groups: Sequence[Group], values: Sequence[f
 def expand(source: Coefficients, groups: Sequence[Group]) -> Coefficients:
     """Return ``source`` on other ``groups``: each new coefficient is the old one's mean over the elements it covers.
 
-    Cutting a group into chunks keeps every element's coefficient, so the merged tensors stay what they were.
+    Cutting a group into chunks keeps every element's coefficient to the bit, so the merged tensors stay what they were.
 
     Raises:
         ValueError: the groups do not hold the same tensors.
     """
+    sizes = {name: numel for group in source.groups for name, numel in group.tensors}
     count = sum(group.chunks for group in groups)
     total, weight = np.zeros((len(source.experts), count)), np.zeros(count)
+    low, high = np.full_like(total, np.inf), np.full_like(total, -np.inf)
     for group in groups:
+        for name, numel in group.tensors:
+            if sizes.pop(name, None) != numel:
+                raise ValueError(f"tensor {name!r} of {numel} elements has no coefficients to start from")
         for name, pieces in pieces_of(group).items():
-            if name not in source.pieces:
-                raise ValueError(f"tensor {name!r} has no coefficients to start from")
             for piece in pieces:
+                at = piece.index
                 for old in source.pieces[name]:
                     shared = min(piece.stop, old.stop) - max(piece.start, old.start)
                     if shared > 0:
-                        total[:, piece.index] += shared * source.alpha[:, old.index]
-                        weight[piece.index] += shared
-    return Coefficients(source.experts, tuple(groups), total / weight, source.trimmed, dict(source.facts))
+                        values = source.alpha[:, old.index]
+                        total[:, at] += shared * values
+                        weight[at] += shared
+                        low[:, at] = np.minimum(low[:, at], values)
+                        high[:, at] = np.maximum(high[:, at], values)
+    if sizes:
+        raise ValueError(f"tensor {next(iter(sizes))!r} is in no new group")
+    # The mean of equal values may round to a neighbour of theirs: n * a / n is not always a.
+    alpha = np.clip(total / weight, low, high)
+    return Coefficients(source.experts, tuple(groups), alpha, source.trimmed, dict(source.facts))
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
-_Count = Annotated[int, Strict(), Field(ge=0, lt=1 << 60)]
+_Count = Annotated[int, Field(ge=1, lt=1 << 60)]
 
 
 class _GroupEntry(_Closed):
     name: str
-    tensors: list[tuple[str, _Count]] = Field(min_length=1)
-    chunks: Annotated[int, Strict(), Field(ge=1)]
+    #: JSON has no tuples: a list of the right length stands for one.
+    tensors: list[Annotated[tuple[str, Annotated[_Count, Strict()]], Strict(False)]] = Field(min_length=1)
+    chunks: _Count
     learned: bool = True
 
 
@@ -139,20 +157,29 @@ class _Document(_Closed):
 
 def _pair(path: Path) -> tuple[Path, Path]:
     """Return the two files of a coefficients file named by either of them, their folder, or an output folder."""
-    if path.is_dir():
-        inner = path / "consilience" if (path / "consilience" / WEIGHTS).exists() else path
-        return inner / WEIGHTS, inner / PAPERS
+    if isdir(path):
+        inner = path / "consilience"
+        folder = inner if exists(inner / WEIGHTS) and not exists(path / WEIGHTS) else path
+        return folder / WEIGHTS, folder / PAPERS
     if path.suffix == ".json":
         return path.with_suffix(".safetensors"), path
     return path, path.with_suffix(".json")
 
 
 def save_coefficients(path: Path | str, coefficients: Coefficients) -> None:
-    """Write ``path`` (a .safetensors file, or a folder) and the .json file beside it."""
-    weights, papers = _pair(Path(path))
-    weights.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``path`` (a .safetensors or .json file, or a folder) and the file beside it; neither, if either fails.
+
+    Raises:
+        InputError: a coefficient is NaN or Inf.
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".json"):
+        path.mkdir(parents=True, exist_ok=True)
+    weights, papers = _pair(path)
+    if not np.isfinite(coefficients.alpha).all():
+        raise InputError(f"{weights}: the coefficients hold NaN or Inf: learning diverged; lower its step size")
     header, _ = encode_header([("alpha", DTYPES["F64"], coefficients.alpha.shape)], {"format": "consilience"})
-    weights.write_bytes(header + np.ascontiguousarray(coefficients.alpha, "<f8").tobytes())
+    data = header + np.ascontiguousarray(coefficients.alpha, "<f8").tobytes()
     document: dict[str, Any] = {
         "format": FORMAT,
         "experts": list(coefficients.experts),
@@ -164,18 +191,34 @@ def save_coefficients(path: Path | str, coefficients: Coefficients) -> None:
     }
     if coefficients.trimmed is not None:
         document["trimmed"] = {"density": coefficients.trimmed.density, "elect": coefficients.trimmed.elect}
-    papers.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    parts = [(file, file.with_name(file.name + ".partial")) for file in (weights, papers)]
+    try:
+        for (_, partial), content in zip(parts, (data, text.encode("utf-8")), strict=True):
+            partial.write_bytes(content)
+        for file, partial in parts:
+            partial.replace(file)
+    finally:
+        for _, partial in parts:
+            partial.unlink(missing_ok=True)
 
 
 def is_coefficients(path: Path | str) -> bool:
-    """Whether a path names a coefficients file (or the folder that holds one)."""
+    """Whether a path names a coefficients file (or the folder that holds one).
+
+    A file counts by its name, which holds "coefficients", or by its only tensor's name, "alpha".
+    """
     path = Path(path)
-    if path.is_dir():
-        return (path / WEIGHTS).is_file() and (path / PAPERS).is_file()
+    if isdir(path):
+        return isfile(path / WEIGHTS) and isfile(path / PAPERS)
     weights, papers = _pair(path)
-    return weights.name.endswith(".safetensors") and weights.is_file() and papers.is_file() and papers.stem == (
-        weights.stem
-    ) and "coefficients" in weights.stem
+    if weights.suffix != ".safetensors" or not isfile(weights) or not isfile(papers):
+        return False
+    try:
+        return "coefficients" in weights.stem or set(read_header(weights)[0]) == {"alpha"}
+    except InputError:  # not a safetensors file, whatever its name says
+        return False
 
 
 def load_coefficients(path: Path | str) -> Coefficients:
@@ -186,7 +229,7 @@ def load_coefficients(path: Path | str) -> Coefficients:
     """
     weights, papers = _pair(Path(path))
     for file in (weights, papers):
-        if not file.is_file():
+        if not exists(file):
             raise InputError(f"{file}: no such file; a coefficients file is {WEIGHTS} and {PAPERS} side by side")
     try:
         document = _Document.model_validate(read_object(papers))
@@ -194,24 +237,25 @@ def load_coefficients(path: Path | str) -> Coefficients:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{papers}: {place}: {first['msg']}; restore the file") from None
+    try:
+        json.dumps(document.facts, allow_nan=False)
+    except ValueError:
+        raise InputError(f"{papers}: facts hold a number that is not finite; restore the file") from None
     if document.format != FORMAT:
         raise InputError(f"{papers}: format {document.format} is not {FORMAT}; update consilience")
     alpha = _read_alpha(weights)
     groups: list[Group] = []
-    first, seen = 0, set[str]()
+    first = 0
+    _refuse_twice(papers, "expert", document.experts)
+    _refuse_twice(papers, "group", (entry.name for entry in document.groups))
+    _refuse_twice(papers, "tensor", (name for entry in document.groups for name, _ in entry.tensors))
     for entry in document.groups:
         held = tuple((name, numel) for name, numel in entry.tensors)
-        again = next((name for name, _ in held if name in seen), None)
-        if again is not None:
-            raise InputError(f"{papers}: tensor {again!r} is in two groups; restore the file")
-        seen.update(name for name, _ in held)
         group = Group(entry.name, held, entry.chunks, first, entry.learned)
         if group.chunks > group.numel:
             raise InputError(f"{papers}: group {group.name!r} has more chunks than elements; restore the file")
         groups.append(group)
         first += entry.chunks
-    if len(set(document.experts)) < len(document.experts):
-        raise InputError(f"{papers}: an expert is named twice; restore the file")
     if alpha.shape != (len(document.experts), first):
         raise InputError(
             f"{weights}: tensor 'alpha' has shape {list(alpha.shape)} but {papers.name} describes "
@@ -219,6 +263,14 @@ def load_coefficients(path: Path | str) -> Coefficients:
         )
     trimmed = Trimmed(document.trimmed.density, document.trimmed.elect) if document.trimmed else None
     return Coefficients(tuple(document.experts), tuple(groups), alpha, trimmed, document.facts)
+
+
+def _refuse_twice(file: Path, kind: str, names: Iterable[str]) -> None:
+    seen = set[str]()
+    for name in names:
+        if name in seen:
+            raise InputError(f"{file}: names {kind} {name!r} twice; restore the file")
+        seen.add(name)
 
 
 def _read_alpha(path: Path) -> Alpha:
@@ -250,6 +302,8 @@ def fit(
     Raises:
         InputError: an expert has no coefficients or the other way round, or a tensor is missing or has another size.
     """
+    if len(set(experts)) < len(experts):
+        raise InputError(f"{where}: an expert is named twice in this merge; choose another name")
     if set(experts) != set(coefficients.experts):
         other = sorted(set(experts) ^ set(coefficients.experts))[0]
         side = "has no coefficients there" if other in experts else "is not an expert of this merge"
@@ -285,7 +339,7 @@ def excluder(patterns: Sequence[str]) -> Callable[[str], bool]:
         if pattern.startswith("re:"):
             try:
                 compiled = re.compile(pattern[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise InputError(f"exclude: {pattern!r} is not a regular expression ({error}); correct it") from None
             tests.append(lambda name, compiled=compiled: compiled.match(name) is not None)
         else:

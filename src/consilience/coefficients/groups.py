@@ -1,11 +1,11 @@
 """Which tensors share a coefficient: groups by name, and the contiguous chunks a group is cut into.
 
-    grouping     one group per
-    global       model
-    block        transformer block (the name up to its first number); tensors outside blocks by their module
-    module       module (the name less its last part: a weight and its bias)
-    tensor       tensor
-    re:PATTERN   distinct match of the pattern (its capture groups, if it has any); tensors it does not match: one group
+grouping     one group per
+global       model
+block        transformer block (the name up to its first number); tensors outside blocks by their module
+module       module (the name less its last part: a weight and its bias)
+tensor       tensor
+re:PATTERN   distinct match of the pattern (its capture groups, if it has any); tensors it does not match: one group
 """
 
 import re
@@ -70,7 +70,7 @@ def group_namer(grouping: str) -> Callable[[str], str]:
         )
     try:
         pattern = re.compile(grouping[3:])
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"grouping {grouping!r}: not a regular expression ({error}); correct it") from None
     return lambda name: _matched(pattern, name)
 

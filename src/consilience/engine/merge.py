@@ -14,11 +14,12 @@ import yaml
 
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import encode_header
+from consilience.coefficients import save_coefficients
 from consilience.engine import output
 from consilience.engine.card import licences, render_card
 from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
-from consilience.engine.output import JOURNAL, OURS, PLAN, FileSink
+from consilience.engine.output import JOURNAL, LEARNING, OURS, PLAN, FileSink
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Listener, Piece, Silent, Streamer, check_ties, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
@@ -48,7 +49,7 @@ def recipe_text(plan: Plan) -> str:
 
 
 @contextlib.contextmanager
-def _claimed(partial: Path) -> Generator[None]:
+def claimed(partial: Path) -> Generator[None]:
     """Hold OUT.partial for this run alone, making it if need be.
 
     Raises:
@@ -81,9 +82,10 @@ def _resume(partial: Path, plan: Plan) -> dict[Piece, Record]:
             (partial / file.name).rename(path)
     if same and all(path.is_file() for path in weights):
         return {(r.tensor, r.segment): r for r in read_journal(partial / OURS / JOURNAL, plan)}
-    for path in partial.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (partial / OURS).mkdir()
+    for path in [*partial.iterdir(), *(partial / OURS).glob("*")]:
+        if path not in (partial / OURS, partial / OURS / LEARNING):  # what was learned is worth more than bytes merged
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (partial / OURS).mkdir(exist_ok=True)
     output.write_json(marker, {"digest": plan.digest})
     return {}
 
@@ -136,6 +138,9 @@ def _write_papers(partial: Path, plan: Plan, document: dict[str, Any], text: str
     _write_heads(ours / "heads", plan)
     output.write_json(ours / "lineage.json", document)
     (ours / "recipe.yaml").write_text(text, encoding="utf-8")
+    if plan.coefficients is not None:
+        save_coefficients(ours, plan.coefficients)
+    shutil.rmtree(ours / LEARNING, ignore_errors=True)
     if plan.alignment.donor.folder is not None:
         output.copy_side_files(partial, plan)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -175,7 +180,7 @@ def run_merge(
     partial = output.partial_path(out)
     try:
         check_ties(plan)
-        with _claimed(partial):
+        with claimed(partial):
             try:
                 records = _resume(partial, plan)
                 sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}

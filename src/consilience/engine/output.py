@@ -24,6 +24,8 @@ from consilience.errors import InputError, MachineError
 #: The folder of an output that holds what Consilience has to say about it.
 OURS = "consilience"
 JOURNAL, PLAN = "journal.jsonl", "plan.json"
+#: Holds a learned method's state until the merge is complete.
+LEARNING = "learning"
 
 
 def partial_path(out: Path) -> Path:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -92,7 +92,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole merge, ready to run."""
+    """A whole merge, ready to run.
+
+    ``learning`` are a learned method's parameters; ``where`` and ``root`` say how errors name the recipe and where its
+    relative paths start.
+    """
 
     recipe: Recipe
     method: Method
@@ -104,6 +108,14 @@ class Plan:
     stochastic: bool
     allow_nonfinite: bool
     coefficients: Coefficients | None = None
+    learning: dict[str, Any] = field(default_factory=dict[str, Any])
+    where: str = "recipe"
+    root: Path | None = None
+
+    @property
+    def unlearned(self) -> bool:
+        """Whether coefficients have to be learned before this plan (now at the anchor) is what was asked for."""
+        return self.method.learn is not None and self.coefficients is None
 
     @property
     def models(self) -> list[Model]:
@@ -323,6 +335,7 @@ def make_plan(
     alignment = align(base, experts, recipe.private)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
+    learning = settings.once() if method.learn is not None else {}
     is_private = private_filter(recipe.private)
     private = {name for name in names if is_private(name)}
     unused = [
@@ -353,7 +366,10 @@ def make_plan(
     layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], largest, metadata, single)
     placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
     _check_model_trim(placed, where)
-    return Plan(recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite, coefficients)
+    return Plan(
+        recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite,
+        coefficients, learning, where, root,
+    )  # fmt: skip
 
 
 def _check_model_trim(tensors: tuple[TensorPlan, ...], where: str) -> None:

@@ -172,9 +172,7 @@ class Worker:
             return
         combine = program.combine
         size = stack.shape[1]
-        cuts = (
-            combine.cut(start, start + size) if isinstance(combine, PiecewiseSum) else [(0, size, combine.weights)]
-        )
+        cuts = combine.cut(start, start + size) if isinstance(combine, PiecewiseSum) else [(0, size, combine.weights)]
         for low, high, weights in cuts:
             for k, weight in enumerate(weights):
                 if not tensor.rows[k].untouched:

@@ -20,6 +20,7 @@ BUILT_IN: dict[str, str] = {
     "dare_ties": "consilience.methods.dare_ties",
     "slerp": "consilience.methods.slerp",
     "coefficients": "consilience.methods.coefficients",
+    "expert_merging": "consilience.learned.expert_merging",
 }
 
 

@@ -12,8 +12,8 @@ A *learned* method is a function too, but of the whole merge: it returns Coeffic
 
 import inspect
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, cast, get_args, get_origin, get_type_hints
 
 from consilience.methods.program import Program, WeightedSum
@@ -112,6 +112,7 @@ class Method:
     source: str
     counts_base: bool
     learn: Callable[..., Any] | None = None
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     @property
     def summary(self) -> str:
@@ -188,12 +189,17 @@ def _anchor(tensor: TensorSpec, *, alphabar: PerExpert, **rest: Any) -> Program:
 
 
 def learned_method(
-    *, source: str, data: str, experts: tuple[int, int | None] = (1, None)
+    *,
+    source: str,
+    data: str,
+    experts: tuple[int, int | None] = (1, None),
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Make a method of a function that finds coefficients on data.
 
     The function takes a ``consilience.learned.run.Run`` and its parameters as keyword arguments, one of which is
-    ``alphabar`` (per expert: the coefficients to start from), and returns ``Coefficients``.
+    ``alphabar`` (per expert: the coefficients to start from), and returns ``Coefficients``. ``presets`` are values for
+    what a recipe leaves out, by the value of its parameter ``preset``.
     """
 
     def decorate(function: Callable[..., Any]) -> Method:
@@ -202,7 +208,8 @@ def learned_method(
             raise TypeError(f"{function.__name__}: a learned method has a parameter alphabar")
         plan = cast(MethodFunction, _anchor)
         return Method(
-            function.__name__, plan, parameters, "required", *experts, data, source, counts_base=False, learn=function
-        )
+            function.__name__, plan, parameters, "required", *experts, data, source, counts_base=False,
+            learn=function, presets=presets or {},
+        )  # fmt: skip
 
     return decorate

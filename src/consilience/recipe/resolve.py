@@ -7,7 +7,7 @@ A list of ``filter``/``value`` takes the first entry that matches the tensor's n
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from consilience.errors import InputError, nearest
@@ -91,6 +91,7 @@ class Settings:
         self.method, self.where = method, where
         self.experts = list(experts)
         self._shared = self._group(recipe.parameters, "parameters")
+        self._preset = self._presets(recipe)
         self._own = {
             name: self._group(recipe.models[index].parameters, f"models.{index}.parameters", own=True)
             for name, index in experts.items()
@@ -110,6 +111,11 @@ class Settings:
                 )
         return {key: _Resolved(value, f"{self.where}: {place}.{key}") for key, value in parameters.items()}
 
+    def _presets(self, recipe: Recipe) -> Mapping[str, Any]:
+        """Return the defaults of the preset that the recipe names."""
+        name = recipe.parameters.get("preset")
+        return self.method.presets.get(name, {}) if isinstance(name, str) else {}
+
     def _value(self, key: str, expert: str | None, name: str, t: float) -> Any:
         parameter = self.method.parameters[key]
         groups = [self._own[expert]] if expert is not None else []
@@ -118,7 +124,7 @@ class Settings:
             if key in group and value is None:
                 value, place = group[key].at(name, t), group[key].where
         if value is None:
-            value = parameter.default
+            value = self._preset.get(key, parameter.default)
         if value is None:
             raise InputError(f"{self.where}: parameter {key!r} has no value for tensor {name!r}; give one")
         problem = parameter.check(value)
@@ -136,7 +142,9 @@ class Settings:
         """
         for group in (self._shared, *self._own.values()):
             for key, resolved in group.items():
-                if resolved.filters or (isinstance(resolved.plain, list) and self.method.parameters[key].kind != "texts"):
+                if resolved.filters or (
+                    isinstance(resolved.plain, list) and self.method.parameters[key].kind != "texts"
+                ):
                     raise InputError(
                         f"{resolved.where}: a learned method's parameters are the same for all tensors; give one value"
                     )

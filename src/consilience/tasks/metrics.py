@@ -1,21 +1,18 @@
 """Loss per token, rank classification and divergence of transformers models, batched.
 
-The output layer is the dear part of a small model with a large vocabulary, and most of its rows would be thrown away:
-it is applied only where a token is scored, a bounded number of tokens at a time. Its input is caught by a hook, so this
-works for any architecture whose logits are ``output_embeddings(x)``; whether they are is checked on a short probe, and
-models that scale or cap their logits afterwards run plainly.
+The output layer is applied only where a token is scored, a bounded number of tokens at a time (``readout.py``).
 """
 
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilience.errors import InputError
 from consilience.tasks.encoding import Encoded, encode
 from consilience.tasks.intervals import bootstrap
+from consilience.tasks.readout import decoder_start, padded, readout
 from consilience.tasks.results import Accuracy, Divergence, Loss, TaskResult
 from consilience.tasks.rows import Task
 
@@ -28,96 +25,9 @@ Dtype = Literal["float32", "bfloat16"]
 LOGITS_BYTES = 32 << 20
 #: Bound on the padded tokens of one batch, for the memory of long sequences.
 BATCH_TOKENS = 8192
-_PROBE_TOKENS = 8
 _CACHED_BYTES = 512 << 10
 #: Stands in for log 0, so that 0 * (log 0 - log 0) is 0 and not NaN.
 _LOG_ZERO = -1e37
-
-
-@dataclass(frozen=True, slots=True)
-class _Readout:
-    """How a model's logits come about: ``head`` maps caught states to logits; None: they are only had whole."""
-
-    model: Any
-    head: Any | None
-    vocabulary: int
-
-    def states(self, inputs: dict[str, "Tensor"], where: tuple["Tensor", "Tensor"]) -> "Tensor":
-        """Return head inputs [N, H] (or logits [N, V] without a head) at N (sequence, position) pairs."""
-        if self.head is None:
-            return self.model(**inputs, use_cache=False).logits[where]
-        caught, _ = _caught(self.model, self.head, inputs)
-        return caught[where]
-
-    def logits(self, states: "Tensor") -> "Tensor":
-        """Return float32 logits [n, V] of n states."""
-        return (states if self.head is None else self.head(states)).float()
-
-
-def _caught(model: Any, head: Any, inputs: dict[str, "Tensor"], *, short: bool = True) -> tuple[Any, Any]:
-    """Run a model; return (the input its head got [B, T, H], its logits). With ``short`` the head sees one position."""
-    seen: list[Any] = []
-
-    def hook(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        seen.append(args[0] if args else None)
-        return (args[0][:, -1:], *args[1:]) if short and args else None
-
-    handle = head.register_forward_pre_hook(hook)
-    try:
-        logits = model(**inputs, use_cache=False).logits
-    finally:
-        handle.remove()
-    return (seen[0] if len(seen) == 1 else None), logits
-
-
-def _transforms_logits(config: Any) -> bool:
-    """Whether a config names a scale or cap on logits; one too weak to show in a probe would still bias a loss."""
-    own = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key, value in own.to_dict().items():
-        named = ("logit" in key and any(word in key for word in ("scal", "cap", "mult"))) or "lm_head_mult" in key
-        if named and "att" not in key and value not in (None, False, 0, 1):
-            return True
-    return False
-
-
-def _readout(model: Any, probe: Encoded) -> _Readout:
-    import torch
-
-    inputs = _tensors([probe], model, _PROBE_TOKENS)[0]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or _transforms_logits(model.config):
-        return _Readout(model, None, model(**inputs, use_cache=False).logits.shape[-1])
-    states, logits = _caught(model, head, inputs, short=False)
-    if states is not None and states.ndim == 3 and states.shape[:2] == logits.shape[:2]:
-        again = head(states)
-        if again.shape == logits.shape and torch.allclose(again.float(), logits.float(), rtol=1e-4, atol=1e-6):
-            return _Readout(model, head, logits.shape[-1])
-    return _Readout(model, None, logits.shape[-1])
-
-
-def _tensors(
-    batch: Sequence[Encoded], model: Any, limit: int | None = None
-) -> tuple[dict[str, "Tensor"], tuple["Tensor", "Tensor"], "Tensor"]:
-    """Right-padded inputs [B, T], the scored (sequence, position) pairs [N] each, and their targets [N] (-1: none)."""
-    import torch
-
-    def padded(sequences: list[tuple[int, ...]], name: str) -> dict[str, "Tensor"]:
-        width = max(len(sequence) for sequence in sequences)
-        # Any id does for padding: masked out, and under causal attention nothing scored comes after it.
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        mask = torch.zeros(len(sequences), width, dtype=torch.long)
-        for i, sequence in enumerate(sequences):
-            ids[i, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-            mask[i, : len(sequence)] = 1
-        return {f"{name}input_ids": ids.to(model.device), f"{name}attention_mask": mask.to(model.device)}
-
-    own = [one.inputs[:limit] for one in batch]
-    sources = [one.source[:limit] for one in batch]
-    inputs = {**padded(sources, ""), **padded(own, "decoder_")} if any(sources) else padded(own, "")
-    rows = torch.tensor([i for i, one in enumerate(batch) for _ in one.positions])
-    columns = torch.tensor([p for one in batch for p in one.positions])
-    targets = torch.tensor([t for one in batch for t in one.targets or (-1,) * len(one.positions)])
-    return inputs, (rows.to(model.device), columns.to(model.device)), targets.to(model.device)
 
 
 def _batches(examples: Sequence[Encoded], batch_size: int, tokens: int) -> Iterator[list[int]]:
@@ -163,23 +73,20 @@ def _blocks(
     if not examples:
         return
     with _evaluating(models, dtype):
-        readouts = [_readout(model, examples[0]) for model in models]
+        readouts = [readout(model, examples[0]) for model in models]
         vocabulary = readouts[0].vocabulary
-        if any(readout.vocabulary != vocabulary for readout in readouts):
-            sizes = " and ".join(str(readout.vocabulary) for readout in readouts)
+        if any(one.vocabulary != vocabulary for one in readouts):
+            sizes = " and ".join(str(one.vocabulary) for one in readouts)
             raise InputError(f"the models' vocabularies hold {sizes} tokens, so no divergence is defined between them")
         block = max(1, LOGITS_BYTES // (4 * vocabulary))
-        whole = any(readout.head is None for readout in readouts)
+        whole = any(one.head is None for one in readouts)
         for batch in _batches(examples, batch_size, min(BATCH_TOKENS, block) if whole else BATCH_TOKENS):
-            inputs, where, targets = _tensors([examples[i] for i in batch], models[0])
+            inputs, where, targets = padded([examples[i] for i in batch], models[0])
             owners = torch.tensor(batch)[where[0].cpu()]
-            states = [
-                readout.states({k: v.to(readout.model.device) for k, v in inputs.items()}, where)
-                for readout in readouts
-            ]
+            states = [one.states({k: v.to(one.model.device) for k, v in inputs.items()}, where) for one in readouts]
             for start in range(0, len(owners), block):
                 part = slice(start, start + block)
-                logits = [readout.logits(s[part]) for readout, s in zip(readouts, states, strict=True)]
+                logits = [one.logits(s[part]) for one, s in zip(readouts, states, strict=True)]
                 yield owners[part], targets[part], logits
             advance(len(batch))
 
@@ -279,7 +186,7 @@ def measure(
     examples = encode(
         task,
         tokenizer,
-        decoder_start=None if causal else _decoder_start(model),
+        decoder_start=None if causal else decoder_start(model),
         max_tokens=max_tokens,
         max_examples=max_examples,
         context=getattr(text, "max_position_embeddings", None),
@@ -326,15 +233,6 @@ def measure(
         input_tokens=sum(len(examples[i].inputs) + len(examples[i].source) for i in (*right, *wrong)),
         seconds=seconds,
     )
-
-
-def _decoder_start(model: Any) -> int:
-    for config in (model.config, getattr(model, "generation_config", None)):
-        for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
-            start = getattr(config, key, None)
-            if start is not None:
-                return int(start)
-    raise InputError("the encoder-decoder model's config names no decoder_start_token_id; add it to config.json")
 
 
 def _loss(task: Task, examples: Sequence[Encoded], nats: Sequence[float], seed: int) -> Loss:

@@ -264,6 +264,11 @@ def _contents(row: Row) -> set[bytes]:
     return {_normal([row.image, *part]) for part in (asked, [*said, answer]) if any(part)}
 
 
+def row_hashes(row: Row) -> list[str]:
+    """Return hashes of what a row asks and of everything it says, by which ``overlap`` recognises it."""
+    return sorted(value.hex() for value in _contents(row))
+
+
 def overlap(a: Task | Path | str, b: Task | Path | str) -> Overlap:
     """Find rows that occur in both of two tasks, for instance calibration and test data.
 

@@ -1,47 +1,33 @@
 """Fine-tune one model on several tasks' rows jointly, all weights or a LoRA; resumable."""
 
 import contextlib
-import fcntl
 import json
 import math
-import os
 import platform
-import shutil
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.reference import resolve
-from consilience.engine.output import OURS, install, partial_path, sync_tree, write_json
+from consilience.engine.output import OURS, partial_path
 from consilience.errors import InputError, MachineError
 from consilience.tasks.cache import fingerprint
-from consilience.tasks.encoding import Encoded, encode
-from consilience.tasks.load import check_folder, load_tokenizer, require_transformers
-from consilience.tasks.rows import Task, load_task
+from consilience.tasks.load import check_folder, require_transformers
+from consilience.tasks.rows import Task
+from consilience.training.data import Examples, read_examples
 from consilience.training.losses import batch_loss, collate, token_losses
 from consilience.training.model import Trainee, load_trainee, write_trained
+from consilience.training.place import STATE, check_out, claimed, delivery
+from consilience.training.progress import Listener, listening
 from consilience.training.record import TaskShare, TrainingRecord, describe
 from consilience.training.sampling import draw
 from consilience.training.settings import Precision, Settings
 from consilience.training.state import Progress, load_state, save_state
 
-#: Called after every step with (steps done, steps in all, loss of the step in nats per response token).
-Listener = Callable[[int, int, float], None]
-
-_PLAN, _STATE, _RESULT = "training-plan.json", "state.safetensors", "result"
 #: Writing checkpoints may take this share of the time.
 _CHECKPOINT_SHARE = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """A task and its rows as sequences, one a row."""
-
-    task: Task
-    examples: tuple[Encoded, ...]
 
 
 def fine_tune(
@@ -72,10 +58,10 @@ def fine_tune(
 
         L = mean_t  -sum_{i in t} sum_j log p(y_ij | x_i, y_i<j) / sum_{i in t} |y_i|,
 
-    over responses only, under the model's chat template (``tasks.encode`` says which tokens count; of choices, the
-    right one). On one task this makes an expert; on all tasks it is mixture training, the reference a merge of the
-    experts is compared with. Row g of the run comes from task g mod K; each task's rows are passed over in orders
-    seeded by (seed, task, pass), as often as it takes. Dropout is off.
+    over responses only, under the model's chat template (``tasks.encode`` says which tokens count: of choices, the
+    right one's; of ``text`` rows, all). On one task this makes an expert; on all tasks it is mixture training, the
+    reference a merge of the experts is compared with. Row g of the run comes from task g mod K; each task's rows are
+    passed over in orders seeded by (seed, task, pass), as often as it takes. Dropout is off.
 
     Everything is made in OUT.partial, and OUT appears whole. The state is saved there about once a minute, so the same
     call continues a run that was stopped, on a CPU with one thread to the same bytes. A partial run of anything else is
@@ -97,10 +83,12 @@ def fine_tune(
         clip: bound on the Euclidean norm of the gradient.
         seed: of the orders of rows and of the factors A.
         precision: "mixed" computes in bfloat16 under autocast on float32 weights and writes bfloat16 (a LoRA's frozen
-            weights are held in bfloat16); "float32" computes and writes float32.
+            weights are held in bfloat16); "float32" computes and writes float32, which suits a base stored in float32:
+            written in bfloat16, its task vector would hold the rounding of every weight.
         threads: of torch; None leaves them as they are.
         device: a torch device.
-        checkpoint_seconds: seconds between saved states, more where saving takes over a twentieth of the time.
+        checkpoint_seconds: seconds between saved states; up to ten times as many where saving takes over a twentieth of
+            the time.
         force: replace what stands at ``out``.
         progress: True for a bar with the loss on the terminal, or a function called after every step.
 
@@ -123,95 +111,42 @@ def fine_tune(
         seed=seed,
         precision=precision,
     )
-    folder, out = resolve(str(base)).model, Path(out)
-    check_folder(folder)
-    _check_out(out, folder, force)
-    data = _read(folder, tasks)
+    folder, out = _base(base), Path(out)
+    _check_device(device)
+    data = read_examples(folder, tasks)
+    check_out(out, [folder, *(one.task.path for one in data if one.task.path is not None)], force)
     plan = {"base": fingerprint(folder), "tasks": [one.task.digest for one in data], **asdict(settings)}
     partial = partial_path(out.absolute())
-    with _claimed(partial, json.loads(json.dumps(plan))), _threads(threads), _listener(progress) as listener:
-        longest = max(len(one.inputs) for part in data for one in part.examples)
+    with claimed(partial, json.loads(json.dumps(plan))), _threads(threads), listening(progress) as listener:
+        longest = max(len(one.inputs) for part in data for one in part.sequences)
         with _memory(folder):
-            trainee = load_trainee(folder, settings, device, longest)
-            done = _train(trainee, data, settings, partial / _STATE, checkpoint_seconds, listener)
+            trainee = load_trainee(folder, str(base), settings, device, longest)
+            done = _train(trainee, data, settings, partial / STATE, checkpoint_seconds, listener)
         record = _record(str(base), str(plan["base"]), data, settings, trainee, done, device)
-        _finish(trainee, settings, folder, partial, out, record)
+        with delivery(partial, out) as result:
+            write_trained(trainee, settings, folder, result)
+            ours = result if lora_rank is not None else result / OURS
+            ours.mkdir(exist_ok=True)
+            (ours / "training.json").write_text(record.as_json(), encoding="utf-8")
     return record
 
 
-def _check_out(out: Path, base: Path, force: bool) -> None:
-    real = out.absolute()
-    if out.name in ("", ".."):
-        raise InputError(f"{out}: is not a name to write to; name a new folder")
-    for place in (real, partial_path(real)):
-        if place.resolve() == base.resolve() or place.resolve() in base.resolve().parents:
-            raise InputError(f"{place}: is or holds the base {base}; choose another OUT")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out}: exists and is not a folder; choose another OUT")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise InputError(f"{out}: exists and is not empty; choose another OUT, or replace it with force")
+def _base(base: Path | str) -> Path:
+    place = resolve(str(base))
+    if place.adapter is not None:
+        raise InputError(f"{base}: names an adapter, and training starts from a model; merge the two first")
+    check_folder(place.model)
+    return place.model
 
 
-def _read(folder: Path, tasks: Sequence[Task | str | Path]) -> list[_Data]:
-    """Read and encode the tasks' rows, all of which must be labelled."""
-    if not tasks:
-        raise InputError("no task given; name at least one JSONL file")
-    read = [task if isinstance(task, Task) else load_task(task) for task in tasks]
-    names = [task.name for task in read]
-    for task in read:
-        if names.count(task.name) > 1:
-            raise InputError(f"{task.path}: two tasks are named {task.name!r}; give one as NAME=PATH")
-        for index, row in enumerate(task.rows):
-            if not row.labelled:
-                raise InputError(f"{task.where(index)}: has no response to learn; add one or drop the row")
-    tokenizer = load_tokenizer(folder)
-    config = read_object(folder / "config.json")
-    context = config.get("max_position_embeddings")
-    limit = context if isinstance(context, int) else None
-    return [_Data(task, _right(task, encode(task, tokenizer, context=limit))) for task in read]
+def _check_device(device: str) -> None:
+    import torch
 
-
-def _right(task: Task, examples: Sequence[Encoded]) -> tuple[Encoded, ...]:
-    """Keep one sequence a row: of choices, the right one."""
-    return tuple(one for one in examples if one.candidate in (None, task.rows[one.row].gold))
-
-
-@contextlib.contextmanager
-def _claimed(partial: Path, plan: dict[str, Any]) -> Generator[None]:
-    """Hold OUT.partial for this run alone; empty it unless it holds the same plan's; remove it on wrong input."""
-    _make(partial)
-    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MachineError(f"{partial}: another run is writing there; wait for it, or choose another OUT") from None
-        if any(partial.iterdir()) and not (partial / _PLAN).is_file():
-            raise MachineError(f"{partial}: is in the way and no training left it; move it elsewhere")
-        try:
-            _adopt(partial, plan)
-            yield
-        except InputError:
-            shutil.rmtree(partial)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _make(partial: Path) -> None:
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{partial}: cannot be made ({error.strerror}); choose another OUT") from None
-
-
-def _adopt(partial: Path, plan: dict[str, Any]) -> None:
-    path = partial / _PLAN
-    with contextlib.suppress(InputError):
-        if path.is_file() and read_object(path) == plan:
-            return
-    (partial / _STATE).unlink(missing_ok=True)
-    write_json(path, plan)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device = {device!r}: torch cannot use it ({first}); try cpu") from None
 
 
 @contextlib.contextmanager
@@ -224,30 +159,6 @@ def _threads(threads: int | None) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _listener(progress: bool | Listener) -> Generator[Listener]:
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    if not progress:
-        yield lambda _done, _total, _loss: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    # Without an argument of its own, rich draws the bar once, at the end, where the output is not a terminal.
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        row = bar.add_task("training", total=None, loss=math.nan)
-        yield lambda done, total, loss: bar.update(row, completed=done, total=total, loss=loss)
 
 
 @contextlib.contextmanager
@@ -264,7 +175,7 @@ def _memory(base: Path) -> Generator[None]:
 
 
 def _train(
-    trainee: Trainee, data: Sequence[_Data], settings: Settings, state: Path, every: float, listener: Listener
+    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, listener: Listener
 ) -> Progress:
     """Take the steps that are left, saving the state now and then; return where the run stands."""
     import torch
@@ -284,29 +195,31 @@ def _train(
             started = time.monotonic()
             save_state(state, trainee.parameters, optimizer, done)
             saved = time.monotonic()
-            pause = max(every, (saved - started) / _CHECKPOINT_SHARE)
+            pause = min(max(every, (saved - started) / _CHECKPOINT_SHARE), 10 * every)
     return done
 
 
-def _step(trainee: Trainee, data: Sequence[_Data], settings: Settings, optimizer: Any, step: int) -> dict[int, float]:
+def _step(
+    trainee: Trainee, data: Sequence[Examples], settings: Settings, optimizer: Any, step: int
+) -> dict[int, float]:
     """Take one optimizer step and return the losses by task."""
     import torch
 
     model, parameters = trainee.model, list(trainee.parameters.values())
-    pairs = draw([len(one.examples) for one in data], settings.batch_size, step, settings.seed)
-    batch = collate([data[k].examples[i] for k, i in pairs], [k for k, _ in pairs], model.device)
+    pairs = draw([len(one.sequences) for one in data], settings.batch_size, step, settings.seed)
+    batch = collate([data[k].sequences[i] for k, i in pairs], [k for k, _ in pairs], model.device)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate_at(step)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "mixed"):
         loss, losses = batch_loss(token_losses(model, batch), batch.tasks)
-    if not math.isfinite(float(loss.detach())):
-        raise InputError(
-            f"learning_rate = {settings.learning_rate:g}: the loss is {float(loss.detach())} at step {step + 1};"
-            " lower it, or check the base's weights"
-        )
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
-    torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        raise InputError(
+            f"learning_rate = {settings.learning_rate:g}: at step {step + 1} the loss is {loss.item():g} and its"
+            f" gradient's norm {norm.item():g}; lower it, or check the base's weights"
+        )
     optimizer.step()
     return losses
 
@@ -314,7 +227,7 @@ def _step(trainee: Trainee, data: Sequence[_Data], settings: Settings, optimizer
 def _record(
     base: str,
     digest: str,
-    data: Sequence[_Data],
+    data: Sequence[Examples],
     settings: Settings,
     trainee: Trainee,
     done: Progress,
@@ -323,12 +236,12 @@ def _record(
     import torch
     import transformers
 
-    sizes = [len(one.examples) for one in data]
+    sizes = [len(one.sequences) for one in data]
     drawn = [pair for step in range(settings.steps) for pair in draw(sizes, settings.batch_size, step, settings.seed)]
     shares: list[TaskShare] = []
     for k, one in enumerate(data):
-        rows = [one.examples[i] for task, i in drawn if task == k]
-        tokens, cut = sum(len(row.targets) for row in rows), sum(row.dropped > 0 for row in one.examples)
+        rows = [one.sequences[i] for task, i in drawn if task == k]
+        tokens, cut = sum(len(row.targets) for row in rows), sum(row.dropped > 0 for row in one.sequences)
         path = None if one.task.path is None else str(one.task.path)
         shares.append(TaskShare(one.task.name, path, one.task.digest, sizes[k], len(rows), tokens, cut))
     versions = {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]}
@@ -342,22 +255,5 @@ def _record(
         threads=torch.get_num_threads(),
         device=device,
         versions=versions,
-        **describe(settings, done.losses, [one.task.name for one in data]),
+        **describe(settings, trainee.modules, done.losses, [one.task.name for one in data]),
     )
-
-
-def _finish(trainee: Trainee, settings: Settings, base: Path, partial: Path, out: Path, record: TrainingRecord) -> None:
-    """Write the result in OUT.partial, move it to OUT and take OUT.partial away."""
-    result = partial / _RESULT
-    try:
-        write_trained(trainee, settings, base, result)
-        ours = result if settings.lora_rank is not None else result / OURS
-        ours.mkdir(exist_ok=True)
-        (ours / "training.json").write_text(record.as_json(), encoding="utf-8")
-        sync_tree(result)
-        install(result, out)
-        shutil.rmtree(partial)
-    except OSError as error:
-        raise MachineError(
-            f"{error.filename or out}: cannot be written ({error.strerror}); mend it, then run this again"
-        ) from error

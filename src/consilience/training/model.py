@@ -3,6 +3,8 @@
 import json
 import shutil
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,18 @@ class Trainee:
     adapted: Any | None
     parameters: dict[str, Any]
 
+    @property
+    def modules(self) -> tuple[str, ...] | None:
+        """Names of the modules that have factors; None where all weights are trained."""
+        return None if self.adapted is None else tuple(sorted(self.adapted.peft_config["default"].target_modules))
 
-def load_trainee(base: Path, settings: Settings, device: str, longest: int) -> Trainee:
+
+def load_trainee(base: Path, name: str, settings: Settings, device: str, longest: int) -> Trainee:
     """Load ``base`` and make its weights, or fresh LoRA factors (A random by the seed, B zero), trainable in float32.
 
     Args:
         base: a Hugging Face folder.
+        name: what an adapter calls its base.
         settings: of the run.
         device: a torch device.
         longest: tokens of the longest row.
@@ -43,12 +51,12 @@ def load_trainee(base: Path, settings: Settings, device: str, longest: int) -> T
         raise InputError(f"{base}: is not a decoder-only language model, the only kind fine_tune trains")
     if device == "cpu" and longest <= _SHORT:
         model.set_attn_implementation("eager")
-    adapted = None if settings.lora_rank is None else _with_factors(model, settings, base)
+    adapted = None if settings.lora_rank is None else _with_factors(model, settings, name)
     trained = {n: p for n, p in (adapted or model).named_parameters() if p.requires_grad}
     return Trainee(model, adapted, trained)
 
 
-def _with_factors(model: Any, settings: Settings, base: Path) -> Any:
+def _with_factors(model: Any, settings: Settings, base: str) -> Any:
     import torch
 
     try:
@@ -60,35 +68,37 @@ def _with_factors(model: Any, settings: Settings, base: Path) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     targets = settings.target_modules
-    config = peft.LoraConfig(
-        r=settings.lora_rank or 0,
-        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=0.0,
-        bias="none",
-        target_modules="all-linear" if targets is None else list(targets),
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
+    values: dict[str, Any] = {  # PEFT's types allow whole alphas only, its arithmetic any
+        "r": settings.lora_rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": "all-linear" if targets is None else list(targets),
+        "task_type": "CAUSAL_LM",
+    }
+    config = peft.LoraConfig(**values)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about how it asks transformers things
         torch.manual_seed(settings.seed)
         try:
             adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
         except ValueError as error:
-            raise InputError(f"target_modules: {base} has no such layers ({error})") from error
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
+            raise InputError(f"target_modules: {base}: {error}") from error
+    adapted.peft_config["default"].base_model_name_or_path = base
     return adapted.eval()
 
 
 def write_trained(trainee: Trainee, settings: Settings, base: Path, out: Path) -> None:
-    """Write the finished model or adapter to the new folder ``out``; what is trained is rounded in place.
+    """Write the finished model or adapter to the empty folder ``out``; what is trained is rounded in place.
 
     Mixed precision writes bfloat16, the other float32. A model gets its base's tokenizer and other files.
     """
     import torch
 
     dtype = torch.bfloat16 if settings.precision == "mixed" else torch.float32
-    shutil.rmtree(out, ignore_errors=True)
     if trainee.adapted is None:
-        trainee.model.to(dtype).save_pretrained(out)
+        with _no_bars():
+            trainee.model.to(dtype).save_pretrained(out)
         _write_side_files(base, out, str(dtype).removeprefix("torch."))
         return
     for parameter in trainee.parameters.values():
@@ -102,6 +112,19 @@ def write_trained(trainee: Trainee, settings: Settings, base: Path, out: Path) -
     # PEFT keeps a set, whose order changes from run to run.
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _no_bars() -> Generator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write_side_files(base: Path, out: Path, dtype: str) -> None:

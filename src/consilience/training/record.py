@@ -115,11 +115,12 @@ def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 6)
 
 
-def describe(settings: Settings, losses: Sequence[Mapping[int, float]], names: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a record that follow from the settings and the losses of every step."""
+def describe(
+    settings: Settings, modules: tuple[str, ...] | None, losses: Sequence[Mapping[int, float]], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the fields of a record that follow from the settings, the adapted modules and every step's losses."""
     points = curve(losses, names)
     fields = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
-    if settings.lora_rank is not None:
-        fields["lora_alpha"] = settings.alpha
-    first = _mean(list(losses[0].values()))
-    return {**fields, "curve": points, "first_loss": first, "final_loss": points[-1].loss}
+    alpha = None if settings.lora_rank is None else settings.alpha
+    ends = {"first_loss": _mean(list(losses[0].values())), "final_loss": points[-1].loss}
+    return {**fields, "lora_alpha": alpha, "target_modules": modules, "curve": points, **ends}

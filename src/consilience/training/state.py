@@ -35,7 +35,8 @@ def save_state(path: Path, parameters: dict[str, Any], optimizer: Any, progress:
     tensors: dict[str, Any] = {}
     for name, parameter in parameters.items():
         tensors[f"value/{name}"] = parameter.detach()
-        tensors |= {f"{moment}/{name}": optimizer.state[parameter][moment] for moment in _MOMENTS}
+        if parameter in optimizer.state:  # else the loss does not depend on it
+            tensors |= {f"{moment}/{name}": optimizer.state[parameter][moment] for moment in _MOMENTS}
     notes = {"step": progress.step, "seconds": progress.seconds, "losses": progress.losses}
     temporary = path.with_name(path.name + ".new")
     try:
@@ -48,16 +49,21 @@ def save_state(path: Path, parameters: dict[str, Any], optimizer: Any, progress:
 
 
 def load_state(path: Path, parameters: dict[str, Any], optimizer: Any) -> Progress:
-    """Put a saved state into the model's parameters and the optimizer; without a usable file nothing is changed."""
+    """Put a saved state into the model's parameters and the optimizer; without a file nothing is changed.
+
+    Raises:
+        MachineError: the file is damaged.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt") as file, torch.no_grad():
             notes: Any = json.loads(file.metadata()["progress"])
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(file.get_tensor(f"value/{name}"))
+            saved = set(file.keys())
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(f"value/{name}"))
+                if f"{_MOMENTS[0]}/{name}" in saved:
                     moments = {m: file.get_tensor(f"{m}/{name}").to(parameter.device) for m in _MOMENTS}
                     done = torch.tensor(float(notes["step"]), device=parameter.device)
                     optimizer.state[parameter] = {"step": done, **moments}

@@ -1,0 +1,1 @@
+"""Learned methods: one file each, and the run they share."""

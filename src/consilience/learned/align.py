@@ -1,0 +1,192 @@
+"""Learning by alignment, as Expert Merging and its chunked successor share it: settings, optimizer, loop, report."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from consilience.coefficients import Coefficients
+from consilience.coefficients.coefficients import Alpha
+from consilience.errors import InputError
+from consilience.learned.loop import Learned, Stopping, descend, schedule
+from consilience.learned.problem import Problem
+from consilience.learned.run import Data, Run, Workshop, groups_of, open_workshop, provenance
+from consilience.objectives.objective import Objective
+from consilience.optimizers.anchor import Anchor
+from consilience.optimizers.gradient import Descent, Optimizer, Terms
+from consilience.optimizers.make import make_optimizer
+from consilience.optimizers.parameterisation import parameterise
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """The parameters of ``expert_merging``, by the same names."""
+
+    preset: str
+    alphabar: tuple[float, ...]
+    grouping: str
+    exclude: tuple[str, ...]
+    coefficients: Any
+    gamma: float
+    reg_norm: Any
+    beta: tuple[float, ...]
+    logit_weight: float
+    temperature: float
+    divergence: Any
+    hidden_weight: float
+    hidden_layers: tuple[str, ...]
+    hidden_distance: Any
+    entropy_weight: float
+    target_weight: float
+    mean: Any
+    total: Any
+    positions: Any
+    samples: int
+    responses: Any
+    response_tokens: int
+    optimizer: Any
+    learning_rate: float
+    weight_decay: float
+    schedule: Any
+    clip: float
+    batch: int
+    steps: int
+    holdout: float
+    patience: int
+    precision: Any
+    checkpoint: bool
+    batch_tokens: int
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "AlignmentSettings":
+        """Pick the settings out of a function's arguments."""
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+    @property
+    def layers(self) -> Sequence[int] | str:
+        """Blocks to align; none without a weight."""
+        if not self.hidden_weight:
+            return ()
+        if self.hidden_layers == ("middle",):
+            return "middle"
+        try:
+            return tuple(int(part) for text in self.hidden_layers for part in text.split(","))
+        except ValueError:
+            raise InputError(
+                f"hidden_layers: {', '.join(self.hidden_layers)!r} is neither middle nor block numbers; write 7,15"
+            ) from None
+
+    @property
+    def data(self) -> Data:
+        """How rows are read."""
+        return Data(self.samples, self.responses, self.response_tokens, self.positions, self.holdout)
+
+    def objective(self, layers: tuple[int, ...]) -> Objective:
+        """Return what is minimised, without the anchor.
+
+        Raises:
+            InputError: every weight is zero.
+        """
+        found = Objective(
+            self.logit_weight, self.hidden_weight, self.entropy_weight, self.target_weight, layers, self.temperature,
+            self.divergence, self.hidden_distance, self.beta, self.mean, self.total,
+        )  # fmt: skip
+        if not found.weights:
+            raise InputError("logit_weight, hidden_weight, entropy_weight, target_weight: all are 0; give one a weight")
+        return found
+
+    @property
+    def descent(self) -> Descent:
+        """How the optimizer steps."""
+        rule = self.optimizer if self.optimizer in ("adam", "adamw", "sgd") else "adam"
+        return Descent(rule, self.learning_rate, self.steps, self.schedule, self.clip, self.weight_decay)
+
+    def start(self, run: Run) -> Coefficients:
+        """Return the coefficients at the anchor."""
+        return groups_of(run, self.grouping, self.exclude, self.alphabar)
+
+
+def learn_alignment(
+    run: Run, start: Coefficients, settings: AlignmentSettings, *, anchor: Alpha | None = None
+) -> Coefficients:
+    """Learn coefficients from ``start`` by aligning with the experts, and return them with the facts of the run.
+
+    Args:
+        run: the run.
+        start: groups and first values; what is not ``learned`` stays.
+        settings: the method's parameters.
+        anchor: [K, N] where the L1 anchor pulls to; ``start`` by default.
+    """
+    begun = time.perf_counter()
+    shop = open_workshop(
+        run, start, settings.data, layers=settings.layers, precision=settings.precision,
+        checkpoint=settings.checkpoint, tokens=settings.batch_tokens, trimmed=start.trimmed,
+        teachers=bool(settings.logit_weight or settings.hidden_weight),
+    )  # fmt: skip
+    try:
+        objective = settings.objective(shop.reader.layers)
+        _check_labels(shop, objective)
+        problem = shop.problem(objective)
+        optimizer = optimizer_of(start, settings, run.seed, anchor)
+        learned = minimise(run, shop, problem, optimizer, settings, start)
+    finally:
+        shop.close()
+    return start.with_alpha(learned.alpha, **report(run, shop, settings, learned, time.perf_counter() - begun))
+
+
+def optimizer_of(start: Coefficients, settings: AlignmentSettings, seed: int, anchor: Alpha | None = None) -> Optimizer:
+    """Return the optimizer at ``start``."""
+    import torch
+
+    mapped = parameterise(settings.coefficients, start.alpha, start.learned)
+    at = mapped.start if anchor is None else torch.tensor(anchor, dtype=torch.float64)
+    pull = Anchor(at, mapped.learned, settings.gamma, settings.reg_norm)
+    return make_optimizer(settings.optimizer, settings.descent, mapped, pull, seed)
+
+
+def minimise(
+    run: Run, shop: Workshop, problem: Problem, optimizer: Optimizer, settings: Any, start: Coefficients
+) -> Learned:
+    """Run the loop, with early stopping where rows are held out."""
+    experts = [shop.samples[i].expert for i in shop.learn]
+
+    def loss(alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
+        chosen = [shop.learn[i] for i in schedule(experts, settings.batch, run.seed, step)]
+        return problem.evaluate(alpha, chosen, gradient=gradient)
+
+    def held(alpha: Alpha) -> float:
+        return sum(problem.evaluate(alpha, shop.hold, gradient=False)[0].values())
+
+    stopping = Stopping(held, patience=settings.patience) if shop.hold else None
+    identity = [run.plan.digest, repr(settings), run.seed, [s.encoded.inputs for s in shop.samples],
+                start.alpha.tolist(), [(g.name, g.chunks, g.learned) for g in start.groups]]  # fmt: skip
+    run.watcher.phase("learning", settings.steps)
+    stage = run.folder.name if run.folder is not None else "learning"
+    with run.scalars(stage) as scalars:
+        return descend(
+            optimizer, loss, settings.steps, stopping=stopping, folder=run.folder, identity=identity,
+            watcher=run.watcher, scalars=scalars,
+        )  # fmt: skip
+
+
+def _check_labels(shop: Workshop, objective: Objective) -> None:
+    if objective.target and not any(t >= 0 for s in shop.samples for t in s.encoded.targets):
+        raise InputError("target_weight: no calibration row has a response; add responses, or set target_weight=0")
+
+
+def report(run: Run, shop: Workshop, settings: Any, learned: Learned, seconds: float) -> dict[str, Any]:
+    """Return the facts that are written beside the coefficients."""
+    lines = learned.history.lines()
+    values = {f.name: getattr(settings, f.name) for f in fields(cast(Any, settings))}
+    return {
+        "method": run.plan.method.name,
+        "parameters": {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
+        "layers": list(shop.reader.layers),
+        "seed": run.seed,
+        "steps": len(lines),
+        "step": learned.step,
+        "history": lines,
+        "seconds": round(seconds, 2),
+        "device": run.machine.device,
+        "calibration": provenance(run, shop.samples, settings.data),
+    }

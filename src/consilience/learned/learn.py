@@ -1,0 +1,68 @@
+"""From a plan to its coefficients: data checked first, state kept in OUT.partial, nothing left behind on bad input."""
+
+import shutil
+from pathlib import Path
+
+from consilience.coefficients import Coefficients
+from consilience.engine import output
+from consilience.engine.merge import claimed
+from consilience.engine.output import LEARNING, OURS, PLAN
+from consilience.engine.plan import Plan
+from consilience.errors import InputError, MachineError
+from consilience.learned.loop import Unwatched, Watcher
+from consilience.learned.run import Machine, Run
+
+
+def check_data(plan: Plan) -> None:
+    """Read every expert's calibration rows, so that a wrong file is known before any work.
+
+    Raises:
+        InputError: see ``Run.task``.
+    """
+    run = Run(plan, plan.root, where=plan.where)
+    for name in run.experts:
+        run.task(name)
+
+
+def learn_plan(
+    plan: Plan,
+    out: Path | None = None,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    device: str = "cpu",
+    tensorboard: Path | None = None,
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+) -> Coefficients:
+    """Learn the coefficients of a plan; see ``consilience.api.learn``."""
+    if plan.method.learn is None:
+        raise InputError(f"{plan.where}: method {plan.method.name!r} learns nothing; see 'consilience methods'")
+    from consilience.tasks.load import require_transformers
+
+    require_transformers(f"method {plan.method.name!r}")
+    run = Run(
+        plan, plan.root, None, tensorboard, Machine(device, threads, trust_remote_code), watcher or Unwatched(),
+        plan.where,
+    )  # fmt: skip
+    if out is None:
+        return plan.method.learn(run, **plan.learning)
+    made = output.check_destination(out, plan, force)
+    partial = output.partial_path(out)
+    try:
+        with claimed(partial):
+            (partial / OURS).mkdir(exist_ok=True)
+            if not (partial / OURS / PLAN).exists():
+                output.write_json(partial / OURS / PLAN, {"digest": LEARNING})
+            return plan.method.learn(Run(**{**vars(run), "folder": partial / OURS / LEARNING}), **plan.learning)
+    except InputError:
+        shutil.rmtree(partial, ignore_errors=True)
+        output.discard_folders(made)
+        raise
+    except MemoryError as error:
+        raise MachineError(
+            f"out of memory while learning; lower batch_tokens, set checkpoint=true or precision=bfloat16 ({error})"
+        ) from error
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else f"{partial}: "
+        raise MachineError(f"{place}{error.strerror or error}; mend it, then run the same command again") from error

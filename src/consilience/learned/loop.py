@@ -1,0 +1,240 @@
+"""The learning loop: steps, early stopping, history, and a state on disk from which an interrupted run goes on."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from consilience.coefficients.coefficients import Alpha
+from consilience.errors import InputError
+from consilience.optimizers.gradient import Optimizer, Terms
+from consilience.tasks.cache import write_atomically
+
+#: Seconds between two states written to disk.
+SAVE_EVERY = 20.0
+
+
+class Watcher(Protocol):
+    """Is told what learning does."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase of ``total`` steps begins."""
+        ...
+
+    def advance(self, count: int, text: str = "") -> None:
+        """``count`` steps were done; ``text`` says how it goes."""
+        ...
+
+
+class Unwatched:
+    """A watcher that does nothing."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Ignore."""
+
+    def advance(self, count: int, text: str = "") -> None:
+        """Ignore."""
+
+
+@dataclass
+class History:
+    """What happened, step by step: the terms of the loss before each step, and the held-out loss where it was taken."""
+
+    terms: list[Terms] = field(default_factory=list[Terms])
+    held_out: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return one JSON-able object per step."""
+        held = dict(self.held_out)
+        return [
+            {"step": i, "loss": sum(t.values()), **t} | ({"held_out": held[i]} if i in held else {})
+            for i, t in enumerate(self.terms)
+        ]
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Stop early: the held-out loss is taken every ``every`` steps, and ``patience`` takes without a new best end it."""
+
+    loss: Callable[[Alpha], float]
+    every: int = 5
+    patience: int = 4
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The coefficients found, the history, and the step they are from."""
+
+    alpha: Alpha
+    history: History
+    step: int
+
+
+class Scalars(Protocol):
+    """TensorBoard's writer, as far as it is used."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Log one number."""
+        ...
+
+
+def descend(
+    optimizer: Optimizer,
+    loss: Any,
+    steps: int,
+    *,
+    stopping: Stopping | None = None,
+    folder: Path | None = None,
+    identity: Any = None,
+    watcher: Watcher | None = None,
+    scalars: Scalars | None = None,
+) -> Learned:
+    """Run an optimizer for ``steps`` steps, or until early stopping; continue where ``folder`` left off.
+
+    Args:
+        optimizer: what moves the coefficients.
+        loss: see ``consilience.optimizers.gradient.Loss``.
+        steps: most steps.
+        stopping: early stopping on held-out samples: the best coefficients it saw are returned.
+        folder: where the state is kept; None keeps none.
+        identity: JSON-able facts that a state must share to be continued.
+        watcher: told of every step.
+        scalars: a TensorBoard writer.
+    """
+    run = _Run(optimizer, stopping, folder, identity)
+    start = run.restore()
+    (watcher or Unwatched()).advance(start)
+    saved = time.monotonic()
+    for number in range(start, steps):
+        if run.hopeless:
+            break
+        terms = optimizer.step(loss, number)
+        run.history.terms.append(terms)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        held = run.check(number, last=number + 1 == steps)
+        if held is not None:
+            text += f"  held out {held:.4f}"
+        if scalars is not None:
+            _log(scalars, number, terms, held)
+        (watcher or Unwatched()).advance(1, text)
+        if time.monotonic() - saved > SAVE_EVERY or number + 1 == steps:
+            run.save(number + 1)
+            saved = time.monotonic()
+    best = run.best if run.best is not None else optimizer.alpha
+    return Learned(best, run.history, run.best_step if run.best is not None else len(run.history.terms))
+
+
+def _log(scalars: Scalars, number: int, terms: Terms, held: float | None) -> None:
+    scalars.add_scalar("loss/total", sum(terms.values()), number)
+    for name, value in terms.items():
+        scalars.add_scalar(f"loss/{name}", value, number)
+    if held is not None:
+        scalars.add_scalar("loss/held_out", held, number)
+
+
+class _Run:
+    """Early stopping's memory and the state on disk."""
+
+    def __init__(self, optimizer: Optimizer, stopping: Stopping | None, folder: Path | None, identity: Any) -> None:
+        self.optimizer, self.stopping, self.folder = optimizer, stopping, folder
+        self.key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.history = History()
+        self.best: Alpha | None = None
+        self.best_step = 0
+        self.best_loss = float("inf")
+        self.misses = 0
+
+    @property
+    def hopeless(self) -> bool:
+        return self.stopping is not None and self.misses >= self.stopping.patience
+
+    def check(self, number: int, *, last: bool) -> float | None:
+        """Take the held-out loss if it is due after step ``number``."""
+        if self.stopping is None or ((number + 1) % self.stopping.every and not last):
+            return None
+        alpha = self.optimizer.alpha
+        value = self.stopping.loss(alpha)
+        self.history.held_out.append((number, value))
+        if value < self.best_loss:
+            self.best, self.best_loss, self.best_step, self.misses = alpha.copy(), value, number + 1, 0
+        else:
+            self.misses += 1
+        return value
+
+    def save(self, done: int) -> None:
+        if self.folder is None:
+            return
+        from safetensors.numpy import save
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays = {f"optimizer.{key}": np.atleast_1d(value) for key, value in self.optimizer.state().items()}
+        if self.best is not None:
+            arrays["best"] = self.best
+        facts = {
+            "key": self.key,
+            "done": done,
+            "scalars": sorted(key for key, value in self.optimizer.state().items() if np.ndim(value) == 0),
+            "terms": self.history.terms,
+            "held_out": self.history.held_out,
+            "best_step": self.best_step,
+            "best_loss": self.best_loss if self.best is not None else None,
+            "misses": self.misses,
+        }
+        contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        write_atomically(self.folder / "state.safetensors", save(contiguous, {"facts": json.dumps(facts)}))
+
+    def restore(self) -> int:
+        """Take back the state on disk, if it is of this run, and return the number of steps it has done."""
+        path = None if self.folder is None else self.folder / "state.safetensors"
+        if path is None or not path.is_file():
+            return 0
+        from consilience.checkpoints.open import open_checkpoint
+
+        try:
+            checkpoint = open_checkpoint(path)
+        except InputError:
+            return 0  # damaged: learn again
+        try:
+            facts = cast(dict[str, Any], json.loads(checkpoint.metadata.get("facts", "{}")))
+            if facts.get("key") != self.key:
+                return 0
+            arrays = {name: _array(checkpoint, name) for name in checkpoint.tensors}
+        finally:
+            checkpoint.storage.close()
+        state = {name.removeprefix("optimizer."): v for name, v in arrays.items() if name.startswith("optimizer.")}
+        self.optimizer.restore({k: v.reshape(()) if k in facts["scalars"] else v for k, v in state.items()})
+        self.history = History(facts["terms"], [(int(a), float(b)) for a, b in facts["held_out"]])
+        self.best, self.best_step = arrays.get("best"), facts["best_step"]
+        self.best_loss = float("inf") if facts["best_loss"] is None else facts["best_loss"]
+        self.misses = facts["misses"]
+        return int(facts["done"])
+
+
+def _array(checkpoint: Any, name: str) -> Any:
+    kinds = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4", "BOOL": "?", "U8": "u1"}
+    info = checkpoint.tensors[name]
+    return checkpoint.read(name).view(kinds[info.dtype.name]).reshape(info.shape).copy()
+
+
+def schedule(experts: Sequence[int], size: int, seed: int, step: int) -> list[int]:
+    """Return the samples of one step: ``size`` of them, taken in turn from the experts; 0 or more than all: all.
+
+    Every expert's samples are passed over in a fresh random order each round, a function of seed and step alone.
+    """
+    if size <= 0 or size >= len(experts):
+        return list(range(len(experts)))
+    own = {e: [i for i, x in enumerate(experts) if x == e] for e in sorted(set(experts))}
+    out: list[int] = []
+    for position in range(step * size, (step + 1) * size):
+        expert = list(own)[position % len(own)]
+        turn, place = divmod(position // len(own), len(own[expert]))
+        order = np.random.default_rng([seed, expert, turn]).permutation(len(own[expert]))
+        chosen = own[expert][int(order[place])]
+        if chosen not in out:
+            out.append(chosen)
+    return out

@@ -1,0 +1,337 @@
+"""One learning run: the plan, the data, and what every learned method does with them before its own part begins."""
+
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
+from consilience.engine.plan import Plan, resolve_file
+from consilience.errors import InputError
+from consilience.learned.loop import Unwatched, Watcher
+from consilience.learned.problem import Problem
+from consilience.objectives.objective import Objective
+from consilience.student.bank import Bank, check_bank, mergeable
+from consilience.student.calibration import Positions, Sample, batches, check_tokenizers, encode_task, held_out
+from consilience.student.outputs import Reader
+from consilience.student.student import Precision, Settings, Student, blocks_of, make_student
+from consilience.student.teachers import Teachers
+from consilience.tasks.rows import Row, Task, overlap, read_rows
+
+Responses = Literal["given", "none", "generate"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes: device, CPU threads of the bank (None: all), and whether a model's own code may run."""
+
+    device: str = "cpu"
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a learned method is given.
+
+    ``root`` is the folder that a recipe's relative paths start from; ``folder`` keeps state and the experts' cached
+    answers (None: nothing is kept); ``tensorboard`` is a folder to log to.
+    """
+
+    plan: Plan
+    root: Path | None = None
+    folder: Path | None = None
+    tensorboard: Path | None = None
+    machine: Machine = field(default_factory=Machine)
+    watcher: Watcher = field(default_factory=Unwatched)
+    where: str = "recipe"
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed."""
+        return self.plan.recipe.seed
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts' names, in the plan's order."""
+        return tuple(expert.name for expert in self.plan.experts)
+
+    def inside(self, name: str) -> "Run":
+        """Return the run of one stage, whose state is kept apart."""
+        return replace(self, folder=None if self.folder is None else self.folder / name)
+
+    def path_of(self, expert: str, key: str) -> Path | None:
+        """Return the file that the recipe names as an expert's ``data.KEY``."""
+        names = iter(self.experts)
+        for entry in self.plan.recipe.models:
+            if entry.model == self.plan.recipe.base_model and self.plan.method.base != "unused":
+                continue
+            if next(names) == expert:
+                value = getattr(entry.data, key) if entry.data is not None else None
+                return None if value is None else resolve_file(value, self.root)
+        raise KeyError(expert)
+
+    def task(self, expert: str, key: str = "calibration", rows: int = 0) -> Task:
+        """Read an expert's rows: the first ``rows`` of them (0: all).
+
+        Raises:
+            InputError: the recipe names no file, it cannot be read, or its rows are also in the expert's validation
+                file.
+        """
+        path = self.path_of(expert, key)
+        if path is None:
+            raise InputError(
+                f"{self.where}: {expert}: method {self.plan.method.name!r} needs {key} rows; give the expert "
+                f"data: {{{key}: FILE.jsonl}} (--{key} {expert}=FILE.jsonl)"
+            )
+        task = Task(expert, read_rows(path)[: rows or None], path)
+        test = self.path_of(expert, "validation")
+        if test is not None and key != "validation":
+            shared = overlap(task, Task(expert, read_rows(test), test))
+            if shared.n_shared:
+                raise InputError(
+                    f"{path}: {shared.n_shared} of {shared.n_a} rows are also in {test} (the first is line "
+                    f"{shared.pairs[0][0] + 1}); what is measured must not be learned from: draw other rows"
+                )
+        return task
+
+    @contextlib.contextmanager
+    def scalars(self, stage: str) -> Generator[Any]:
+        """Open a TensorBoard writer, if a folder was asked for."""
+        if self.tensorboard is None:
+            yield None
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError(
+                "--tensorboard: needs the tensorboard package; install it with: pip install 'consilience[tensorboard]'"
+            ) from None
+        writer: Any = SummaryWriter(str(self.tensorboard / stage))
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+@dataclass(frozen=True)
+class Data:
+    """How calibration rows are read; see the learned methods' parameters of the same names."""
+
+    samples: int = 0
+    responses: Responses = "given"
+    response_tokens: int = 64
+    positions: Positions = "all"
+    holdout: float = 0.0
+
+
+def base_folder(plan: Plan) -> Path:
+    """Return the base's Hugging Face folder.
+
+    Raises:
+        InputError: the base is a lone file.
+    """
+    base = plan.base
+    folder = base.checkpoint.folder if base is not None and base.checkpoint is not None else None
+    if folder is None or not (folder / "config.json").is_file():
+        raise InputError(
+            f"{base.reference if base else 'base_model'}: learning runs the model, so the base must be a Hugging Face "
+            "folder (config.json, weights, tokenizer)"
+        )
+    return folder
+
+
+def groups_of(run: Run, grouping: str, exclude: Sequence[str], alphabar: Sequence[float]) -> Coefficients:
+    """Return the coefficients at the anchor for every tensor that some expert changes and nothing excludes.
+
+    Raises:
+        InputError: nothing is left to learn.
+    """
+    excluded = excluder([pattern for pattern in exclude if pattern not in ("", "none")])
+    tensors = mergeable(run.plan, excluded)
+    out = sorted(t.name for t in run.plan.tensors if t.program is not None and excluded(t.name))
+    found = constant(run.experts, make_groups(tensors, grouping), alphabar, alphabar=list(alphabar), excluded=out)
+    check_bank(found)
+    return found
+
+
+@dataclass
+class Workshop:
+    """The student, its samples and the experts' answers, ready for any objective; ``close`` it when done."""
+
+    run: Run
+    bank: Bank
+    student: Student
+    reader: Reader
+    samples: list[Sample]
+    learn: list[int]
+    hold: list[int]
+    tokens: int
+    teachers: Teachers | None
+
+    def problem(self, objective: Objective) -> Problem:
+        """Return an objective as a function of the coefficients."""
+        return Problem(self.student, self.reader, self.teachers, self.samples, objective, tokens=self.tokens)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self.bank.close()
+
+
+def open_workshop(
+    run: Run,
+    coefficients: Coefficients,
+    data: Data,
+    *,
+    layers: Sequence[int] | str = (),
+    teachers: bool = True,
+    precision: Precision = "mixed",
+    checkpoint: bool = False,
+    tokens: int = 4096,
+    trimmed: Trimmed | None = None,
+) -> Workshop:
+    """Load the base, read the calibration rows, and let every expert answer its own.
+
+    Args:
+        run: the run.
+        coefficients: whose groups are to be learned.
+        data: how rows are read.
+        layers: numbers of the blocks whose outputs are wanted; "middle" is the middle one.
+        teachers: whether the experts' answers are needed.
+        precision: see ``student.Settings``.
+        checkpoint: recompute activations in the backward pass.
+        tokens: most padded tokens of one forward pass.
+        trimmed: what is done to task vectors before they are multiplied.
+
+    Raises:
+        InputError: anything of the base, the rows or the experts does not fit.
+    """
+    folder = base_folder(run.plan)
+    tasks = [run.task(name, rows=data.samples) for name in run.experts]
+    run.watcher.phase("loading", 1)
+    bank = Bank(run.plan, coefficients.groups, trimmed=trimmed, threads=run.machine.threads)
+    settings = Settings(precision, run.machine.device, checkpoint, run.machine.trust_remote_code)
+    student = make_student(run.plan, bank, settings)
+    chosen = middle(student, layers)
+    tasks = [_responses(run, student, k, task, data) for k, task in enumerate(tasks)]
+    samples = _samples(run, student, tasks, folder, data)
+    folders = [expert.folder for expert in run.plan.experts]
+    check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
+    learn, hold = held_out(samples, data.holdout)
+    reader = Reader(student, batches(samples, range(len(samples)), tokens)[0], chosen)
+    held = Teachers(student, reader, samples, None if run.folder is None else run.folder / "teachers")
+    if teachers:
+        run.watcher.phase("the experts' answers", len(samples))
+        held.prepare(tokens, run.watcher.advance)
+    return Workshop(run, bank, student, reader, samples, learn, hold, tokens, held if teachers else None)
+
+
+def middle(student: Student, layers: Sequence[int] | str) -> tuple[int, ...]:
+    """Return block numbers, counted from 1: as given, or the middle one.
+
+    Raises:
+        InputError: there is no such block.
+    """
+    if not layers:
+        return ()
+    count = len(blocks_of(student.model))
+    chosen = ((count + 1) // 2,) if isinstance(layers, str) else tuple(layers)
+    for layer in chosen:
+        if not 1 <= layer <= count:
+            raise InputError(f"hidden_layers: there is no block {layer}; the model has blocks 1 to {count}")
+    return chosen
+
+
+def _samples(run: Run, student: Student, tasks: Sequence[Task], folder: Path, data: Data) -> list[Sample]:
+    from consilience.tasks.load import load_tokenizer
+    from consilience.tasks.readout import decoder_start
+
+    tokenizer = load_tokenizer(folder, trust_remote_code=run.machine.trust_remote_code)
+    config = student.model.config
+    start = decoder_start(student.model) if getattr(config, "is_encoder_decoder", False) else None
+    processor = None
+    if any(row.image is not None for task in tasks for row in task.rows):
+        from consilience.student.images import load_processor
+
+        processor = load_processor(folder, trust_remote_code=run.machine.trust_remote_code)
+    return [
+        sample
+        for expert, task in enumerate(tasks)
+        for sample in encode_task(
+            task, expert, tokenizer, config, positions=data.positions, decoder_start=start, processor=processor
+        )
+    ]
+
+
+def _responses(run: Run, student: Student, expert: int, task: Task, data: Data) -> Task:
+    """Return the task with the responses that were asked for: its own, none, or what the expert itself answers."""
+    if data.responses == "given":
+        return task
+    bare = {"choices": None, "label": None, "response": None}
+    rows = tuple(row.model_copy(update=bare) for row in task.rows)
+    if data.responses == "none":
+        return replace(task, rows=rows)
+    for index, row in enumerate(rows):
+        if row.prompt is None or row.image is not None:
+            raise InputError(f"{task.where(index)}: responses=generate needs text prompts; use responses=given or none")
+    from consilience.tasks.generate import sample
+    from consilience.tasks.load import load_tokenizer
+
+    kept = _kept_answers(run, expert, rows, data)
+    if kept is None:
+        run.watcher.phase(f"{task.name} answers", len(rows))
+        student.become(expert)
+        tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
+        with student.compute():
+            kept = sample(student.model, tokenizer, [row.prompt or "" for row in rows], data.response_tokens)
+        _keep_answers(run, expert, rows, data, kept)
+    # An expert that says nothing gives an unlabelled row.
+    filled = tuple(row.model_copy(update={"response": text or None}) for row, text in zip(rows, kept, strict=True))
+    return replace(task, rows=filled)
+
+
+def _answers_path(run: Run, expert: int, rows: Sequence[Row], data: Data) -> Path | None:
+    import hashlib
+    import json
+
+    if run.folder is None:
+        return None
+    facts = [run.plan.experts[expert].identity(), data.response_tokens, [row.prompt for row in rows]]
+    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+    return run.folder / "teachers" / f"answers-{expert}-{digest}.json"
+
+
+def _kept_answers(run: Run, expert: int, rows: Sequence[Row], data: Data) -> list[str] | None:
+    import json
+
+    path = _answers_path(run, expert, rows, data)
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+
+def _keep_answers(run: Run, expert: int, rows: Sequence[Row], data: Data, answers: Sequence[str]) -> None:
+    import json
+
+    from consilience.tasks.cache import write_atomically
+
+    path = _answers_path(run, expert, rows, data)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(list(answers)).encode())
+
+
+def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any]:
+    """Return what is written of the calibration data: per expert its file's name, number of rows, and row hashes.
+
+    The hashes let ``consilience evaluate`` say when a model is measured on rows that its coefficients were learned on.
+    """
+    from consilience.tasks.rows import row_hashes
+
+    out: dict[str, Any] = {}
+    for expert, name in enumerate(run.experts):
+        own = [sample for sample in samples if sample.expert == expert]
+        path = run.path_of(name, "calibration")
+        hashes = sorted({value for sample in own for value in row_hashes(sample.row)})
+        out[name] = {"file": path.name if path else None, "rows": len(own), "responses": data.responses,
+                     "hashes": hashes}  # fmt: skip
+    return out

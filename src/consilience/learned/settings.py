@@ -1,0 +1,34 @@
+"""Parameters that learned methods share, as their signatures declare them."""
+
+from typing import Annotated, Literal
+
+from consilience.methods.signature import Default, Range
+
+Grouping = Annotated[str, Default("tensor"), "what shares a coefficient: global, block, module, tensor, or re:PATTERN"]
+#: Weights of vision towers, under the names that transformers' models give them: experts seldom tune them, and
+#: calibration on a few prompts says little about them.
+VISION = ("*vision_model*", "*vision_tower*", "*visual.blocks*", "*visual.patch_embed*", "*vision_encoder*")
+Exclude = Annotated[
+    tuple[str, ...],
+    Default(VISION),
+    "tensors that keep the base's value: globs, or re:REGEX from the start of the name; none",
+]
+Precision = Annotated[
+    Literal["float32", "mixed", "bfloat16", "float64"],
+    Default("mixed"),
+    "float32; mixed: bfloat16 products; bfloat16: weights too",
+]
+Checkpoint = Annotated[bool, Default(False), "recompute activations in the backward pass: less memory, more time"]
+Tokens = Annotated[int, Default(4096), Range(1), "most padded tokens in one forward pass"]
+Samples = Annotated[int, Default(0), Range(0), "use the first rows of each expert's calibration file; 0: all"]
+Holdout = Annotated[float, Default(0.0), Range(0, 0.9), "share of each expert's rows held out for early stopping"]
+Patience = Annotated[int, Default(4), Range(1), "held-out checks (one every five steps) without a new best that end it"]
+Responses = Annotated[
+    Literal["given", "none", "generate"],
+    Default("given"),
+    "responses in the rows: use them, ignore them, or let the expert generate its own",
+]
+ResponseTokens = Annotated[int, Default(64), Range(1), "most tokens of a generated response"]
+Positions = Annotated[
+    Literal["all", "response"], Default("all"), "compare all tokens, or where a response is predicted"
+]

@@ -1,0 +1,1 @@
+"""What coefficients are learned for: agreement with the experts, confidence, labels, and sums of them."""

@@ -1,0 +1,1 @@
+"""How coefficients move: parameterisations, the anchor, and optimizers with and without gradients."""

@@ -1,0 +1,289 @@
+"""The bank: a base and its task vectors, streamed from where they are stored, for learning coefficients.
+
+    blend      theta = theta_0 + sum_k alpha_k tau_k           into the student's weights
+    products   dL/dalpha[k, s] = < dL/dtheta[s], tau_k[s] >    from the gradient of the student's weights
+
+Both are one pass over the stored base and experts in cache-sized blocks, through the loader of the streaming merge: the
+same bytes are read, in the same arithmetic, for full weights, adapters, shards and whatever mixes them. Nothing of the
+size of a task vector is ever held, so memory does not depend on the number of experts.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from consilience.coefficients import Coefficients, Group, pieces_of
+from consilience.coefficients.coefficients import Alpha, Trimmed
+from consilience.engine.block import NonFinite, count_tensor
+from consilience.engine.kernels import pieces as kernels
+from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.selection import Selection
+from consilience.engine.stream import Streamer, thread_count
+from consilience.engine.worker import Worker
+from consilience.errors import InputError
+from consilience.methods.program import Elect, Program, Trim, WeightedSum
+
+Job = tuple[TensorPlan, int]
+
+
+class _Nowhere:
+    """The sink of workers that only read."""
+
+    def write(self, tensor: TensorPlan, start: int, data: Any) -> None:
+        """Refuse: a bank writes no files."""
+        raise AssertionError("a bank writes no files")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """One tensor's pieces as numbers: piece p covers ``starts[p] ... stops[p]`` and has coefficient ``indices[p]``."""
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    indices: npt.NDArray[np.int64]
+
+
+class Bank:
+    """The tensors of a plan that get coefficients, with their pieces.
+
+    ``tensors`` maps the name of every grouped tensor that some expert changes to its plan; tensors that no expert
+    changes have no influence and are left out.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Sequence[Group],
+        *,
+        trimmed: Trimmed | None = None,
+        threads: int | None = None,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        self.plan = replace(plan, allow_nonfinite=allow_nonfinite)
+        self.experts = tuple(expert.name for expert in plan.experts)
+        self.count = sum(group.chunks for group in groups)
+        self.threads = thread_count(threads)
+        held = {name: pieces for group in groups for name, pieces in pieces_of(group).items()}
+        self.extents = {
+            name: Extent(
+                tuple(p.start for p in pieces),
+                tuple(p.stop for p in pieces),
+                np.array([p.index for p in pieces], np.int64),
+            )
+            for name, pieces in held.items()
+        }
+        stages = _stages(trimmed, len(self.experts))
+        self.tensors = {
+            t.name: replace(t, program=Program("task_vectors", WeightedSum((1.0,) * len(t.rows)), stages))
+            for t in plan.tensors
+            if t.name in held and t.rows and not all(row.untouched for row in t.rows)
+        }
+        self._all = {t.name: t for t in plan.tensors}
+        self._local = threading.local()
+        self._stop = threading.Event()
+        self._seen: set[str] = set()
+        self._selection: Selection | None = None
+        if trimmed is not None:
+            ranked = tuple(self.tensors.get(t.name, replace(t, program=None, rows=())) for t in plan.tensors)
+            self._selection = Streamer(replace(plan, tensors=ranked), _Nowhere(), threads=self.threads).select()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="bank")
+
+    def close(self) -> None:
+        """Stop the workers; the plan's files stay open."""
+        self._pool.shutdown()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass reads."""
+        return sum(t.bytes_read // t.passes for t in self.tensors.values())
+
+    def _worker(self) -> Worker:
+        if not hasattr(self._local, "worker"):
+            self._local.worker = Worker(self.plan, _Nowhere(), self._stop)
+        return self._local.worker
+
+    def _blocks(self, tensor: TensorPlan, segment: int) -> Iterator[tuple[int, int, Any, Any]]:
+        """Yield (first, last + 1, stack [K, n], base [n] or None) of one segment, its stages done."""
+        worker = self._worker()
+        loader = worker.loader(tensor, first=tensor.name not in self._seen)
+        program, selection = tensor.program, self._selection
+        assert program is not None
+        quota = selection.quota((tensor.index, segment)) if selection and program.stages else []
+        stages = worker.stages(tensor, program, selection, quota) if program.stages else None
+        start, stop = tensor.span(segment)
+        try:
+            for at in range(start, stop, loader.size):
+                end = min(stop, at + loader.size)
+                stack, base = loader.load(at, end)
+                if stages is not None:
+                    stages(stack, at)
+                yield at, end, stack, base
+        except NonFinite as error:
+            raise count_tensor(error) from None
+
+    def _each(self, jobs: Sequence[Job], run: Callable[[TensorPlan, int], Any]) -> list[Any]:
+        """Run every job on the pool and return the results in order; the first failure is raised."""
+        if self.threads == 1:
+            return [run(tensor, segment) for tensor, segment in jobs]
+        futures = [self._pool.submit(run, tensor, segment) for tensor, segment in jobs]
+        return [future.result() for future in futures]
+
+    def _jobs(self, tensors: Sequence[TensorPlan]) -> list[Job]:
+        return [(tensor, segment) for tensor in tensors for segment in range(tensor.segments)]
+
+    def blend(self, alpha: Alpha, weights: "dict[str, Any]") -> None:
+        """Write ``theta_0 + sum_k alpha_k tau_k`` into ``weights``.
+
+        Args:
+            alpha: [K, N].
+            weights: for every name in ``tensors`` a flat, writable torch tensor on any device and of any float dtype;
+                the sum is made in float32 or wider and rounded once.
+
+        Raises:
+            InputError: a stored value is NaN or Inf.
+        """
+
+        def run(tensor: TensorPlan, segment: int) -> None:
+            extent, out = self.extents[tensor.name], weights[tensor.name]
+            for start, stop, stack, base in self._blocks(tensor, segment):
+                values, done = _room(out, start, stop, stack.dtype, self._worker())
+                for low, high, index in _cuts(extent, start, stop):
+                    kernels.blend(stack, tuple(map(stack.dtype.type, alpha[:, index])), base, low, high, values)
+                done()
+
+        self._each(self._jobs([self.tensors[name] for name in weights]), run)
+        self._seen.update(weights)
+
+    def products(self, gradients: "dict[str, Any]") -> Alpha:
+        """Return ``< gradient[s], tau_k[s] >`` summed over every chunk: [K, N], zero where ``gradients`` has no tensor.
+
+        Args:
+            gradients: flat torch tensors by name, on any device and of any float dtype.
+        """
+
+        def run(tensor: TensorPlan, segment: int) -> Any:
+            extent = self.extents[tensor.name]
+            total = np.zeros((len(extent.indices), len(self.experts)))
+            for at, end, stack, _ in self._blocks(tensor, segment):
+                gradient = _host(gradients[tensor.name][at:end], stack.dtype)
+                for low, high, piece in _cuts_by_piece(extent, at, end):
+                    kernels.products(stack, gradient, low, high, total[piece])
+            return total
+
+        jobs = self._jobs([self.tensors[name] for name in gradients])
+        out = np.zeros((len(self.experts), self.count))
+        for (tensor, _), total in zip(jobs, self._each(jobs, run), strict=True):
+            np.add.at(out.T, self.extents[tensor.name].indices, total)
+        return out
+
+    def write(self, name: str, expert: int | None, out: Any) -> None:
+        """Write one tensor of one expert (None: of the base) into ``out``, a flat torch tensor; no coefficients."""
+        plan = self._all[name]
+        if expert is None or not plan.rows:
+            plan = replace(plan, rows=(), row_names=(), program=Program("task_vectors", WeightedSum(())))
+        else:
+            row, who = plan.rows[expert], plan.row_names[expert]
+            plan = replace(plan, rows=(row,), row_names=(who,), program=Program("weights", WeightedSum((1.0,))))
+
+        def run(tensor: TensorPlan, segment: int) -> None:
+            for start, stop, stack, base in self._blocks(tensor, segment):
+                values, done = _room(out, start, stop, stack.dtype, self._worker())
+                values[:] = stack[0] if len(stack) else base
+                done()
+
+        self._each(self._jobs([plan]), run)
+
+    def l1(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Return ``||tau_k||_1`` [K] of every tensor."""
+
+        def run(tensor: TensorPlan, segment: int) -> Any:
+            total = np.zeros(len(self.experts))
+            for _, _, stack, _ in self._blocks(tensor, segment):
+                total += np.abs(stack).sum(1, dtype=np.float64)
+            return total
+
+        jobs = self._jobs(list(self.tensors.values()))
+        out: dict[str, npt.NDArray[np.float64]] = {}
+        for (tensor, _), total in zip(jobs, self._each(jobs, run), strict=True):
+            out[tensor.name] = out[tensor.name] + total if tensor.name in out else total
+        return out
+
+
+def _stages(trimmed: Trimmed | None, experts: int) -> tuple[Trim | Elect, ...]:
+    if trimmed is None:
+        return ()
+    trim = Trim((0,) * experts, (trimmed.density,) * experts, "model")
+    return (trim, Elect()) if trimmed.elect else (trim,)
+
+
+def _cuts_by_piece(extent: Extent, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (first, last + 1, piece number) of the pieces that meet a block, counted from its start."""
+    from bisect import bisect_right
+
+    for piece in range(bisect_right(extent.starts, start) - 1, len(extent.starts)):
+        if extent.starts[piece] >= stop:
+            return
+        yield max(extent.starts[piece], start) - start, min(extent.stops[piece], stop) - start, piece
+
+
+def _cuts(extent: Extent, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (first, last + 1, coefficient index) of the pieces that meet a block."""
+    for low, high, piece in _cuts_by_piece(extent, start, stop):
+        yield low, high, int(extent.indices[piece])
+
+
+def _room(out: Any, start: int, stop: int, real: Any, worker: Worker) -> tuple[Any, Callable[[], None]]:
+    """Return an array to fill with elements ``start ... stop`` of ``out``, and what to call when it is full."""
+    import torch
+
+    target = out[start:stop]
+    if target.device.type == "cpu" and target.dtype in (torch.float32, torch.float64):
+        view = target.numpy()
+        if view.dtype == real:
+            return view, lambda: None
+    values = worker.scratch.array("room", (stop - start,), real)
+
+    def done() -> None:
+        target.copy_(torch.from_numpy(values))
+
+    return values, done
+
+
+def _host(values: Any, real: Any) -> Any:
+    """Return a torch tensor's values as an array of type ``real`` in this machine's memory."""
+    import torch
+
+    kind = torch.float64 if real == np.float64 else torch.float32
+    return values.detach().to(device="cpu", dtype=kind).numpy()
+
+
+def mergeable(plan: Plan, excluded: Callable[[str], bool]) -> list[tuple[str, int]]:
+    """Return (name, number of elements) of the tensors that get coefficients.
+
+    Those that some expert changes, that are not private, not excluded, no running statistics, and not the alias of a
+    tied tensor.
+    """
+    return [
+        (t.name, t.numel)
+        for t in plan.tensors
+        if t.program is not None
+        and t.program.space == "task_vectors"
+        and t.name == t.stream
+        and not excluded(t.name)
+        and not all(row.untouched for row in t.rows)
+    ]
+
+
+def check_bank(coefficients: Coefficients) -> None:
+    """Refuse to learn nothing.
+
+    Raises:
+        InputError: no tensor is left to learn coefficients for.
+    """
+    if not coefficients.groups:
+        raise InputError("exclude: leaves no tensor that an expert changes, so there is nothing to learn; exclude less")

@@ -1,0 +1,177 @@
+"""Calibration rows as model inputs: which tokens go in, and at which positions student and expert are compared.
+
+    positions: all        every token of prompt and response that is not padding
+    positions: response   where a token of the response (or its end) is predicted; unlabelled rows keep all
+
+Prompts go through the base's chat template where it has one, as they do in evaluation. Rows may come without responses:
+calibration needs none.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from consilience.errors import InputError
+from consilience.tasks.encoding import Encoded, encode
+from consilience.tasks.load import load_tokenizer
+from consilience.tasks.rows import Row, Task
+
+Positions = Literal["all", "response"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of one expert's calibration data.
+
+    ``encoded`` are its token ids, compared positions and, for labelled rows, targets; ``extra`` holds further model
+    inputs (pixel values of an image row), which are not padded, so that such a sample makes a batch of its own.
+    """
+
+    expert: int
+    encoded: Encoded
+    where: str
+    row: Row
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one expert that go through the model together; ``indices`` number them among all samples."""
+
+    expert: int
+    samples: tuple[Sample, ...]
+    indices: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Number of compared positions."""
+        return sum(len(sample.encoded.positions) for sample in self.samples)
+
+    def inputs(self, model: Any) -> tuple[dict[str, Any], tuple[Any, Any], Any]:
+        """Return the model's keyword arguments, compared (sequence, position) pairs and their targets (-1: none)."""
+        from consilience.tasks.readout import padded
+
+        inputs, where, targets = padded([sample.encoded for sample in self.samples], model)
+        extra = {key: value.to(model.device) for key, value in self.samples[0].extra.items()}
+        return inputs | extra, where, targets
+
+
+def encode_task(
+    task: Task,
+    expert: int,
+    tokenizer: Any,
+    model_config: Any,
+    *,
+    positions: Positions = "all",
+    decoder_start: int | None = None,
+    processor: Any = None,
+) -> list[Sample]:
+    """Encode one expert's rows.
+
+    Raises:
+        InputError: a row does not suit the model; the message names FILE:LINE.
+    """
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    context = getattr(text, "max_position_embeddings", None)
+    samples: list[Sample] = []
+    for index, row in enumerate(task.rows):
+        where = task.where(index)
+        extra: dict[str, Any] = {}
+        if row.image is not None:
+            from consilience.student.images import encode_image
+
+            one, extra = encode_image(row, task.path, processor, where)
+        else:
+            plain = replace(task, rows=(row.model_copy(update={"choices": None, "label": None}),))
+            (one,) = encode(plain, tokenizer, decoder_start=decoder_start, context=context)
+        if positions == "all":
+            one = _everywhere(one)
+        samples.append(Sample(expert, replace(one, row=index), where, row, extra))
+    return samples
+
+
+def _everywhere(one: Encoded) -> Encoded:
+    """Compare every position; labels stay where they are known."""
+    known = dict(zip(one.positions, one.targets, strict=True)) if one.targets else {}
+    every = tuple(range(len(one.inputs)))
+    return replace(one, positions=every, targets=tuple(known.get(p, -1) for p in every) if known else ())
+
+
+def batches(samples: Sequence[Sample], chosen: Sequence[int], tokens: int) -> list[Batch]:
+    """Return the chosen samples in batches of one expert and at most ``tokens`` padded tokens, in a fixed order."""
+    out: list[Batch] = []
+    order = sorted(chosen, key=lambda i: (samples[i].expert, -_width(samples[i]), i))
+    held: list[int] = []
+
+    def close() -> None:
+        if held:
+            out.append(Batch(samples[held[0]].expert, tuple(samples[i] for i in held), tuple(held)))
+            held.clear()
+
+    for i in order:
+        wide = max((_width(samples[j]) for j in held), default=_width(samples[i]))
+        alone = bool(samples[i].extra) or any(samples[j].extra for j in held)
+        if held and (samples[held[0]].expert != samples[i].expert or alone or wide * (len(held) + 1) > tokens):
+            close()
+        held.append(i)
+    close()
+    return out
+
+
+def _width(sample: Sample) -> int:
+    return len(sample.encoded.inputs) + len(sample.encoded.source)
+
+
+def check_tokenizers(
+    samples: Sequence[Sample], folders: Sequence[Path | None], base: Path, *, trust_remote_code: bool = False
+) -> None:
+    """Refuse experts that would read other tokens than the student for the same row.
+
+    Every expert's own tokenizer and chat template, where its folder brings one, must give the ids that the base's
+    gives: hidden states and logits are compared position by position.
+
+    Raises:
+        InputError: names the expert's folder and the first row that differs.
+    """
+    for expert, folder in enumerate(folders):
+        if folder is None or folder == base or not (folder / "tokenizer_config.json").is_file():
+            continue
+        own = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        if not getattr(own, "chat_template", None):
+            theirs = load_tokenizer(base, trust_remote_code=trust_remote_code)
+            own.chat_template = getattr(theirs, "chat_template", None)
+        for sample in samples:
+            if sample.expert != expert or sample.extra:
+                continue
+            rows = (sample.row.model_copy(update={"choices": None, "label": None}),)
+            (again,) = encode(Task("calibration", rows), own, decoder_start=_start(sample.encoded))
+            if again.inputs[: len(sample.encoded.inputs)] != sample.encoded.inputs or again.source != (
+                sample.encoded.source
+            ):
+                raise InputError(
+                    f"{folder}: its tokenizer gives other token ids than {base}'s for {sample.where}; alignment "
+                    "compares token by token: give the expert the base's tokenizer and chat template, or retrain it"
+                )
+
+
+def _start(one: Encoded) -> int | None:
+    return one.inputs[0] if one.source else None
+
+
+def held_out(samples: Sequence[Sample], share: float) -> tuple[list[int], list[int]]:
+    """Return (indices to learn from, indices to stop early by): the last ``share`` of every expert's rows is held out."""
+    learn: list[int] = []
+    hold: list[int] = []
+    for expert in sorted({sample.expert for sample in samples}):
+        own = [i for i, sample in enumerate(samples) if sample.expert == expert]
+        count = min(len(own) - 1, round(share * len(own))) if share > 0 else 0
+        learn += own[: len(own) - count]
+        hold += own[len(own) - count :] if count else []
+    return learn, hold
+
+
+def each_expert(samples: Sequence[Sample]) -> Iterator[tuple[int, list[int]]]:
+    """Yield (expert, indices of its samples)."""
+    for expert in sorted({sample.expert for sample in samples}):
+        yield expert, [i for i, sample in enumerate(samples) if sample.expert == expert]

@@ -1,0 +1,240 @@
+"""The student: one model in memory whose weights are rebuilt from the stored base and task vectors at every step.
+
+Its weights are leaf tensors that are rewritten in place (there is no drift: each time from the stored values, in
+float32). One ordinary backward pass gives dL/dtheta, which the bank turns into dL/dalpha. The same model also plays
+every expert, one after another, so memory never holds a second one.
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from consilience.coefficients.coefficients import Alpha
+from consilience.engine.plan import Plan
+from consilience.errors import InputError
+from consilience.student.bank import Bank
+from consilience.student.names import parameters_of
+
+Precision = Literal["float32", "mixed", "bfloat16", "float64"]
+#: What of the last blend or write the weights hold.
+_BASE = -1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the student computes.
+
+    ``precision``: "float32"; "mixed" (float32 weights, bfloat16 matrix products); "bfloat16" (weights too: blended in
+    float32, rounded once; half the memory); "float64" for checks. ``checkpoint``: recompute each block's activations in
+    the backward pass instead of keeping them.
+    """
+
+    precision: Precision = "mixed"
+    device: str = "cpu"
+    checkpoint: bool = False
+    trust_remote_code: bool = False
+
+
+def blocks_of(model: Any) -> Any:
+    """Return a transformers model's decoder blocks (a ``ModuleList``).
+
+    Raises:
+        InputError: there is none.
+    """
+    import torch
+
+    decoder = model
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        decoder = model.get_decoder() or model
+    lists: list[Any] = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: has no list of blocks, so hidden states cannot be aligned; set "
+                         "hidden_weight=0")  # fmt: skip
+    # Experts of a mixture are lists inside a block: the outermost list comes first in the order of modules.
+    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
+
+
+def _folder(plan: Plan) -> Any:
+    base = plan.base
+    if base is None or base.checkpoint is None or base.checkpoint.folder is None:
+        raise InputError(
+            f"{base.reference if base else 'base_model'}: learning needs a Hugging Face folder (config.json, weights, "
+            "tokenizer) as the base"
+        )
+    return base.checkpoint.folder
+
+
+def load_any(folder: Any, *, trust_remote_code: bool = False) -> Any:
+    """Load a causal, encoder-decoder or image-text model in float32 from a folder, strictly.
+
+    Raises:
+        InputError: it does not load, or tensors are missing.
+    """
+    from consilience.tasks.load import load_model
+
+    return load_model(folder, trust_remote_code=trust_remote_code)
+
+
+@dataclass
+class Student:
+    """A model whose weights follow the coefficients; see ``make_student``.
+
+    ``parameters`` maps stored tensor names to the model's parameters (tied names share one). ``held`` says whose
+    weights are in memory: an expert's index, or -1 for the base or a blend.
+    """
+
+    model: Any
+    bank: Bank
+    plan: Plan
+    settings: Settings
+    parameters: dict[str, Any]
+    held: int = _BASE
+    _foreign: set[str] = field(default_factory=set[str])
+
+    @property
+    def merged(self) -> dict[str, Any]:
+        """Flat views of the parameters that have coefficients."""
+        return {name: self.parameters[name].data.view(-1) for name in self.bank.tensors}
+
+    def set(self, alpha: Alpha) -> None:
+        """Rebuild the weights: base plus coefficients times task vectors; everything else is the base's."""
+        for name in sorted(self._foreign - self.bank.tensors.keys()):
+            self.bank.write(name, None, self.parameters[name].data.view(-1))
+        self._foreign.clear()
+        self.bank.blend(alpha, self.merged)
+        self.held = _BASE
+
+    def become(self, expert: int) -> None:
+        """Take an expert's weights, in every tensor it changes (also those that have no coefficients)."""
+        if self.held == expert:
+            return
+        for tensor in self.plan.tensors:
+            shared = tensor.name in self.parameters and tensor.name == tensor.stream
+            if not shared or not tensor.rows:
+                continue
+            flat = self.parameters[tensor.name].data.view(-1)
+            if not tensor.rows[expert].untouched:
+                self.bank.write(tensor.name, expert, flat)
+                self._foreign.add(tensor.name)
+            elif tensor.name in self._foreign or tensor.name in self.bank.tensors:
+                self.bank.write(tensor.name, None, flat)
+        self.held = expert
+
+    def compute(self) -> Any:
+        """Return the context of a forward pass: autocast where the precision asks for it."""
+        import torch
+
+        device = torch.device(self.settings.device).type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.settings.precision == "mixed")
+
+    @contextlib.contextmanager
+    def gradients(self, sink: Callable[[str, Any], None]) -> Generator[None]:
+        """Within the context a backward pass hands every merged tensor's gradient to ``sink`` and then forgets it."""
+        handles: list[Any] = []
+        for name in self.bank.tensors:
+            parameter = self.parameters[name]
+
+            def taken(held: Any, name: str = name) -> None:
+                gradient, held.grad = held.grad, None
+                sink(name, gradient.reshape(-1))
+
+            handles.append(parameter.register_post_accumulate_grad_hook(taken))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take_gradients(self) -> dict[str, Any]:
+        """Return the accumulated gradients by tensor name and clear them."""
+        found: dict[str, Any] = {}
+        for name in self.bank.tensors:
+            parameter = self.parameters[name]
+            if parameter.grad is not None:
+                found[name] = parameter.grad.reshape(-1)
+                parameter.grad = None
+        return found
+
+
+def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
+    """Load the base and make its merged weights trainable leaves; every other weight is frozen.
+
+    Raises:
+        InputError: the base is no transformers folder, or a merged tensor is not a parameter of the loaded model.
+    """
+    import torch
+
+    folder = _folder(plan)
+    model = load_any(folder, trust_remote_code=settings.trust_remote_code)
+    kinds = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    model.to(device=settings.device, dtype=kinds[settings.precision]).eval().requires_grad_(False)
+    shapes = {t.name: t.shape for t in plan.tensors}
+    parameters = parameters_of(model, shapes, bank.tensors, str(folder))
+    student = Student(model, bank, plan, settings, parameters)
+    _prove(student, str(folder))
+    for name in bank.tensors:
+        if not parameters[name].data.is_contiguous():
+            parameters[name].data = parameters[name].data.contiguous()
+        parameters[name].requires_grad_(True)
+    if settings.checkpoint:
+        _checkpoint_blocks(blocks_of(model))
+    return student
+
+
+def _prove(student: Student, where: str) -> None:
+    """Check that every changed tensor's parameter holds the stored base's values, and bring in a base's own adapter."""
+    import torch
+
+    for tensor in student.plan.tensors:
+        if tensor.name not in student.parameters or not tensor.rows or tensor.name != tensor.stream:
+            continue
+        parameter = student.parameters[tensor.name]
+        stored = torch.empty_like(parameter.data).view(-1)
+        student.bank.write(tensor.name, None, stored)
+        if tensor.base.pair is not None:
+            parameter.data.copy_(stored.view_as(parameter))
+        elif not torch.equal(stored, parameter.data.view(-1)):
+            raise InputError(
+                f"{where}: tensor {tensor.name!r} is not what the loaded model holds under that name (transformers may "
+                "reorder it as it loads); exclude it, or use a data-free method"
+            )
+
+
+def _checkpoint_blocks(blocks: Any) -> None:
+    """Make each block recompute its activations in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    for block in blocks:
+        forward = block.forward
+
+        def again(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        block.forward = again
+
+
+@contextlib.contextmanager
+def watching(model: Any, layers: Sequence[int]) -> Generator[dict[int, Any]]:
+    """Collect the outputs [B, T, H] of blocks by number (1 is the first) during forward passes inside the context."""
+    seen: dict[int, Any] = {}
+    handles: list[Any] = []
+    blocks = blocks_of(model) if layers else []
+    for layer in layers:
+
+        def hook(_module: Any, _args: Any, output: Any, layer: int = layer) -> None:
+            seen[layer] = cast(Any, output)[0] if isinstance(output, tuple) else output
+
+        handles.append(blocks[layer - 1].register_forward_hook(hook))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_alpha(values: Any) -> Alpha:
+    """Return a torch tensor's values as float64."""
+    return np.asarray(values.detach().cpu().numpy(), np.float64)
