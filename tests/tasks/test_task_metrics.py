@@ -11,6 +11,7 @@ from tiny_models import make_llama, make_t5, shake
 from consilience.errors import InputError
 from consilience.tasks import Message, Row, Task, bootstrap, divergence, encode, loss_per_token, measure, rank_accuracy
 from consilience.tasks import metrics as metrics_module
+from consilience.tasks import readout as readout_module
 
 RESPONSES = Task(
     "responses",
@@ -263,7 +264,7 @@ def test_a_model_that_transforms_its_logits_in_secret_is_found_out(tokenizer: An
 def test_a_transform_that_a_config_names_is_believed_however_weak():
     from transformers import CohereConfig, Gemma2Config, Gemma3TextConfig, GraniteConfig, LlamaConfig
 
-    transforms: Any = metrics_module._transforms_logits  # pyright: ignore[reportPrivateUsage]
+    transforms: Any = readout_module.transforms_logits
     assert transforms(Gemma2Config(final_logit_softcapping=1e6))
     assert transforms(CohereConfig(logit_scale=0.999999))
     assert transforms(GraniteConfig(logits_scaling=8.0))

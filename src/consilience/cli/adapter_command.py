@@ -9,16 +9,13 @@ from consilience.errors import InputError
 
 
 def merge_to_adapter(
-    source: Any, out: Path, kind: str, rank: int | None, force: bool, dry_run: bool, quiet: bool, threads: int | None
+    plan: Any, out: Path, kind: str, rank: int | None, force: bool, dry_run: bool, quiet: bool, threads: int | None
 ) -> None:
-    """Plan the merge, write the adapter and say what truncation discarded."""
-    from consilience.api import plan_recipe
-
+    """Write a planned merge as an adapter and say what truncation discarded."""
     if kind not in ("cat", "svd"):
         raise InputError(f"--as-adapter {kind!r}: choose cat (exact) or svd (with --rank)")
     if (kind == "svd") != (rank is not None):
         raise InputError("--rank: goes with --as-adapter svd, which needs it")
-    plan = plan_recipe(source, None)
     from consilience.engine.adapter_output import check_low_rank, write_adapter
 
     check_low_rank(plan)

@@ -26,6 +26,9 @@ MERGE_EPILOG = """Examples:
   consilience merge base/ merged/ -e math=adapters/math -e code=adapters/code --method ties --set density=0.2
   consilience merge base/ merged/ -e math=a -e code=b --set weight=0.5 --set math.weight=0.3
   consilience merge recipe.yaml merged/ --dry-run
+  consilience merge base/ merged/ -e math=a -e code=b --method expert_merging \\
+      --calibration math=prompts/math.jsonl --calibration code=prompts/code.jsonl
+  consilience merge base/ merged/ -e math=a -e code=b --coefficients merged/consilience
 
 \b
 A recipe is mergekit's models: form:
@@ -35,6 +38,7 @@ A recipe is mergekit's models: form:
     - {model: path/to/math, parameters: {weight: 0.5, density: [0.1, 0.3]}}
     - {model: path/to/code, parameters: {weight: [{filter: mlp, value: 0.4}, {value: 0.6}]}}
   out_dtype: bfloat16
+A learned method also reads each model's data: {calibration: prompts.jsonl}; the rows need no responses.
 """
 
 Expert = Annotated[
@@ -42,6 +46,13 @@ Expert = Annotated[
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter, or EXPERT.KEY=VALUE (repeatable).")
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="An expert's calibration rows, for learned methods (repeatable)."),
+]
+CoefficientsFile = Annotated[
+    Path | None, typer.Option("--coefficients", help="Apply coefficients that were learned before.")
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Workers (default: this machine's cores). Never changes the result.")
@@ -82,7 +93,12 @@ def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, An
 
 
 def read_input(
-    recipe: str, experts: list[str] | None, method: str | None, settings: list[str] | None, extra: dict[str, Any]
+    recipe: str,
+    experts: list[str] | None,
+    method: str | None,
+    settings: list[str] | None,
+    extra: dict[str, Any],
+    calibration: list[str] | None = None,
 ) -> Any:
     """Return what the user asked to merge: a recipe file's path, or a recipe made of a base and ``-e`` options."""
     from consilience.api import build_recipe
@@ -91,7 +107,8 @@ def read_input(
         path = Path(recipe)
         if path.is_dir():
             raise InputError(f"{recipe}: is a folder; name experts with -e NAME=PATH, or pass a recipe file")
-        given = [name for name, value in (("--method", method), ("--set", settings), *extra.items()) if value]
+        options = (("--method", method), ("--set", settings), ("--calibration", calibration), *extra.items())
+        given = [name for name, value in options if value]
         if given:
             raise InputError(f"{given[0]}: only goes with -e; write it in the recipe {recipe}")
         return path
@@ -101,10 +118,17 @@ def read_input(
         if name in named:
             raise InputError(f"-e {text!r}: expert {name!r} is named twice; choose another name")
         named[name] = path
-    keys = {"--dtype": "out_dtype", "--seed": "seed"}
+    keys = {"--dtype": "out_dtype", "--seed": "seed", "--coefficients": "coefficients"}
     chosen = {keys[option]: value for option, value in extra.items() if value is not None}
     base = None if recipe in ("none", "-") else recipe
-    return build_recipe(method or "task_arithmetic", base, named, parse_settings(settings or [], named), **chosen)
+    default = "coefficients" if "coefficients" in chosen else "task_arithmetic"
+    data: dict[str, dict[str, str]] = {}
+    for text in calibration or []:
+        name, path = parse_assignment(text, "--calibration")
+        if name in data:
+            raise InputError(f"--calibration {text!r}: expert {name!r} has a file already; give one file per expert")
+        data[name] = {"calibration": path}
+    return build_recipe(method or default, base, named, parse_settings(settings or [], named), data=data, **chosen)
 
 
 @app.command(epilog=MERGE_EPILOG)
@@ -114,6 +138,8 @@ def merge(
     expert: Expert = None,
     method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
     set_: Set = None,
+    calibration: Calibration = None,
+    coefficients: CoefficientsFile = None,
     dtype: Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")] = None,
     as_adapter: Annotated[
@@ -126,26 +152,42 @@ def merge(
     shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 2GB.")] = "5GB",
     stochastic_rounding: Annotated[bool, typer.Option(help="Round at random with the right expectation.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option(help="Let NaN, Inf and overflow through.")] = False,
+    device: Annotated[str, typer.Option(help="Where a learned method runs the model: cpu, cuda, ...")] = "cpu",
+    tensorboard: Annotated[Path | None, typer.Option(help="Log a learned method's losses to this folder.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run .py files that come with the base.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Merge a base and its experts into one verified checkpoint."""
     from consilience.api import plan_recipe
+    from consilience.cli.learning import learned
 
-    source = read_input(recipe, expert, method, set_, {"--dtype": dtype, "--seed": seed})
+    extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
+    source = read_input(recipe, expert, method, set_, extra, calibration)
+    if as_adapter is None and rank is not None:
+        raise InputError("--rank: only goes with --as-adapter svd")
+    size = parse_size(shard_size)
+
+    def planned(found: Any = None) -> Any:
+        return plan_recipe(
+            source,
+            None if as_adapter is not None else out,
+            shard_size=size,
+            stochastic_rounding=stochastic_rounding,
+            allow_nonfinite=allow_nonfinite,
+            coefficients=found,
+        )
+
+    plan = planned()
+    if plan.unlearned and not dry_run:
+        settings = {"force": force, "threads": threads, "device": device, "trust_remote_code": trust_remote_code}
+        found = learned(plan, None if as_adapter is not None else out, quiet, tensorboard=tensorboard, **settings)
+        plan.close()
+        plan = planned(found)
     if as_adapter is not None:
         from consilience.cli.adapter_command import merge_to_adapter
 
-        merge_to_adapter(source, out, as_adapter, rank, force, dry_run, quiet, threads)
+        merge_to_adapter(plan, out, as_adapter, rank, force, dry_run, quiet, threads)
         return
-    if rank is not None:
-        raise InputError("--rank: only goes with --as-adapter svd")
-    plan = plan_recipe(
-        source,
-        out,
-        shard_size=parse_size(shard_size),
-        stochastic_rounding=stochastic_rounding,
-        allow_nonfinite=allow_nonfinite,
-    )
     if dry_run:
         from consilience.engine.describe import describe
         from consilience.engine.output import check_destination
@@ -181,6 +223,8 @@ def check(
     expert: Expert = None,
     method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
     set_: Set = None,
+    calibration: Calibration = None,
+    coefficients: CoefficientsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included.")] = False,
 ) -> None:
     """Check a recipe and its models from headers alone, for CI: exit 0 if the merge can start, 2 if not.
@@ -190,7 +234,8 @@ def check(
     from consilience.api import plan_recipe
 
     try:
-        plan = plan_recipe(read_input(recipe, expert, method, set_, {}))
+        extra = {"--coefficients": None if coefficients is None else str(coefficients)}
+        plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration))
     except InputError as error:
         if as_json:
             typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))

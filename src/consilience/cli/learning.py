@@ -1,0 +1,67 @@
+"""Learning on a terminal: progress bars with the loss's terms, and what was learned in a few lines."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from consilience.engine.plan import Plan
+
+
+def learned(plan: Plan, out: Path | None, quiet: bool, **settings: Any) -> Any:
+    """Learn a plan's coefficients under a progress bar and say how the loss went."""
+    from consilience.learned.learn import learn_plan
+
+    if quiet or not sys.stderr.isatty():
+        found = learn_plan(plan, out, **settings)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            found = learn_plan(plan, out, watcher=_Bars(progress, plan.method.name), **settings)
+    if not quiet:
+        for line in summary(found):
+            typer.echo(line)
+    return found
+
+
+class _Bars:
+    """One bar per phase."""
+
+    def __init__(self, progress: Any, method: str) -> None:
+        self.progress, self.method = progress, method
+        self.task: Any = None
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin a bar."""
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.progress.add_task(f"{self.method}: {name}", total=total, text="")
+
+    def advance(self, count: int, text: str = "") -> None:
+        """Advance the bar and show how it goes."""
+        if self.task is not None:
+            self.progress.update(self.task, advance=count, text=text)
+
+
+def summary(found: Any) -> list[str]:
+    """Return what was learned: coefficients, steps, and the loss's terms before the first and the last step."""
+    lines = [
+        f"learned {int(found.learned.sum())} coefficients per expert"
+        + (f" in {found.facts['steps']} steps" if "steps" in found.facts else "")
+        + (f", {found.facts['seconds']:.0f} s" if "seconds" in found.facts else "")
+    ]
+    history = found.facts.get("history") or []
+    if history:
+        first, last = history[0], history[-1]
+        terms = (f"{key} {first[key]:.4f} -> {last[key]:.4f}" for key in first if key not in ("step", "held_out"))
+        lines.append("  " + ", ".join(terms))
+    for name, row in zip(found.experts, found.alpha, strict=True):
+        lines.append(f"  {name}: mean {row.mean():.3f}, from {row.min():.3f} to {row.max():.3f}")
+    return lines
