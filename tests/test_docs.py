@@ -26,7 +26,8 @@ def test_every_method_has_a_page_with_its_parameters_and_defaults(name: str) -> 
     assert set(rows) == set(method.parameters)
     for parameter in method.parameters.values():
         default = parameter.default
-        expected = str(default).lower() if isinstance(default, bool | str) else f"{default:g}"
+        texts = ",".join(default) if isinstance(default, tuple) else str(default).lower()
+        expected = texts if isinstance(default, bool | str | tuple) else f"{default:g}"
         assert rows[parameter.name] == expected
         scope = "per expert" if parameter.per_expert else "shared"
         assert re.search(rf"^\| `{parameter.name}` \| \S+ \| {scope} \|", page, re.MULTILINE)

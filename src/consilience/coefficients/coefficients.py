@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from os.path import exists, isdir, isfile
+from os.path import exists, isdir, isfile  # False, where pathlib raises, for a name that no file can have
 from pathlib import Path
 from typing import Annotated, Any, cast
 

@@ -18,18 +18,15 @@ from consilience.learned.settings import (
 )
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
 
-OFFICIAL_EXCLUDE = (
-    "re:vision_model.*", "re:.*lm_head.*", "re:.*norm.*", "re:.*embed_tokens.*", "re:.*bias.*",
-)  # fmt: skip
 #: Values of parameters that a recipe leaves out, by the name of its preset. Each is named after what it is known for;
 #: what a source does not state stays at our default.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "internvl2.5": {"gamma": 5.0, "alphabar": 0.1, "exclude": OFFICIAL_EXCLUDE},
-    "qwen2-vl": {"gamma": 0.8, "alphabar": 0.3, "exclude": OFFICIAL_EXCLUDE},
-    "mistral": {"gamma": 0.8, "alphabar": 0.3, "exclude": OFFICIAL_EXCLUDE},
+    "internvl2.5": {"gamma": 5.0, "alphabar": 0.1, "exclude": ("official",)},
+    "qwen2-vl": {"gamma": 0.8, "alphabar": 0.3, "exclude": ("official",)},
+    "mistral": {"gamma": 0.8, "alphabar": 0.3, "exclude": ("official",)},
     "official-code": {
-        "alphabar": 0.1, "gamma": 5.0, "reg_norm": "code", "coefficients": "sigmoid", "exclude": OFFICIAL_EXCLUDE,
+        "alphabar": 0.1, "gamma": 5.0, "reg_norm": "code", "coefficients": "sigmoid", "exclude": ("official",),
         "divergence": "cross_entropy", "hidden_weight": 0.0, "hidden_distance": "mse", "mean": "samples",
         "total": "mean", "optimizer": "adamw", "learning_rate": 0.5, "weight_decay": 1e-5, "schedule": "restarts",
         "clip": 1.0, "batch": 8, "steps": 7, "samples": 5,

@@ -59,7 +59,7 @@ class History:
 
 @dataclass(frozen=True)
 class Stopping:
-    """Stop early: the held-out loss is taken every ``every`` steps, and ``patience`` takes without a new best end it."""
+    """Stop early: the held-out loss is taken every ``every`` steps; ``patience`` takes without a new best end it."""
 
     loss: Callable[[Alpha], float]
     every: int = 5

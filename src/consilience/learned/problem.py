@@ -78,10 +78,8 @@ class Problem:
         out: dict[int, float] = {}
         for i in chosen:
             own = [j for j in chosen if self.samples[j].expert == self.samples[i].expert]
-            if objective.mean == "tokens":
-                weight = 1.0 / sum(counts[j] for j in own)
-            else:
-                weight = 1.0 / (counts[i] * len(own))
+            tokens = sum(counts[j] for j in own) if objective.mean == "tokens" else counts[i] * len(own)
+            weight = 1.0 / tokens
             if objective.total == "mean":
                 weight *= len(own) / len(chosen)
             beta = objective.beta[self.samples[i].expert] if objective.beta else 1.0

@@ -11,6 +11,7 @@ from consilience.engine.plan import Plan, resolve_file
 from consilience.errors import InputError
 from consilience.learned.loop import Unwatched, Watcher
 from consilience.learned.problem import Problem
+from consilience.learned.settings import PATTERNS
 from consilience.objectives.objective import Objective
 from consilience.student.bank import Bank, check_bank, mergeable
 from consilience.student.calibration import Positions, Sample, batches, check_tokenizers, encode_task, held_out
@@ -148,7 +149,7 @@ def groups_of(run: Run, grouping: str, exclude: Sequence[str], alphabar: Sequenc
     Raises:
         InputError: nothing is left to learn.
     """
-    excluded = excluder([pattern for pattern in exclude if pattern not in ("", "none")])
+    excluded = excluder([pattern for name in exclude for pattern in PATTERNS.get(name, (name,))])
     tensors = mergeable(run.plan, excluded)
     out = sorted(t.name for t in run.plan.tensors if t.program is not None and excluded(t.name))
     found = constant(run.experts, make_groups(tensors, grouping), alphabar, alphabar=list(alphabar), excluded=out)

@@ -5,13 +5,17 @@ from typing import Annotated, Literal
 from consilience.methods.signature import Default, Range
 
 Grouping = Annotated[str, Default("tensor"), "what shares a coefficient: global, block, module, tensor, or re:PATTERN"]
-#: Weights of vision towers, under the names that transformers' models give them: experts seldom tune them, and
-#: calibration on a few prompts says little about them.
-VISION = ("*vision_model*", "*vision_tower*", "*visual.blocks*", "*visual.patch_embed*", "*vision_encoder*")
+#: Lists of patterns that ``exclude`` knows by name. ``vision``: the towers, as transformers' models name them; experts
+#: seldom tune them, and a few prompts say little about them. ``official``: the released code of Expert Merging.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "vision": ("*vision_model*", "*vision_tower*", "*visual.blocks*", "*visual.patch_embed*", "*vision_encoder*"),
+    "official": ("re:vision_model.*", "re:.*lm_head.*", "re:.*norm.*", "re:.*embed_tokens.*", "re:.*bias.*"),
+}
 Exclude = Annotated[
     tuple[str, ...],
-    Default(VISION),
-    "tensors that keep the base's value: globs, or re:REGEX from the start of the name; none",
+    Default(("vision",)),
+    "tensors that keep the base's value: vision, official, none; globs; re:REGEX from the start of the name",
 ]
 Precision = Annotated[
     Literal["float32", "mixed", "bfloat16", "float64"],

@@ -16,8 +16,8 @@ def coefficients(
 
     theta[chunk] = theta_0[chunk] + sum_k alpha[k, chunk] tau_k[chunk]
 
-    The file is the recipe's ``coefficients:`` (``--coefficients`` on the command line), as a learned method writes it to
-    OUT/consilience. Tensors that have no coefficients there keep the base's value. Apply it to the same experts by
-    name, in any form they come in: full weights, adapters, shards.
+    The file is the recipe's ``coefficients:`` (``--coefficients`` on the command line), as a learned method
+    writes it to OUT/consilience. Tensors that have no coefficients there keep the base's value. Apply it to the same
+    experts by name, in any form they come in: full weights, adapters, shards.
     """
     return Program("task_vectors", WeightedSum(weight))

@@ -21,6 +21,7 @@ BUILT_IN: dict[str, str] = {
     "slerp": "consilience.methods.slerp",
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",
+    "expert_merging_pp": "consilience.learned.expert_merging_pp",
 }
 
 

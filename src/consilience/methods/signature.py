@@ -7,7 +7,7 @@ A parameter annotated ``PerExpert`` takes one number per expert (a recipe gives 
 layer); ``float``, ``int``, ``bool``, ``Literal``, ``str`` and ``tuple[str, ...]`` parameters are shared by all experts.
 ``Range`` bounds numbers.
 
-A *learned* method is a function too, but of the whole merge: it returns Coefficients, found on data (``learned_method``).
+A *learned* method is a function of the whole merge: it returns Coefficients, found on data (``learned_method``).
 """
 
 import inspect
@@ -194,22 +194,24 @@ def learned_method(
     data: str,
     experts: tuple[int, int | None] = (1, None),
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    extends: Method | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Make a method of a function that finds coefficients on data.
 
     The function takes a ``consilience.learned.run.Run`` and its parameters as keyword arguments, one of which is
     ``alphabar`` (per expert: the coefficients to start from), and returns ``Coefficients``. ``presets`` are values for
-    what a recipe leaves out, by the value of its parameter ``preset``.
+    what a recipe leaves out, by the value of its parameter ``preset``. A method that ``extends`` another has the
+    other's parameters (and presets) too, which it takes as ``**rest``.
     """
 
     def decorate(function: Callable[..., Any]) -> Method:
-        parameters = _parameters(function)
+        parameters = (extends.parameters if extends else {}) | _parameters(function)
         if "alphabar" not in parameters:
             raise TypeError(f"{function.__name__}: a learned method has a parameter alphabar")
         plan = cast(MethodFunction, _anchor)
         return Method(
             function.__name__, plan, parameters, "required", *experts, data, source, counts_base=False,
-            learn=function, presets=presets or {},
+            learn=function, presets=presets or (extends.presets if extends else {}),
         )  # fmt: skip
 
     return decorate

@@ -1,1 +1,1 @@
-"""The model that learns: its weights follow the coefficients, its data are calibration rows, its teachers the experts."""
+"""The model that learns: its weights follow the coefficients, calibration rows are its data, experts its teachers."""

@@ -27,6 +27,7 @@ from consilience.engine.stream import Streamer, thread_count
 from consilience.engine.worker import Worker
 from consilience.errors import InputError
 from consilience.methods.program import Elect, Program, Trim, WeightedSum
+from consilience.student import low_rank
 
 Job = tuple[TensorPlan, int]
 
@@ -148,6 +149,10 @@ class Bank:
             InputError: a stored value is NaN or Inf.
         """
 
+        factored = [name for name in weights if low_rank.suits(self.tensors[name])]
+        for name in factored:
+            self._blend_factors(name, alpha, weights[name])
+
         def run(tensor: TensorPlan, segment: int) -> None:
             extent, out = self.extents[tensor.name], weights[tensor.name]
             for start, stop, stack, base in self._blocks(tensor, segment):
@@ -156,8 +161,23 @@ class Bank:
                     kernels.blend(stack, tuple(map(stack.dtype.type, alpha[:, index])), base, low, high, values)
                 done()
 
-        self._each(self._jobs([self.tensors[name] for name in weights]), run)
+        self._each(self._jobs([self.tensors[name] for name in weights if name not in factored]), run)
         self._seen.update(weights)
+
+    def _blend_factors(self, name: str, alpha: Alpha, out: Any) -> None:
+        import torch
+
+        tensor, extent = self.tensors[name], self.extents[name]
+        theta = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        _read_base(tensor, theta)
+        factors = low_rank.read_factors(tensor, self._worker().scratch, out.device)
+        low_rank.add_update(factors, alpha[:, extent.indices], extent.starts, extent.stops, _matrix(tensor, theta))
+        if name not in self._seen and not self.plan.allow_nonfinite and not bool(torch.isfinite(theta).all()):
+            raise InputError(
+                f"tensor {name!r}: the base or an adapter's factors hold NaN or Inf; repair the model, or drop it"
+            )
+        if theta is not out:
+            out.copy_(theta)
 
     def products(self, gradients: "dict[str, Any]") -> Alpha:
         """Return ``< gradient[s], tau_k[s] >`` summed over every chunk: [K, N], zero where ``gradients`` has no tensor.
@@ -165,6 +185,15 @@ class Bank:
         Args:
             gradients: flat torch tensors by name, on any device and of any float dtype.
         """
+
+        out = np.zeros((len(self.experts), self.count))
+        factored = [name for name in gradients if low_rank.suits(self.tensors[name])]
+        for name in factored:
+            tensor, extent = self.tensors[name], self.extents[name]
+            factors = low_rank.read_factors(tensor, self._worker().scratch, gradients[name].device)
+            matrix = _matrix(tensor, gradients[name].detach().float())
+            found = low_rank.inner_products(factors, matrix, extent.starts, extent.stops, len(self.experts))
+            np.add.at(out.T, extent.indices, found)
 
         def run(tensor: TensorPlan, segment: int) -> Any:
             extent = self.extents[tensor.name]
@@ -175,8 +204,7 @@ class Bank:
                     kernels.products(stack, gradient, low, high, total[piece])
             return total
 
-        jobs = self._jobs([self.tensors[name] for name in gradients])
-        out = np.zeros((len(self.experts), self.count))
+        jobs = self._jobs([self.tensors[name] for name in gradients if name not in factored])
         for (tensor, _), total in zip(jobs, self._each(jobs, run), strict=True):
             np.add.at(out.T, self.extents[tensor.name].indices, total)
         return out
@@ -212,6 +240,24 @@ class Bank:
         for (tensor, _), total in zip(jobs, self._each(jobs, run), strict=True):
             out[tensor.name] = out[tensor.name] + total if tensor.name in out else total
         return out
+
+
+def _matrix(tensor: TensorPlan, flat: Any) -> Any:
+    """Return a flat tensor as [rows, the rest], the form that factors multiply to."""
+    return flat.view(tensor.shape[0], -1)
+
+
+def _read_base(tensor: TensorPlan, out: Any) -> None:
+    """Write the stored base into ``out``, a flat float32 tensor on any device."""
+    import torch
+
+    info, storage = tensor.base.dense, tensor.base.storage
+    assert info is not None
+    assert storage is not None
+    raw = np.empty(info.nbytes, np.uint8)
+    storage.read(info, 0, raw)
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    out.copy_(torch.from_numpy(raw).view(kinds[info.dtype.name]))
 
 
 def _stages(trimmed: Trimmed | None, experts: int) -> tuple[Trim | Elect, ...]:

@@ -160,7 +160,7 @@ def _start(one: Encoded) -> int | None:
 
 
 def held_out(samples: Sequence[Sample], share: float) -> tuple[list[int], list[int]]:
-    """Return (indices to learn from, indices to stop early by): the last ``share`` of every expert's rows is held out."""
+    """Return (indices to learn from, indices to stop early by): the last ``share`` of an expert's rows is held out."""
     learn: list[int] = []
     hold: list[int] = []
     for expert in sorted({sample.expert for sample in samples}):
