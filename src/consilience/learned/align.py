@@ -107,7 +107,12 @@ class AlignmentSettings:
 
 
 def learn_alignment(
-    run: Run, start: Coefficients, settings: AlignmentSettings, *, anchor: Alpha | None = None
+    run: Run,
+    start: Coefficients,
+    settings: AlignmentSettings,
+    *,
+    anchor: Alpha | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> Coefficients:
     """Learn coefficients from ``start`` by aligning with the experts, and return them with the facts of the run.
 
@@ -116,8 +121,11 @@ def learn_alignment(
         start: groups and first values; what is not ``learned`` stays.
         settings: the method's parameters.
         anchor: [K, N] where the L1 anchor pulls to; ``start`` by default.
+        parameters: the method's own, for the record; ``settings`` by default.
     """
     begun = time.perf_counter()
+    settings.objective(())  # what is wrong with the settings is said before the models are read
+    optimizer = optimizer_of(start, settings, run.seed, anchor)
     shop = open_workshop(
         run, start, settings.data, layers=settings.layers, precision=settings.precision,
         checkpoint=settings.checkpoint, tokens=settings.batch_tokens, trimmed=start.trimmed,
@@ -127,11 +135,11 @@ def learn_alignment(
         objective = settings.objective(shop.reader.layers)
         _check_labels(shop, objective)
         problem = shop.problem(objective)
-        optimizer = optimizer_of(start, settings, run.seed, anchor)
         learned = minimise(run, shop, problem, optimizer, settings, start)
     finally:
         shop.close()
-    return start.with_alpha(learned.alpha, **report(run, shop, settings, learned, time.perf_counter() - begun))
+    facts = report(run, shop, settings, learned, time.perf_counter() - begun, parameters)
+    return start.with_alpha(learned.alpha, **facts)
 
 
 def optimizer_of(start: Coefficients, settings: AlignmentSettings, seed: int, anchor: Alpha | None = None) -> Optimizer:
@@ -139,7 +147,9 @@ def optimizer_of(start: Coefficients, settings: AlignmentSettings, seed: int, an
     import torch
 
     mapped = parameterise(settings.coefficients, start.alpha, start.learned)
-    at = mapped.start if anchor is None else torch.tensor(anchor, dtype=torch.float64)
+    # A map and its inverse may miss the start by a rounding error, which would turn the penalty's slope there from 0
+    # into its full size.
+    at = mapped.alpha(mapped.initial()) if anchor is None else torch.tensor(anchor, dtype=torch.float64)
     pull = Anchor(at, mapped.learned, settings.gamma, settings.reg_norm)
     return make_optimizer(settings.optimizer, settings.descent, mapped, pull, seed)
 
@@ -158,8 +168,17 @@ def minimise(
         return sum(problem.evaluate(alpha, shop.hold, gradient=False)[0].values())
 
     stopping = Stopping(held, patience=settings.patience) if shop.hold else None
-    identity = [run.plan.digest, repr(settings), run.seed, [s.encoded.inputs for s in shop.samples],
-                start.alpha.tolist(), [(g.name, g.chunks, g.learned) for g in start.groups]]  # fmt: skip
+    identity = [
+        [model.identity() for model in run.plan.models],
+        [run.plan.scales(k) for k in range(len(run.experts))],
+        run.experts,
+        repr(settings),
+        run.seed,
+        [(s.encoded.source, s.encoded.inputs, s.encoded.positions, s.encoded.targets) for s in shop.samples],
+        start.alpha.tolist(),
+        [(g.name, g.tensors, g.chunks, g.learned) for g in start.groups],
+        repr(start.trimmed),
+    ]
     run.watcher.phase("learning", settings.steps)
     stage = run.folder.name if run.folder is not None else "learning"
     with run.scalars(stage) as scalars:
@@ -174,19 +193,32 @@ def _check_labels(shop: Workshop, objective: Objective) -> None:
         raise InputError("target_weight: no calibration row has a response; add responses, or set target_weight=0")
 
 
-def report(run: Run, shop: Workshop, settings: Any, learned: Learned, seconds: float) -> dict[str, Any]:
+def report(
+    run: Run,
+    shop: Workshop,
+    settings: Any,
+    learned: Learned,
+    seconds: float,
+    parameters: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the facts that are written beside the coefficients."""
     lines = learned.history.lines()
-    values = {f.name: getattr(settings, f.name) for f in fields(cast(Any, settings))}
-    return {
-        "method": run.plan.method.name,
-        "parameters": {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()},
+    values = parameters or {f.name: getattr(settings, f.name) for f in fields(cast(Any, settings))}
+    return facts_of(run, shop, values, settings.data, seconds) | {
         "layers": list(shop.reader.layers),
-        "seed": run.seed,
         "steps": len(lines),
         "step": learned.step,
         "history": lines,
+    }
+
+
+def facts_of(run: Run, shop: Workshop, parameters: Mapping[str, Any], data: Data, seconds: float) -> dict[str, Any]:
+    """Return what every learned method writes beside its coefficients."""
+    return {
+        "method": run.plan.method.name,
+        "parameters": {key: list(cast(Any, v)) if isinstance(v, tuple) else v for key, v in parameters.items()},
+        "seed": run.seed,
         "seconds": round(seconds, 2),
         "device": run.machine.device,
-        "calibration": provenance(run, shop.samples, settings.data),
+        "calibration": provenance(run, shop.samples, data),
     }

@@ -24,6 +24,16 @@ def check_data(plan: Plan) -> None:
         run.task(name)
 
 
+def learn_state(
+    plan: Plan, folder: Path, *, machine: Machine | None = None, watcher: Watcher | None = None
+) -> Coefficients:
+    """Learn the coefficients of a plan with its state in a folder of the caller's, which is kept."""
+    if plan.method.learn is None:
+        raise InputError(f"{plan.where}: method {plan.method.name!r} learns nothing; see 'consilience methods'")
+    run = Run(plan, plan.root, folder, None, machine or Machine(), watcher or Unwatched(), plan.where)
+    return plan.method.learn(run, **plan.learning)
+
+
 def learn_plan(
     plan: Plan,
     out: Path | None = None,
@@ -54,9 +64,12 @@ def learn_plan(
             (partial / OURS).mkdir(exist_ok=True)
             if not (partial / OURS / PLAN).exists():
                 output.write_json(partial / OURS / PLAN, {"digest": LEARNING})
-            return plan.method.learn(Run(**{**vars(run), "folder": partial / OURS / LEARNING}), **plan.learning)
+            try:
+                return plan.method.learn(Run(**{**vars(run), "folder": partial / OURS / LEARNING}), **plan.learning)
+            except InputError:
+                shutil.rmtree(partial, ignore_errors=True)  # only what this run has claimed
+                raise
     except InputError:
-        shutil.rmtree(partial, ignore_errors=True)
         output.discard_folders(made)
         raise
     except MemoryError as error:

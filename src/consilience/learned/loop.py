@@ -6,17 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
+from consilience.checkpoints.json_files import parse_object
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
-from consilience.optimizers.gradient import Optimizer, Terms
+from consilience.optimizers.gradient import Loss, Optimizer, Terms
 from consilience.tasks.cache import write_atomically
 
 #: Seconds between two states written to disk.
 SAVE_EVERY = 20.0
+#: Change when the meaning of a stored state changes.
+VERSION = 1
 
 
 class Watcher(Protocol):
@@ -43,7 +46,7 @@ class Unwatched:
 
 @dataclass
 class History:
-    """What happened, step by step: the terms of the loss before each step, and the held-out loss where it was taken."""
+    """What happened: the terms of the loss before each step, and (steps done, held-out loss) where it was taken."""
 
     terms: list[Terms] = field(default_factory=list[Terms])
     held_out: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
@@ -52,14 +55,17 @@ class History:
         """Return one JSON-able object per step."""
         held = dict(self.held_out)
         return [
-            {"step": i, "loss": sum(t.values()), **t} | ({"held_out": held[i]} if i in held else {})
+            {"step": i, "loss": sum(t.values()), **t} | ({"held_out": held[i + 1]} if i + 1 in held else {})
             for i, t in enumerate(self.terms)
         ]
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """Stop early: the held-out loss is taken every ``every`` steps; ``patience`` takes without a new best end it."""
+    """Stop early: the held-out loss is taken at the start, every ``every`` steps and after the last.
+
+    ``patience`` takes without a new best end the run. The start counts, so the best is never worse than it.
+    """
 
     loss: Callable[[Alpha], float]
     every: int = 5
@@ -68,7 +74,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Learned:
-    """The coefficients found, the history, and the step they are from."""
+    """The coefficients found, the history, and the number of steps they are from."""
 
     alpha: Alpha
     history: History
@@ -85,7 +91,7 @@ class Scalars(Protocol):
 
 def descend(
     optimizer: Optimizer,
-    loss: Any,
+    loss: Loss,
     steps: int,
     *,
     stopping: Stopping | None = None,
@@ -98,7 +104,7 @@ def descend(
 
     Args:
         optimizer: what moves the coefficients.
-        loss: see ``consilience.optimizers.gradient.Loss``.
+        loss: the objective without the anchor.
         steps: most steps.
         stopping: early stopping on held-out samples: the best coefficients it saw are returned.
         folder: where the state is kept; None keeps none.
@@ -109,6 +115,8 @@ def descend(
     run = _Run(optimizer, stopping, folder, identity)
     start = run.restore()
     (watcher or Unwatched()).advance(start)
+    if not start and steps:
+        run.check(0)
     saved = time.monotonic()
     for number in range(start, steps):
         if run.hopeless:
@@ -116,13 +124,14 @@ def descend(
         terms = optimizer.step(loss, number)
         run.history.terms.append(terms)
         text = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
-        held = run.check(number, last=number + 1 == steps)
+        due = stopping is not None and ((number + 1) % stopping.every == 0 or number + 1 == steps)
+        held = run.check(number + 1) if due else None
         if held is not None:
             text += f"  held out {held:.4f}"
         if scalars is not None:
             _log(scalars, number, terms, held)
         (watcher or Unwatched()).advance(1, text)
-        if time.monotonic() - saved > SAVE_EVERY or number + 1 == steps:
+        if time.monotonic() - saved > SAVE_EVERY or number + 1 == steps or run.hopeless:
             run.save(number + 1)
             saved = time.monotonic()
     best = run.best if run.best is not None else optimizer.alpha
@@ -142,7 +151,7 @@ class _Run:
 
     def __init__(self, optimizer: Optimizer, stopping: Stopping | None, folder: Path | None, identity: Any) -> None:
         self.optimizer, self.stopping, self.folder = optimizer, stopping, folder
-        self.key = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.key = hashlib.blake2b(json.dumps([VERSION, identity], sort_keys=True).encode(), digest_size=16).hexdigest()
         self.history = History()
         self.best: Alpha | None = None
         self.best_step = 0
@@ -153,15 +162,15 @@ class _Run:
     def hopeless(self) -> bool:
         return self.stopping is not None and self.misses >= self.stopping.patience
 
-    def check(self, number: int, *, last: bool) -> float | None:
-        """Take the held-out loss if it is due after step ``number``."""
-        if self.stopping is None or ((number + 1) % self.stopping.every and not last):
+    def check(self, done: int) -> float | None:
+        """Take the held-out loss after ``done`` steps, if rows are held out."""
+        if self.stopping is None:
             return None
         alpha = self.optimizer.alpha
         value = self.stopping.loss(alpha)
-        self.history.held_out.append((number, value))
+        self.history.held_out.append((done, value))
         if value < self.best_loss:
-            self.best, self.best_loss, self.best_step, self.misses = alpha.copy(), value, number + 1, 0
+            self.best, self.best_loss, self.best_step, self.misses = alpha.copy(), value, done, 0
         else:
             self.misses += 1
         return value
@@ -188,24 +197,33 @@ class _Run:
         contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
         write_atomically(self.folder / "state.safetensors", save(contiguous, {"facts": json.dumps(facts)}))
 
-    def restore(self) -> int:
-        """Take back the state on disk, if it is of this run, and return the number of steps it has done."""
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return the facts and arrays on disk, unless they are damaged or of another run: then it is learned again."""
         path = None if self.folder is None else self.folder / "state.safetensors"
         if path is None or not path.is_file():
-            return 0
+            return None
         from consilience.checkpoints.open import open_checkpoint
 
         try:
             checkpoint = open_checkpoint(path)
         except InputError:
-            return 0  # damaged: learn again
+            return None
         try:
-            facts = cast(dict[str, Any], json.loads(checkpoint.metadata.get("facts", "{}")))
+            facts = parse_object(checkpoint.metadata.get("facts", "{}").encode(), str(path))
             if facts.get("key") != self.key:
-                return 0
-            arrays = {name: _array(checkpoint, name) for name in checkpoint.tensors}
+                return None
+            return facts, {name: _array(checkpoint, name) for name in checkpoint.tensors}
+        except InputError:
+            return None
         finally:
             checkpoint.storage.close()
+
+    def restore(self) -> int:
+        """Take back the state on disk, if it is of this run, and return the number of steps it has done."""
+        found = self._read()
+        if found is None:
+            return 0
+        facts, arrays = found
         state = {name.removeprefix("optimizer."): v for name, v in arrays.items() if name.startswith("optimizer.")}
         self.optimizer.restore({k: v.reshape(()) if k in facts["scalars"] else v for k, v in state.items()})
         self.history = History(facts["terms"], [(int(a), float(b)) for a, b in facts["held_out"]])
@@ -222,9 +240,10 @@ def _array(checkpoint: Any, name: str) -> Any:
 
 
 def schedule(experts: Sequence[int], size: int, seed: int, step: int) -> list[int]:
-    """Return the samples of one step: ``size`` of them, taken in turn from the experts; 0 or more than all: all.
+    """Return the samples of one step: ``size`` of them, taken in turn from the experts; 0 or as many as there are: all.
 
-    Every expert's samples are passed over in a fresh random order each round, a function of seed and step alone.
+    Every expert's samples are passed over in a fresh random order each round, a function of seed and step alone. A
+    sample that would come twice in a step, because its expert has few, comes once, and the step is that much smaller.
     """
     if size <= 0 or size >= len(experts):
         return list(range(len(experts)))

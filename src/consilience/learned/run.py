@@ -212,19 +212,22 @@ def open_workshop(
     tasks = [run.task(name, rows=data.samples) for name in run.experts]
     run.watcher.phase("loading", 1)
     bank = Bank(run.plan, coefficients.groups, trimmed=trimmed, threads=run.machine.threads)
-    settings = Settings(precision, run.machine.device, checkpoint, run.machine.trust_remote_code)
-    student = make_student(run.plan, bank, settings)
-    chosen = middle(student, layers)
-    tasks = [_responses(run, student, k, task, data) for k, task in enumerate(tasks)]
-    samples = _samples(run, student, tasks, folder, data)
-    folders = [expert.folder for expert in run.plan.experts]
-    check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
-    learn, hold = held_out(samples, data.holdout)
-    reader = Reader(student, batches(samples, range(len(samples)), tokens)[0], chosen)
-    held = Teachers(student, reader, samples, None if run.folder is None else run.folder / "teachers")
-    if teachers:
-        run.watcher.phase("the experts' answers", len(samples))
-        held.prepare(tokens, run.watcher.advance)
+    with contextlib.ExitStack() as undo:
+        undo.callback(bank.close)
+        settings = Settings(precision, run.machine.device, checkpoint, run.machine.trust_remote_code)
+        student = make_student(run.plan, bank, settings)
+        chosen = middle(student, layers)
+        tasks = [_responses(run, student, k, task, data) for k, task in enumerate(tasks)]
+        samples = _samples(run, student, tasks, folder, data)
+        folders = [expert.folder for expert in run.plan.experts]
+        check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
+        learn, hold = held_out(samples, data.holdout)
+        reader = Reader(student, batches(samples, range(len(samples)), tokens)[0], chosen)
+        held = Teachers(student, reader, samples, None if run.folder is None else run.folder / "teachers")
+        if teachers:
+            run.watcher.phase("the experts' answers", len(samples))
+            held.prepare(tokens, run.watcher.advance)
+        undo.pop_all()
     return Workshop(run, bank, student, reader, samples, learn, hold, tokens, held if teachers else None)
 
 

@@ -10,7 +10,7 @@ size of a task vector is ever held, so memory does not depend on the number of e
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,9 +90,14 @@ class Bank:
         self._seen: set[str] = set()
         self._selection: Selection | None = None
         if trimmed is not None:
-            ranked = tuple(self.tensors.get(t.name, replace(t, program=None, rows=())) for t in plan.tensors)
+            ranked = tuple(self._ranked(t) for t in plan.tensors)
             self._selection = Streamer(replace(plan, tensors=ranked), _Nowhere(), threads=self.threads).select()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="bank")
+
+    def _ranked(self, tensor: TensorPlan) -> TensorPlan:
+        """Return a tensor as the streaming merge ranks it: a tied tensor's stored alias counts as well."""
+        held = self.tensors.get(tensor.stream)
+        return replace(tensor, program=held.program) if held else replace(tensor, program=None, rows=())
 
     def close(self) -> None:
         """Stop the workers; the plan's files stay open."""
@@ -132,7 +137,13 @@ class Bank:
         if self.threads == 1:
             return [run(tensor, segment) for tensor, segment in jobs]
         futures = [self._pool.submit(run, tensor, segment) for tensor, segment in jobs]
-        return [future.result() for future in futures]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:  # whoever catches it may close the files
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            raise
 
     def _jobs(self, tensors: Sequence[TensorPlan]) -> list[Job]:
         return [(tensor, segment) for tensor in tensors for segment in range(tensor.segments)]
@@ -225,6 +236,35 @@ class Bank:
                 done()
 
         self._each(self._jobs([plan]), run)
+
+    def rows(self, name: str, size: int, wanted: Callable[[int, int], bool] | None = None) -> Iterator[tuple[int, Any]]:
+        """Yield (first row, task vectors [K, n, columns]) of a matrix, ``size`` rows at a time.
+
+        Args:
+            name: a tensor of two dimensions; its task vectors are not trimmed.
+            size: most rows of one block.
+            wanted: whether the rows from ``first`` to ``last + 1`` are of use; blocks of no use are not read.
+
+        The array is overwritten by the next block.
+        """
+        tensor = self.tensors[name]
+        height, width = tensor.shape
+        loader = self._worker().loader(tensor, first=name not in self._seen)
+        try:
+            for low in range(0, height, size):
+                high = min(height, low + size)
+                if wanted is None or wanted(low, high):
+                    stack, _ = loader.load(low * width, high * width)
+                    yield low, stack.reshape(-1, high - low, width)
+        except NonFinite as error:
+            raise count_tensor(error) from None
+
+    def factors(self, name: str, device: Any) -> low_rank.Factors | None:
+        """Return all experts' factors of a matrix; None: some expert's task vector does not come as factors."""
+        tensor = self.tensors[name]
+        if any(row.dense is not None for row in tensor.rows):
+            return None
+        return low_rank.read_factors(tensor, self._worker().scratch, device)
 
     def l1(self) -> dict[str, npt.NDArray[np.float64]]:
         """Return ``||tau_k||_1`` [K] of every tensor."""

@@ -7,8 +7,11 @@ Prompts go through the base's chat template where it has one, as they do in eval
 calibration needs none.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +37,15 @@ class Sample:
     row: Row
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
 
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all that a model is given and compared by: a row may stay as it is while its image changes."""
+        one = self.encoded
+        state = blake2b(repr((one.source, one.inputs, one.positions, one.targets)).encode(), digest_size=16)
+        for key, value in sorted(self.extra.items()):
+            state.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+        return state.hexdigest()
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,8 +65,14 @@ class Batch:
         from consilience.tasks.readout import padded
 
         inputs, where, targets = padded([sample.encoded for sample in self.samples], model)
-        extra = {key: value.to(model.device) for key, value in self.samples[0].extra.items()}
+        taken = inspect.signature(model.forward).parameters
+        extra = {key: _placed(value, model) for key, value in self.samples[0].extra.items() if key in taken}
         return inputs | extra, where, targets
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """Return a tensor where the model is, pixels in the model's own precision."""
+    return value.to(device=model.device, dtype=model.dtype if value.is_floating_point() else None)
 
 
 def encode_task(
@@ -81,7 +99,14 @@ def encode_task(
         if row.image is not None:
             from consilience.student.images import encode_image
 
+            if decoder_start is not None:
+                raise InputError(f"{where}: rows with an image need a decoder-only model, not an encoder-decoder one")
             one, extra = encode_image(row, task.path, processor, where)
+            if context is not None and len(one.inputs) > context:
+                raise InputError(
+                    f"{where}: image and text are {len(one.inputs)} tokens and the model takes {context}; scale the "
+                    "image down, or shorten the prompt"
+                )
         else:
             plain = replace(task, rows=(row.model_copy(update={"choices": None, "label": None}),))
             (one,) = encode(plain, tokenizer, decoder_start=decoder_start, context=context)
@@ -146,9 +171,8 @@ def check_tokenizers(
                 continue
             rows = (sample.row.model_copy(update={"choices": None, "label": None}),)
             (again,) = encode(Task("calibration", rows), own, decoder_start=_start(sample.encoded))
-            if again.inputs[: len(sample.encoded.inputs)] != sample.encoded.inputs or again.source != (
-                sample.encoded.source
-            ):
+            same = again.inputs[: len(sample.encoded.inputs) if sample.encoded.dropped else None]
+            if same != sample.encoded.inputs or again.source != sample.encoded.source:
                 raise InputError(
                     f"{folder}: its tokenizer gives other token ids than {base}'s for {sample.where}; alignment "
                     "compares token by token: give the expert the base's tokenizer and chat template, or retrain it"

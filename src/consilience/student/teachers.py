@@ -30,10 +30,8 @@ class Teachers:
         import torch
 
         for expert, chosen in each_expert(self.samples):
-            path = None if self.folder is None else self.folder / f"{self._key(expert, chosen)}.safetensors"
-            if path is not None and path.is_file():
-                self._load(path)
-            else:
+            path = None if self.folder is None else self.folder / f"{self._key(expert, chosen, tokens)}.safetensors"
+            if path is None or not self._load(path, chosen):
                 self.student.become(expert)
                 with torch.no_grad():
                     for batch in batches(self.samples, chosen, tokens):
@@ -51,13 +49,18 @@ class Teachers:
             held = {"states": outputs.states[start:stop]}
             held |= {f"block.{layer}": values[start:stop] for layer, values in outputs.blocks.items()}
             # Contiguous copies: a slice would keep the whole batch alive.
-            self._kept[index] = {key: value.float().contiguous().clone().cpu() for key, value in held.items()}
+            self._kept[index] = {key: _widened(value).contiguous().clone().cpu() for key, value in held.items()}
             start = stop
 
-    def _key(self, expert: int, chosen: Sequence[int]) -> str:
+    def _key(self, expert: int, chosen: Sequence[int], tokens: int) -> str:
+        base = self.student.plan.base
         facts = [
             self.student.plan.experts[expert].identity(),
+            self.student.plan.scales(expert),
+            base.identity() if base is not None else None,
             self.student.settings.precision,
+            self.student.settings.device,
+            tokens,
             self.reader.layers,
             self.reader.readout.head is None,
             [(self.samples[i].encoded.source, self.samples[i].encoded.inputs, self.samples[i].encoded.positions,
@@ -72,15 +75,26 @@ class Teachers:
         from consilience.tasks.cache import write_atomically
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        flat = {f"{i}.{key}": value for i in chosen for key, value in self._kept[i].items()}
+        # By place among the expert's own rows: other experts' rows may come and go between runs.
+        flat = {f"{at}.{key}": value for at, i in enumerate(chosen) for key, value in self._kept[i].items()}
         write_atomically(path, save(flat))
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path, chosen: Sequence[int]) -> bool:
+        """Read an expert's answers back; False if they are not there, or not whole."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        for name, value in load_file(path).items():
-            index, _, key = name.partition(".")
-            self._kept.setdefault(int(index), {})[key] = value
+        if not path.is_file():
+            return False
+        try:
+            stored = load_file(path)
+        except SafetensorError:
+            return False
+        keys = ["states", *(f"block.{layer}" for layer in self.reader.layers)]
+        if stored.keys() != {f"{at}.{key}" for at in range(len(chosen)) for key in keys}:
+            return False
+        self._kept |= {i: {key: stored[f"{at}.{key}"] for key in keys} for at, i in enumerate(chosen)}
+        return True
 
     def _variance(self, chosen: Sequence[int]) -> dict[int, Any]:
         """Each chosen block's variance per channel over the expert's calibration tokens, [H]."""
@@ -89,7 +103,7 @@ class Teachers:
         found: dict[int, Any] = {}
         for layer in self.reader.layers:
             every = torch.cat([self._kept[i][f"block.{layer}"] for i in chosen]).double()
-            found[layer] = every.var(0, unbiased=False).float()
+            found[layer] = every.var(0, unbiased=False).to(_widened(self._kept[chosen[0]]["states"]).dtype)
         return found
 
     def head(self, expert: int) -> Head:
@@ -140,3 +154,8 @@ class Teachers:
         joined = {key: torch.cat([one[key] for one in kept]).to(device) for key in kept[0]}
         blocks = {layer: joined[f"block.{layer}"] for layer in self.reader.layers}
         return Outputs(joined["states"], blocks, self.head(batch.expert))
+
+
+def _widened(value: Any) -> Any:
+    """Return float64 values as they are and all others as float32."""
+    return value if value.element_size() == 8 else value.float()

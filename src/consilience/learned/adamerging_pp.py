@@ -1,0 +1,37 @@
+"""AdaMerging++: AdaMerging on task vectors that TIES has trimmed and whose signs it has elected."""
+
+from typing import Annotated, Any
+
+from consilience.coefficients import Coefficients
+from consilience.learned.adamerging import adamerging
+from consilience.methods.signature import Default, Range, learned_method
+
+
+@learned_method(
+    source="AdaMerging++, arXiv:2310.02575 (ICLR 2024)",
+    data="calibration: unlabelled rows of every expert's task",
+    extends=adamerging,
+)
+def adamerging_pp(
+    run: Any,
+    *,
+    density: Annotated[
+        float, Default(0.2), Range(1e-6, 1), "share of each task vector that survives, over all merged tensors"
+    ],
+    elect: Annotated[bool, Default(True), "also drop entries against the elected sign, as the official code does"],
+    **rest: Any,
+) -> Coefficients:
+    """Trim each task vector, drop the entries that the sign election outvotes, and learn as ``adamerging`` does.
+
+    tau'_k = tau_k where |tau_k| is among the largest ``density`` share of the model's entries, else 0
+    tau''_k = tau'_k where its sign is that of sum_j tau'_j (0 counts as +), else 0
+    theta^l = theta_0^l + sum_k lambda_k^l tau''_k^l
+
+    Known disagreements: trimming alone is what the paper's text stresses, the official code elects signs too; where
+    trimmed entries cancel it takes the model's majority sign, and ties at the threshold are all kept (one entry more
+    than the share).
+    """
+    from consilience.coefficients.coefficients import Trimmed
+    from consilience.learned.entropy import learn_entropy
+
+    return learn_entropy(run, rest, Trimmed(density, elect))
