@@ -342,6 +342,8 @@ def evaluate(
     from rich.console import Console
 
     Console().print(render([result]))
+    for note in result.notes:
+        typer.echo(f"note: {printable(note)}")
 
 
 @app.callback(invoke_without_command=True)

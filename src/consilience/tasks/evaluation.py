@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from consilience.checkpoints.reference import Reference, resolve
 from consilience.errors import InputError
 from consilience.tasks.cache import fingerprint, key_of, recall, remember
+from consilience.tasks.leaks import learned_on
 from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
 from consilience.tasks.results import Evaluation, Settings, TaskResult
 from consilience.tasks.rows import Task, load_task
@@ -175,7 +176,8 @@ def evaluate(
                 key = keys[task.name]
                 if key is not None:
                     remember("results", key, result.to_dict())
-    return Evaluation(own.name, tuple(results[task.name] for task in named), settings)
+    notes = learned_on(own.path.model, named) if own.path is not None else ()
+    return Evaluation(own.name, tuple(results[task.name] for task in named), settings, notes)
 
 
 @dataclass(frozen=True, slots=True)

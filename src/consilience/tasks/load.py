@@ -10,7 +10,7 @@ from consilience.errors import InputError, MachineError
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Silence transformers' own bars and reports, which errors here replace."""
     from transformers.utils import logging
 
@@ -26,7 +26,7 @@ def _quiet() -> Generator[None]:
 
 
 @contextmanager
-def _explained(what: str, verb: str) -> Generator[None]:
+def explained(what: str, verb: str) -> Generator[None]:
     """Turn whatever a library raises over a user's files into one line; the cause stays attached for ``--debug``."""
     try:
         yield
@@ -79,20 +79,36 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _quiet(), _explained(str(folder), "its tokenizer does not load; copy the base's tokenizer files there"):
+    with quiet(), explained(str(folder), "its tokenizer does not load; copy the base's tokenizer files there"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def _loader(config: Any) -> Any:
+    """Return the auto class of a config: the one of image-text models where these are what its weights are of."""
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForSeq2SeqLM
+    image_text: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    causal: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = type(config)
+    # Some configs have a class of either kind; the architecture says whose weights the folder holds.
+    own = kind in image_text and getattr(image_text[kind], "__name__", None) in (config.architectures or ())
+    if own or (kind in image_text and kind not in causal):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def load_model(
     folder: Path | str, *, adapter: Path | str | None = None, device: str = "cpu", trust_remote_code: bool = False
 ) -> Any:
-    """Load a language model in float32, ready to evaluate.
+    """Load a language model, or one of text and images, in float32, ready to evaluate.
 
     Weights stored in bfloat16 are widened, which is exact; under bfloat16 autocast they are narrowed back, also exact.
     A PEFT adapter is folded into the weights where its kind allows it, so it costs nothing at each forward pass.
 
     Args:
-        folder: a Hugging Face folder of a causal or encoder-decoder language model; its weights are read with
+        folder: a Hugging Face folder of a causal, encoder-decoder or image-text model; its weights are read with
             ``weights_only`` and no code in it is run.
         adapter: a PEFT adapter folder to put on top.
         device: a torch device.
@@ -106,12 +122,11 @@ def load_model(
     folder = Path(folder)
     check_folder(folder)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
-    with _quiet(), _explained(str(folder), "does not load as a language model"):
+    with quiet(), explained(str(folder), "does not load as a language model"):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        kind: Any = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
-        model, report = kind.from_pretrained(
+        model, report = _loader(config).from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,
@@ -136,7 +151,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         from peft import PeftModel
     except ImportError:
         raise InputError(f"{adapter}: an adapter needs peft; install it with: pip install 'consilience[hf]'") from None
-    with warnings.catch_warnings(record=True) as said, _explained(str(adapter), "does not fit as an adapter"):
+    with warnings.catch_warnings(record=True) as said, explained(str(adapter), "does not fit as an adapter"):
         warnings.simplefilter("always")
         adapted: Any = PeftModel.from_pretrained(model, str(adapter))
     missing = next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None)
@@ -144,5 +159,5 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         raise InputError(f"{adapter}: does not fit the model ({missing[:300]}); check which base it was trained on")
     if any(config.is_prompt_learning for config in adapted.peft_config.values()):
         return adapted  # virtual tokens are not weights
-    with _explained(str(adapter), "cannot be folded into the model's weights"):
+    with explained(str(adapter), "cannot be folded into the model's weights"):
         return adapted.merge_and_unload(safe_merge=False)

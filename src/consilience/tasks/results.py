@@ -152,11 +152,12 @@ def _rebuild(kind: type[Any], value: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model measured on several tasks."""
+    """One model measured on several tasks; ``notes`` say where the figures are not what they seem."""
 
     model: str
     results: tuple[TaskResult, ...]
     settings: Settings
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""
