@@ -27,7 +27,7 @@ from consilience.engine.stream import Streamer, thread_count
 from consilience.engine.worker import Worker
 from consilience.errors import InputError
 from consilience.methods.program import Elect, Program, Trim, WeightedSum
-from consilience.student import low_rank
+from consilience.student import low_rank, on_device
 
 Job = tuple[TensorPlan, int]
 
@@ -161,8 +161,13 @@ class Bank:
         """
 
         factored = [name for name in weights if low_rank.suits(self.tensors[name])]
+        moved = [n for n in weights if n not in factored and on_device.suits(self.tensors[n], weights[n])]
         for name in factored:
             self._blend_factors(name, alpha, weights[name])
+        for name in moved:
+            tensor, extent, scratch = self.tensors[name], self.extents[name], self._worker().scratch
+            on_device.blend(tensor, alpha[:, extent.indices], extent.starts, extent.stops, weights[name], scratch)
+            self._check_finite(name, weights[name])
 
         def run(tensor: TensorPlan, segment: int) -> None:
             extent, out = self.extents[tensor.name], weights[tensor.name]
@@ -172,7 +177,8 @@ class Bank:
                     kernels.blend(stack, tuple(map(stack.dtype.type, alpha[:, index])), base, low, high, values)
                 done()
 
-        self._each(self._jobs([self.tensors[name] for name in weights if name not in factored]), run)
+        done_already = {*factored, *moved}
+        self._each(self._jobs([self.tensors[name] for name in weights if name not in done_already]), run)
         self._seen.update(weights)
 
     def _blend_factors(self, name: str, alpha: Alpha, out: Any) -> None:
@@ -180,15 +186,21 @@ class Bank:
 
         tensor, extent = self.tensors[name], self.extents[name]
         theta = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        _read_base(tensor, theta)
+        info, storage = tensor.base.dense, tensor.base.storage
+        assert info is not None
+        assert storage is not None
+        theta.copy_(on_device.raw(info, storage))
         factors = low_rank.read_factors(tensor, self._worker().scratch, out.device)
         low_rank.add_update(factors, alpha[:, extent.indices], extent.starts, extent.stops, _matrix(tensor, theta))
-        if name not in self._seen and not self.plan.allow_nonfinite and not bool(torch.isfinite(theta).all()):
-            raise InputError(
-                f"tensor {name!r}: the base or an adapter's factors hold NaN or Inf; repair the model, or drop it"
-            )
+        self._check_finite(name, theta)
         if theta is not out:
             out.copy_(theta)
+
+    def _check_finite(self, name: str, theta: Any) -> None:
+        import torch
+
+        if name not in self._seen and not self.plan.allow_nonfinite and not bool(torch.isfinite(theta).all()):
+            raise InputError(f"tensor {name!r}: the base or an expert holds NaN or Inf; repair the model, or drop it")
 
     def products(self, gradients: "dict[str, Any]") -> Alpha:
         """Return ``< gradient[s], tau_k[s] >`` summed over every chunk: [K, N], zero where ``gradients`` has no tensor.
@@ -205,6 +217,12 @@ class Bank:
             matrix = _matrix(tensor, gradients[name].detach().float())
             found = low_rank.inner_products(factors, matrix, extent.starts, extent.stops, len(self.experts))
             np.add.at(out.T, extent.indices, found)
+        moved = [n for n in gradients if n not in factored and on_device.suits(self.tensors[n], gradients[n])]
+        for name in moved:
+            extent = self.extents[name]
+            tensor, scratch = self.tensors[name], self._worker().scratch
+            found = on_device.products(tensor, gradients[name], extent.starts, extent.stops, scratch)
+            np.add.at(out.T, extent.indices, found)
 
         def run(tensor: TensorPlan, segment: int) -> Any:
             extent = self.extents[tensor.name]
@@ -215,7 +233,7 @@ class Bank:
                     kernels.products(stack, gradient, low, high, total[piece])
             return total
 
-        jobs = self._jobs([self.tensors[name] for name in gradients if name not in factored])
+        jobs = self._jobs([self.tensors[name] for name in gradients if name not in {*factored, *moved}])
         for (tensor, _), total in zip(jobs, self._each(jobs, run), strict=True):
             np.add.at(out.T, self.extents[tensor.name].indices, total)
         return out
@@ -285,19 +303,6 @@ class Bank:
 def _matrix(tensor: TensorPlan, flat: Any) -> Any:
     """Return a flat tensor as [rows, the rest], the form that factors multiply to."""
     return flat.view(tensor.shape[0], -1)
-
-
-def _read_base(tensor: TensorPlan, out: Any) -> None:
-    """Write the stored base into ``out``, a flat float32 tensor on any device."""
-    import torch
-
-    info, storage = tensor.base.dense, tensor.base.storage
-    assert info is not None
-    assert storage is not None
-    raw = np.empty(info.nbytes, np.uint8)
-    storage.read(info, 0, raw)
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    out.copy_(torch.from_numpy(raw).view(kinds[info.dtype.name]))
 
 
 def _stages(trimmed: Trimmed | None, experts: int) -> tuple[Trim | Elect, ...]:
