@@ -1,6 +1,7 @@
 """What a coefficients file says: the values by expert, by type of tensor and by depth, as an object and as text."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -174,8 +175,10 @@ def coefficient_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
     found: dict[str, Any] = facts["facts"]
     for key in (*_LEADING, *(key for key in found if key not in _LEADING)):
-        if key in found and key not in facts and (key in _LEADING or _short(found[key])):
-            lines.append(f"  {brief(key)}: {brief(found[key])}")
+        counted = key == "excluded" and key in facts
+        if key in found and not counted and (key in _LEADING or _short(found[key])):
+            told = f"{brief(key)}: {brief(found[key], 1500)}"
+            lines += textwrap.wrap(told, 112, initial_indent="  ", subsequent_indent="    ")
     if "trimmed" in facts:
         trimmed = facts["trimmed"]
         how = ", signs elected" if trimmed["elect"] else ""
@@ -211,25 +214,26 @@ def count(number: int, noun: str) -> str:
 
 
 def _short(value: Any) -> bool:
-    """Whether a fact fits a line: one value, or a few of them."""
-    held = cast(list[Any], value) if isinstance(value, list) else [value]
+    """Whether a fact fits a few lines: one value, a few of them, or a few of those by name (a method's parameters)."""
     if isinstance(value, dict):
         held = list(cast(dict[str, Any], value).values())
+        return len(held) <= 60 and all(not isinstance(v, dict) and _short(v) for v in held)
+    held = cast(list[Any], value) if isinstance(value, list) else [value]
     return len(held) <= 8 and all(
         not isinstance(v, list | dict) and (not isinstance(v, str) or len(v) <= 120) for v in held
     )
 
 
-def brief(value: Any) -> str:
-    """Return a fact as text, its middle cut out where it is long."""
+def brief(value: Any, longest: int = 200) -> str:
+    """Return a fact as text, its middle cut out where it is longer than ``longest``."""
     text = str(value)
     if isinstance(value, dict):
-        text = ", ".join(f"{key} {brief(held)}" for key, held in cast(dict[str, Any], value).items())
+        text = "; ".join(f"{brief(key)} {brief(held)}" for key, held in cast(dict[str, Any], value).items())
     elif isinstance(value, list):
         text = ", ".join(brief(held) for held in cast(list[Any], value))
     elif isinstance(value, float):
         text = f"{value:.6g}"
-    return text if len(text) <= 200 else f"{text[:150]} ... {text[-40:]}"
+    return text if len(text) <= longest else f"{text[: longest - 50]} ... {text[-40:]}"
 
 
 def _text_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> list[str]:

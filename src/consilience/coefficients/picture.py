@@ -42,7 +42,8 @@ def picture(
     Args:
         coefficients: what to draw.
         path: file to write, in PNG whatever its name.
-        importance: share of each group by its name, drawn below on its own scale.
+        importance: share of each group by its name, drawn below on its own scale; default: ``facts["importance"]``,
+            where the method that found the coefficients left it.
 
     Raises:
         InputError: matplotlib is not installed, or there are no groups.
@@ -51,6 +52,7 @@ def picture(
         if not coefficients.count:
             raise InputError("these coefficients have no groups: there is nothing to draw")
         view = _view(coefficients)
+        importance = _stored(coefficients) if importance is None else importance
         sheet = _sheet([_group_place(group) for group in coefficients.groups])
         figure = _bars(view, importance) if sheet is None else _maps(view, sheet, importance)
         return _png(figure, path)
@@ -160,6 +162,19 @@ def _anchors(coefficients: Coefficients) -> list[float]:
         if all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) <= _LARGEST for n in numbers):
             return [float(n) for n in numbers]
     return [0.0] * experts
+
+
+def _stored(coefficients: Coefficients) -> dict[str, float] | None:
+    """Return the importance among the facts, if it is one finite number >= 0 per group."""
+    found: Any = coefficients.facts.get("importance")
+    if not isinstance(found, dict):
+        return None
+    shares = [cast(dict[str, Any], found).get(group.name) for group in coefficients.groups]
+    if any(not isinstance(share, int | float) or not 0 <= share <= _LARGEST for share in shares):
+        return None
+    return {
+        group.name: float(share) for group, share in zip(coefficients.groups, cast(list[float], shares), strict=True)
+    }
 
 
 def _group_place(group: Group) -> Place | None:
