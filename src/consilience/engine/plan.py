@@ -122,6 +122,11 @@ class Plan:
         """The base, if any, and the experts, each once."""
         return [*([self.base] if self.base else []), *(e for e in self.experts if e is not self.base)]
 
+    def scales(self, expert: int) -> list[Any]:
+        """Return what an expert's adapter config makes of its factors: no date or size of a weight file shows it."""
+        pairs = [t.rows[expert].pair for t in self.tensors if t.rows]
+        return [[pair.target, pair.scale, pair.transposed] for pair in pairs if pair is not None]
+
     @cached_property
     def digest(self) -> str:
         """Identity of the work: a run with another digest must not continue this one's partial output."""
@@ -135,6 +140,8 @@ class Plan:
             "tensors": [_facts(tensor) for tensor in self.tensors],
             "files": [(file.name, file.size, hashlib.blake2b(file.header).hexdigest()) for file in self.layout.files],
         }
+        if self.coefficients is not None:  # the same values, cut elsewhere or on trimmed task vectors, are other bytes
+            facts["coefficients"] = [repr(self.coefficients.groups), repr(self.coefficients.trimmed)]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def close(self) -> None:
@@ -224,7 +231,9 @@ def _program(
         return _running_average(spec, parameters), parameters
     coefficients = context.coefficients
     if coefficients is None:
-        return context.method.plan(spec, **parameters), parameters
+        learned = context.method.learn is not None  # then the other parameters are of the learning, not of the tensor
+        shown = {"alphabar": parameters["alphabar"]} if learned else parameters
+        return context.method.plan(spec, **parameters), shown
     pieces = coefficients.pieces.get(spec.name)
     if pieces is None:
         return None, {}
@@ -347,6 +356,11 @@ def make_plan(
         raise InputError(f"{where}: private: {unused[0]!r} matches no tensor of any model")
     out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
     if recipe.coefficients is not None:
+        if method.name != "coefficients" and method.learn is None:
+            raise InputError(
+                f"{where}: coefficients: method {method.name!r} has no use for a coefficients file; drop the key, or "
+                "choose method 'coefficients'"
+            )
         coefficients = load_coefficients(resolve_file(recipe.coefficients, root))
     if coefficients is not None:
         sizes = {name: info.numel for name, info in alignment.tensors.items() if info.dtype.mergeable}

@@ -27,9 +27,8 @@ def adamerging_pp(
     tau''_k = tau'_k where its sign is that of sum_j tau'_j (0 counts as +), else 0
     theta^l = theta_0^l + sum_k lambda_k^l tau''_k^l
 
-    Known disagreements: trimming alone is what the paper's text stresses, the official code elects signs too; where
-    trimmed entries cancel it takes the model's majority sign, and ties at the threshold are all kept (one entry more
-    than the share).
+    Known disagreements: accounts of the paper speak of trimming, the official code elects signs too (``elect=false``
+    does not). Where trimmed entries cancel that code takes the model's majority sign, and it keeps one entry more.
     """
     from consilience.coefficients.coefficients import Trimmed
     from consilience.learned.entropy import learn_entropy

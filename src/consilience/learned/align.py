@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any
 
 from consilience.coefficients import Coefficients
 from consilience.coefficients.coefficients import Alpha
@@ -203,7 +203,7 @@ def report(
 ) -> dict[str, Any]:
     """Return the facts that are written beside the coefficients."""
     lines = learned.history.lines()
-    values = parameters or {f.name: getattr(settings, f.name) for f in fields(cast(Any, settings))}
+    values = parameters or vars(settings)
     return facts_of(run, shop, values, settings.data, seconds) | {
         "layers": list(shop.reader.layers),
         "steps": len(lines),
@@ -216,7 +216,7 @@ def facts_of(run: Run, shop: Workshop, parameters: Mapping[str, Any], data: Data
     """Return what every learned method writes beside its coefficients."""
     return {
         "method": run.plan.method.name,
-        "parameters": {key: list(cast(Any, v)) if isinstance(v, tuple) else v for key, v in parameters.items()},
+        "parameters": {key: list(v) if isinstance(v, tuple) else v for key, v in parameters.items()},
         "seed": run.seed,
         "seconds": round(seconds, 2),
         "device": run.machine.device,

@@ -11,7 +11,7 @@ out: with P_i = X R_i^T,
 """
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,12 +63,12 @@ def uses_of(student: Student) -> list[Use]:
     return found
 
 
-def collect_grams(shop: "Workshop", experts: "list[int] | None" = None) -> dict[str, Matrix]:
+def collect_grams(shop: "Workshop", experts: Collection[int]) -> dict[str, Matrix]:
     """Return ``gram`` [K, K, K] of every merged matrix that some module multiplies by, summed over its modules.
 
     Args:
         shop: the student and its samples; the student holds an expert's weights afterwards.
-        experts: whose rows are read (default: everyone's); the others' part is 0.
+        experts: whose rows are read; the others' part is 0.
 
     Raises:
         InputError: an activation or a task vector is not finite.
@@ -76,11 +76,11 @@ def collect_grams(shop: "Workshop", experts: "list[int] | None" = None) -> dict[
     student, count = shop.student, len(shop.student.bank.experts)
     uses = uses_of(student)
     out = {use.name: np.zeros((count, count, count)) for use in uses}
-    shop.run.watcher.phase("forward passes", sum(s.expert in (experts or range(count)) for s in shop.samples))
+    shop.run.watcher.phase("forward passes", sum(s.expert in experts for s in shop.samples))
     # Two sides of different padding cannot be told apart by shape: encoder-decoder rows go through one by one.
     tokens = 1 if any(sample.encoded.source for sample in shop.samples) else shop.tokens
     for expert, chosen in each_expert(shop.samples):
-        if experts is not None and expert not in experts:
+        if expert not in experts:
             continue
         student.become(expert)
         totals = [np.zeros((count, count)) for _ in uses]
@@ -113,7 +113,7 @@ def _mask(batch: Batch) -> "Tensor | None":
 def _listening(
     student: Student, uses: list[Use], mask: "Tensor | None", totals: list[Matrix], seen: list[int]
 ) -> Generator[None]:
-    """Within the context a forward pass adds every use's Gram matrix to ``totals`` and its inputs' number to ``seen``."""
+    """Within the context a forward pass adds every use's Gram matrix to ``totals`` and its tokens to ``seen``."""
     import torch
 
     handles: list[Any] = []
@@ -182,27 +182,30 @@ def _of_factors(factors: Factors, use: Use, x: "Tensor", count: int) -> "Tensor"
 def _of_blocks(bank: Bank, use: Use, x: "Tensor") -> "Tensor":
     import torch
 
-    count, n = len(bank.experts), len(x)
+    count, (height, width) = len(bank.experts), bank.tensors[use.name].shape
+    tokens = len(x) if use.kind == "columns" else 1
+    size = max(1, BLOCK_BYTES // (4 * count * max(tokens, width)))
     total = torch.zeros((count, count), dtype=torch.float64, device=x.device)
-    width = bank.tensors[use.name].shape[1]
-    size = max(1, BLOCK_BYTES // (4 * count * max(n if use.kind == "columns" else 1, width)))
+
+    def add(outputs: "Tensor") -> None:
+        y = outputs.flatten(1).double()
+        total.addmm_(y, y.T)
+
     if use.kind == "ids":
-        times = torch.bincount(x, minlength=bank.tensors[use.name].shape[0])
+        times = torch.bincount(x, minlength=height)
         here = times.cpu().numpy() > 0
         for first, stack in bank.rows(use.name, size, lambda low, high: bool(here[low:high].any())):
-            part = times[first : first + stack.shape[1]]
-            y = (_wide(torch.from_numpy(stack), x)[:, part > 0].double() * part[part > 0].double().sqrt()[:, None]).flatten(1)
-            total += y @ y.T
+            own = times[first : first + stack.shape[1]].double()
+            tau = _wide(torch.from_numpy(stack), x)
+            add(tau[:, own > 0].double() * own[own > 0].sqrt()[:, None])
     elif use.kind == "columns":
         for _, stack in bank.rows(use.name, size):
             tau = _wide(torch.from_numpy(stack), x)
-            y = (tau @ x.to(tau.dtype).T).flatten(1).double()
-            total += y @ y.T
+            add(tau @ x.to(tau.dtype).T)
     else:  # outputs are sums over blocks of rows, so they are kept: [K, n, out]
         outputs: Any = 0.0
         for first, stack in bank.rows(use.name, size):
             tau = _wide(torch.from_numpy(stack), x)
             outputs = outputs + x[:, first : first + tau.shape[1]].to(tau.dtype) @ tau
-        y = outputs.flatten(1).double()
-        total += y @ y.T
+        add(outputs)
     return total

@@ -10,16 +10,17 @@ from consilience.engine.output import LEARNING, OURS, PLAN
 from consilience.engine.plan import Plan
 from consilience.errors import InputError, MachineError
 from consilience.learned.loop import Unwatched, Watcher
-from consilience.learned.run import Machine, Run
+from consilience.learned.run import Machine, Run, base_folder
 
 
 def check_data(plan: Plan) -> None:
     """Read every expert's calibration rows, so that a wrong file is known before any work.
 
     Raises:
-        InputError: see ``Run.task``.
+        InputError: see ``Run.task`` and ``base_folder``.
     """
     run = Run(plan, plan.root, where=plan.where)
+    base_folder(plan)
     for name in run.experts:
         run.task(name)
 

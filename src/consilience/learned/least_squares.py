@@ -53,7 +53,7 @@ def least_squares(
     data = Data(samples, responses, response_tokens)
     shop = open_workshop(run, start, data, teachers=False, precision=precision, tokens=batch_tokens)
     try:
-        grams = collect_grams(shop, [k for k, weight in enumerate(beta) if weight > 0])
+        grams = collect_grams(shop, {k for k, weight in enumerate(beta) if weight > 0})
     finally:
         shop.close()
     alpha, anchor = start.alpha.copy(), np.asarray(alphabar, np.float64)

@@ -75,13 +75,15 @@ class Problem:
         """What one position of every chosen sample counts."""
         objective = self.objective
         counts = {i: len(self.samples[i].encoded.positions) for i in chosen}
+        experts = len({sample.expert for sample in self.samples})
+        present = len({self.samples[i].expert for i in chosen})
         out: dict[int, float] = {}
         for i in chosen:
             own = [j for j in chosen if self.samples[j].expert == self.samples[i].expert]
             tokens = sum(counts[j] for j in own) if objective.mean == "tokens" else counts[i] * len(own)
             weight = 1.0 / tokens
-            if objective.total == "mean":
-                weight *= len(own) / len(chosen)
+            # In the sum each expert counts in full, whichever of them a small batch holds.
+            weight *= len(own) / len(chosen) if objective.total == "mean" else experts / present
             beta = objective.beta[self.samples[i].expert] if objective.beta else 1.0
             out[i] = beta * weight
         return out

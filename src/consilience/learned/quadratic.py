@@ -1,7 +1,7 @@
 """The K-dimensional least-squares problem of one group of coefficients, from Gram matrices.
 
-    sum_k beta_k / n_k || X_k (sum_j alpha_j tau_j - tau_k)^T ||_F^2  =  alpha^T A alpha - 2 b^T alpha + c
-    A = sum_k beta_k gram[k],    b_i = sum_k beta_k gram[k, i, k],    c = sum_k beta_k gram[k, k, k]
+sum_k beta_k / n_k || X_k (sum_j alpha_j tau_j - tau_k)^T ||_F^2  =  alpha^T A alpha - 2 b^T alpha + c
+A = sum_k beta_k gram[k],    b_i = sum_k beta_k gram[k, i, k],    c = sum_k beta_k gram[k, k, k]
 """
 
 from collections.abc import Sequence

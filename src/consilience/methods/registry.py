@@ -21,6 +21,9 @@ BUILT_IN: dict[str, str] = {
     "slerp": "consilience.methods.slerp",
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",
+    "least_squares": "consilience.learned.least_squares",
+    "adamerging": "consilience.learned.adamerging",
+    "adamerging_pp": "consilience.learned.adamerging_pp",
     "expert_merging_pp": "consilience.learned.expert_merging_pp",
 }
 

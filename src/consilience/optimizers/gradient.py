@@ -1,16 +1,17 @@
 """Gradient descent on the coefficients: the Adam family or SGD, schedules, clipping, and the anchor's proximal step.
 
+What moves is ``w``; the coefficients are a map of it (see ``parameterisation``), and where the gradient in w comes from
+is an ``Estimator``'s business: the chain rule here, function values in ``spsa``.
+
 After Adam's step the anchor is applied as the proximal map in Adam's own metric: coordinate i is thresholded by
 ``lr * slope / (sqrt(v_i) + eps)``. So a coefficient leaves the anchor exactly where the loss's gradient exceeds the
-anchor's slope, as in the problem that is written down.
+anchor's slope, as in the problem that is written down. Other maps than alpha = w have no such step: there the
+penalty is differentiated with the loss, so that Adam ends within about its learning rate of the anchor, not on it.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-import numpy as np
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.optimizers.anchor import Anchor
@@ -29,6 +30,17 @@ class Loss(Protocol):
 
     def __call__(self, alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
         """Return the weighted terms (their sum is the loss) and dL/dalpha [K, N] if asked for."""
+        ...
+
+
+class Estimator(Protocol):
+    """Where the gradient in w comes from."""
+
+    def __call__(self, loss: Loss, w: "Tensor", step: int) -> tuple[Terms, "Tensor"]:
+        """Return the terms of the loss at ``w`` [K, N] on the samples of ``step``, and the gradient in w [K, N].
+
+        The anchor is none of the terms; it is part of the gradient where the map leaves it no proximal step.
+        """
         ...
 
 
@@ -72,7 +84,23 @@ def rate_at(schedule: Schedule, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Descent:
-    """Settings of gradient descent: ``rate`` in the units of w, ``clip`` bounds the gradient's norm (0: no bound)."""
+    """Settings of every optimizer, in the units of w; each says which of them it reads.
+
+    Args:
+        rule: what turns a gradient into a step.
+        rate: learning rate.
+        steps: number of steps that the schedule is laid over.
+        schedule: see ``rate_at``.
+        clip: greatest norm of the gradient (0: no bound).
+        weight_decay: decay of w towards zero: part of the gradient for adam and sgd, decoupled for adamw.
+        betas: Adam's two averages.
+        eps: what Adam adds to its denominator.
+        mu: half the distance between SPSA's two points. The error in the direction falls with mu^2 and that from
+            rounding in the loss grows as 1/mu; 0.05 is a sixth of the usual start, and far above what bf16 rounds away.
+        directions: directions that SPSA averages over in a step, two evaluations each (GLUE uses one).
+        sigma: standard deviation of CMA-ES's first generation.
+        population: evaluations in one generation of CMA-ES (0: 4 + 3 log n, for n coefficients).
+    """
 
     rule: Rule = "adam"
     rate: float = 0.02
@@ -82,22 +110,47 @@ class Descent:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    mu: float = 0.05
+    directions: int = 1
+    sigma: float = 0.1
+    population: int = 0
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The loss's own gradient, brought to w by the chain rule."""
+
+    map: Parameterisation
+    anchor: Anchor
+
+    def __call__(self, loss: Loss, w: "Tensor", step: int) -> tuple[Terms, "Tensor"]:
+        """Return terms and gradient; see ``Estimator``."""
+        import torch
+
+        held = w.detach().clone().requires_grad_()
+        alpha = self.map.alpha(held)
+        terms, slope = loss(self.map.coefficients(w), step, gradient=True)
+        assert slope is not None
+        total = (alpha * torch.from_numpy(slope)).sum()
+        if not self.map.plain:
+            total = total + self.anchor.penalty(alpha)
+        return terms, torch.autograd.grad(total, held)[0]
 
 
 class Gradient:
-    """Descends a loss by its gradient, as ``estimate`` gives it (by default the loss's own)."""
+    """Descends a loss by its gradient, as the estimator gives it (by default the loss's own)."""
 
     def __init__(
         self,
         settings: Descent,
         parameterisation: Parameterisation,
         anchor: Anchor,
-        estimate: "Callable[[Loss, Gradient, int], tuple[Terms, Alpha]] | None" = None,
+        estimator: Estimator | None = None,
     ) -> None:
         import torch
 
         self.settings, self.map, self.anchor = settings, parameterisation, anchor
-        self.estimate = estimate
+        self.estimator = estimator or Backward(parameterisation, anchor)
         self.w = torch.nn.Parameter(parameterisation.initial())
         self.rule = self._rule()
 
@@ -113,19 +166,16 @@ class Gradient:
     @property
     def alpha(self) -> Alpha:
         """The coefficients now."""
-        return np.asarray(self.map.alpha(self.w.detach()).numpy(), np.float64)
+        return self.map.coefficients(self.w)
 
     def step(self, loss: Loss, number: int) -> Terms:
         """Do one step; see ``Optimizer.step``. The anchor's term is ``anchor``."""
         import torch
 
-        if self.estimate is None:
-            terms, slope = loss(self.alpha, number, gradient=True)
-            assert slope is not None
-        else:
-            terms, slope = self.estimate(loss, self, number)
+        terms, gradient = self.estimator(loss, self.w.detach(), number)
         terms = terms | {"anchor": float(self.anchor.penalty(self.map.alpha(self.w.detach())))}
-        scale = self._set_gradient(torch.from_numpy(slope))
+        self.w.grad = gradient
+        scale = self._clip()
         for group in self.rule.param_groups:
             group["lr"] = self.settings.rate * rate_at(self.settings.schedule, number, self.settings.steps)
         self.rule.step()
@@ -136,16 +186,10 @@ class Gradient:
             self.w.copy_(torch.where(self.map.learned, self.w, self.map.initial()))
         return terms
 
-    def _set_gradient(self, slope: "Tensor") -> float:
-        """Put dL/dw into place, clipped; return the factor that clipping multiplied it by."""
+    def _clip(self) -> float:
+        """Clip the gradient and return the factor that it was multiplied by."""
         import torch
 
-        self.w.grad = None
-        alpha = self.map.alpha(self.w)
-        total = (alpha * slope).sum()
-        if not self.map.plain:
-            total = total + self.anchor.penalty(alpha)
-        torch.autograd.backward(total)
         if not self.settings.clip:
             return 1.0
         norm = float(torch.nn.utils.clip_grad_norm_([self.w], self.settings.clip))
@@ -163,15 +207,16 @@ class Gradient:
     def state(self) -> dict[str, Any]:
         """Return w and the rule's moments."""
         held = self.rule.state.get(self.w, {})
-        found = {f"rule.{key}": np.asarray(value.detach().numpy()) for key, value in held.items() if value is not None}
-        return {"w": self.w.detach().numpy().copy(), **{key: value.copy() for key, value in found.items()}}
+        moments = {f"rule.{key}": value for key, value in held.items() if value is not None}
+        return {key: value.detach().numpy().copy() for key, value in ({"w": self.w} | moments).items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take a state back."""
         import torch
 
         with torch.no_grad():
-            self.w.copy_(torch.from_numpy(state["w"]))
-        held = {key.removeprefix("rule."): torch.from_numpy(v) for key, v in state.items() if key.startswith("rule.")}
+            self.w.copy_(torch.tensor(state["w"]))
+        self.rule.state.clear()  # a rule creates its moments at the first step
+        held = {key.removeprefix("rule."): torch.tensor(v) for key, v in state.items() if key.startswith("rule.")}
         if held:
             self.rule.state[self.w] = held

@@ -1,6 +1,6 @@
 """Every optimizer by name: any of them moves any coefficients under any objective."""
 
-from typing import Any
+from dataclasses import replace
 
 from consilience.errors import InputError
 from consilience.optimizers.anchor import Anchor
@@ -13,11 +13,13 @@ def make_optimizer(
 ) -> Optimizer:
     """Return an optimizer: adam, adamw and sgd follow the gradient; spsa and cma only evaluate the loss.
 
+    ``seed`` is that of the random directions; what spsa does with its estimate is ``settings.rule``.
+
     Raises:
         InputError: no such optimizer, or a package it needs is missing.
     """
     if name in ("adam", "adamw", "sgd"):
-        return Gradient(settings, parameterisation, anchor)
+        return Gradient(replace(settings, rule=name), parameterisation, anchor)
     if name == "spsa":
         from consilience.optimizers.spsa import make_spsa
 
@@ -26,5 +28,4 @@ def make_optimizer(
         from consilience.optimizers.cma_es import CmaEs
 
         return CmaEs(settings, parameterisation, anchor, seed)
-    known: Any = "adam, adamw, sgd, spsa, cma"
-    raise InputError(f"optimizer {name!r} is unknown (known: {known})")
+    raise InputError(f"optimizer {name!r} is unknown (known: adam, adamw, sgd, spsa, cma)")

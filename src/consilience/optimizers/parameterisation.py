@@ -13,6 +13,8 @@ Coefficients that are not learned keep their value and bypass the map.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 
@@ -44,6 +46,10 @@ class Parameterisation:
         }[self.kind]()
         return torch.where(self.learned, mapped, self.start)
 
+    def coefficients(self, w: "Tensor") -> Alpha:
+        """Return the coefficients of ``w`` as an array of their own."""
+        return np.array(self.alpha(w.detach()).numpy(), np.float64)
+
     def initial(self) -> "Tensor":
         """Return the ``w`` whose coefficients are ``start`` (on the simplex: ``start`` divided by its sum)."""
         import torch
@@ -68,8 +74,13 @@ class Parameterisation:
         return self.kind in ("real", "box")
 
 
-#: Open interval that the start must lie in.
-_RANGES = {"sigmoid": (0.0, 1.0), "softplus": (0.0, float("inf")), "softmax": (0.0, float("inf"))}
+#: Open interval that the start must lie in, and how errors say so.
+_RANGES = {
+    "sigmoid": (0.0, 1.0, "above 0 and below 1"),
+    "softplus": (0.0, float("inf"), "above 0"),
+    "softmax": (0.0, float("inf"), "above 0"),
+}
+_FINITE = (-float("inf"), float("inf"), "that is finite")
 
 
 def parameterise(kind: Kind, alpha: Alpha, learned: object) -> Parameterisation:
@@ -81,15 +92,14 @@ def parameterise(kind: Kind, alpha: Alpha, learned: object) -> Parameterisation:
     import torch
 
     start, mask = torch.tensor(alpha, dtype=torch.float64), torch.as_tensor(learned)
-    low, high = _RANGES.get(kind, (-float("inf"), float("inf")))
+    low, high, where = _RANGES.get(kind, _FINITE)
     free = start[:, mask]
-    if free.numel() and not (bool((free > low).all()) and bool((free < high).all())):
-        raise InputError(
-            f"alphabar: {kind} coefficients cannot start at {float(free[(free <= low) | (free >= high)][0]):g}; choose "
-            f"a value above {low:g}" + (f" and below {high:g}" if high < float("inf") else "")
-        )
-    if kind == "box" and free.numel() and not bool(((free >= 0) & (free <= 1)).all()):
-        raise InputError("alphabar: box coefficients start in [0, 1]; choose such a value")
+    inside = (free > low) & (free < high)
+    if kind == "box":
+        inside, where = (free >= 0) & (free <= 1), "in [0, 1]"
+    if not bool(inside.all()):
+        wrong = float(free[~inside][0])
+        raise InputError(f"alphabar: {kind} coefficients cannot start at {wrong:g}; choose a value {where}")
     if kind in ("softmax", "affine"):
         total = start.sum(0, keepdim=True)
         fixed = start / total if kind == "softmax" else start + (1 - total) / start.shape[0]

@@ -127,7 +127,8 @@ class Settings:
             value = self._preset.get(key, parameter.default)
         if value is None:
             raise InputError(f"{self.where}: parameter {key!r} has no value for tensor {name!r}; give one")
-        problem = parameter.check(value)
+        words = isinstance(value, list) and parameter.kind != "texts"
+        problem = "must be one value or a list of numbers" if words else parameter.check(value)
         if problem:
             raise InputError(f"{place}: {value!r} for tensor {name!r}: {problem}")
         if parameter.kind == "texts":

@@ -163,20 +163,25 @@ def check_tokenizers(
         if folder is None or folder == base or not (folder / "tokenizer_config.json").is_file():
             continue
         own = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        theirs = load_tokenizer(base, trust_remote_code=trust_remote_code)
         if not getattr(own, "chat_template", None):
-            theirs = load_tokenizer(base, trust_remote_code=trust_remote_code)
             own.chat_template = getattr(theirs, "chat_template", None)
         for sample in samples:
-            if sample.expert != expert or sample.extra:
-                continue
-            rows = (sample.row.model_copy(update={"choices": None, "label": None}),)
-            (again,) = encode(Task("calibration", rows), own, decoder_start=_start(sample.encoded))
-            same = again.inputs[: len(sample.encoded.inputs) if sample.encoded.dropped else None]
-            if same != sample.encoded.inputs or again.source != sample.encoded.source:
+            if sample.expert == expert and not _reads_alike(sample, own, theirs):
                 raise InputError(
                     f"{folder}: its tokenizer gives other token ids than {base}'s for {sample.where}; alignment "
                     "compares token by token: give the expert the base's tokenizer and chat template, or retrain it"
                 )
+
+
+def _reads_alike(sample: Sample, own: Any, theirs: Any) -> bool:
+    """Whether a tokenizer gives a sample's ids; of an image row the text is compared."""
+    row = sample.row.model_copy(update={"choices": None, "label": None, "image": None})
+    task = Task("calibration", (row,))
+    expected = encode(task, theirs)[0] if sample.extra else sample.encoded
+    (again,) = encode(task, own, decoder_start=_start(expected))
+    same = again.inputs[: len(expected.inputs) if expected.dropped else None]
+    return same == expected.inputs and again.source == expected.source
 
 
 def _start(one: Encoded) -> int | None:

@@ -9,7 +9,7 @@ Merging does: what the language model makes of an image is most of what an image
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,11 @@ def _load(folder: Path, *, trust_remote_code: bool) -> Any:
 def _without_video(folder: Path, **options: Any) -> Any:
     """Return the class of a folder's processor less its video part; None if it has no such part."""
     import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto import processing_auto
 
+    known: Any = processing_auto
     config: Any = transformers.AutoConfig.from_pretrained(folder, **options)
-    kind: Any = getattr(transformers, str(PROCESSOR_MAPPING_NAMES.get(config.model_type)), None)
+    kind: Any = getattr(transformers, str(known.PROCESSOR_MAPPING_NAMES.get(config.model_type)), None)
     if kind is None or not hasattr(kind, "get_attributes") or "video_processor" not in kind.get_attributes():
         return None
     parts = [part for part in kind.get_attributes() if part != "video_processor"]
@@ -75,7 +76,7 @@ def _without_video(folder: Path, **options: Any) -> Any:
 
 
 @contextmanager
-def _readable(where: str, path: Path) -> Iterator[None]:
+def _readable(where: str, path: Path) -> Generator[None]:
     """Turn whatever a decoder raises over a user's image into one line."""
     from PIL.Image import DecompressionBombError, DecompressionBombWarning
 
@@ -198,13 +199,15 @@ def _texts(processor: Any, prompt: str, response: str | None, where: str) -> tup
     given = _render(processor, asked, where, generation=True)
     if not held and given == _render(processor, [{"role": "user", "content": [text]}], where, generation=True):
         raise InputError(
-            f"{where}: the base's chat template leaves images out; put {token or 'the image token'} into the prompt, or "
-            "give the base its processor's template"
+            f"{where}: the base's chat template leaves images out; put {token or 'the image token'} into the prompt, "
+            "or give the base its processor's template"
         )
     if response is None:
         return given, ""
     answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": response}]}]
-    return _cut(_render(processor, answered, where), given, _render(processor, asked, where), response, processor, where)
+    return _cut(
+        _render(processor, answered, where), given, _render(processor, asked, where), response, processor, where
+    )
 
 
 def _cut(full: str, given: str, bare: str, response: str, processor: Any, where: str) -> tuple[str, str]:

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from consilience.errors import InputError
 from consilience.student.calibration import Batch
 from consilience.student.student import Student, watching
-from consilience.tasks.readout import Readout, readout
+from consilience.tasks.readout import Readout, caught, readout, transforms_logits
 
 #: Bound on one block of float32 logits [tokens, vocabulary], in bytes.
 LOGITS_BYTES = 32 << 20
@@ -49,9 +50,9 @@ class Reader:
 
         self.student, self.layers = student, tuple(layers)
         with torch.no_grad():
-            self.readout: Readout = (
-                readout(student.model, probe.samples[0].encoded) if not _extra(probe) else (_plain(student.model))
-            )
+            extra = bool(probe.samples[0].extra)
+            one = probe.samples[0].encoded
+            self.readout: Readout = _seen(student.model, probe) if extra else readout(student.model, one)
 
     @property
     def head(self) -> Head:
@@ -68,14 +69,25 @@ class Reader:
         return Outputs(states, blocks, self.head), targets
 
 
-def _extra(batch: Batch) -> bool:
-    return bool(batch.samples[0].extra)
+def _seen(model: Any, probe: Batch) -> Readout:
+    """Find out how the logits of an image row come about: through the head, at the positions of the ids?"""
+    import torch
 
-
-def _plain(model: Any) -> Readout:
-    """An image-text model is read whole: its forward pass may prune positions before the head."""
-    text = model.config.get_text_config()
-    return Readout(model, None, int(text.vocab_size))
+    inputs = probe.inputs(model)[0]
+    head = model.get_output_embeddings()
+    direct = head is not None and not transforms_logits(model.config)
+    states, logits = caught(model, head, inputs, short=False) if direct else (None, model(**inputs).logits)
+    if logits.shape[:2] != inputs["input_ids"].shape:
+        raise InputError(
+            f"{probe.samples[0].where}: {type(model).__name__} puts images between the ids, so positions cannot be "
+            "compared; use rows without images"
+        )
+    plain = Readout(model, None, logits.shape[-1])
+    if head is None or states is None or states.shape[:2] != logits.shape[:2]:
+        return plain
+    again = head(states)
+    same = again.shape == logits.shape and torch.allclose(again.float(), logits.float(), rtol=1e-4, atol=1e-6)
+    return Readout(model, head, logits.shape[-1]) if same else plain
 
 
 def token_blocks(count: int, vocabulary: int, limit: int = LOGITS_BYTES) -> Iterator[slice]:

@@ -13,10 +13,10 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from consilience.coefficients.coefficients import Alpha
-from consilience.engine.plan import Plan
+from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError
 from consilience.student.bank import Bank
-from consilience.student.names import parameters_of
+from consilience.student.names import doubtful, parameters_of, renamed
 
 Precision = Literal["float32", "mixed", "bfloat16", "float64"]
 #: What of the last blend or write the weights hold.
@@ -44,17 +44,30 @@ def blocks_of(model: Any) -> Any:
     Raises:
         InputError: there is none.
     """
-    import torch
-
     decoder = model
     with contextlib.suppress(AttributeError, NotImplementedError):
         decoder = model.get_decoder() or model
-    lists: list[Any] = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    lists = _outer_lists(decoder)
     if not lists:
-        raise InputError(f"{type(model).__name__}: has no list of blocks, so hidden states cannot be aligned; set "
-                         "hidden_weight=0")  # fmt: skip
-    # Experts of a mixture are lists inside a block: the outermost list comes first in the order of modules.
-    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()))
+        raise InputError(
+            f"{type(model).__name__}: has no list of blocks, so hidden states cannot be aligned; set hidden_weight=0"
+        )
+    # Some decoders hold their vision tower too: the config says how many blocks the language model has.
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    counted = [one for one in lists if len(one) == getattr(config, "num_hidden_layers", None)]
+    return max(counted or lists, key=lambda one: sum(p.numel() for p in one.parameters()))
+
+
+def _outer_lists(module: Any) -> list[Any]:
+    """Return the module lists that lie in no other one (a mixture's experts are lists inside a block)."""
+    import torch
+
+    found: dict[str, Any] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(part, torch.nn.ModuleList) and len(part) and not inside:
+            found[name] = part
+    return list(found.values())
 
 
 def _folder(plan: Plan) -> Any:
@@ -112,8 +125,10 @@ class Student:
         if self.held == expert:
             return
         for tensor in self.plan.tensors:
-            shared = tensor.name in self.parameters and tensor.name == tensor.stream
-            if not shared or not tensor.rows:
+            if not tensor.rows or tensor.name != tensor.stream:
+                continue
+            if tensor.name not in self.parameters:
+                self._check_unheld(tensor, expert)
                 continue
             flat = self.parameters[tensor.name].data.view(-1)
             if not tensor.rows[expert].untouched:
@@ -122,6 +137,20 @@ class Student:
             elif tensor.name in self._foreign or tensor.name in self.bank.tensors:
                 self.bank.write(tensor.name, None, flat)
         self.held = expert
+
+    def _check_unheld(self, tensor: TensorPlan, expert: int) -> None:
+        """Refuse to play an expert that changes a tensor which the loaded model does not hold as it is stored."""
+        import torch
+
+        own, base = torch.empty(2, tensor.numel)
+        self.bank.write(tensor.name, expert, own)
+        self.bank.write(tensor.name, None, base)
+        if not torch.equal(own, base):
+            raise InputError(
+                f"{self.plan.experts[expert].reference}: it changes tensor {tensor.name!r}, which is not a parameter "
+                f"of the loaded {type(self.model).__name__} (it may be fused or split there), so the expert cannot be "
+                "run in its place; use a data-free method"
+            )
 
     def compute(self) -> Any:
         """Return the context of a forward pass: autocast where the precision asks for it."""
@@ -185,22 +214,37 @@ def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
 
 
 def _prove(student: Student, where: str) -> None:
-    """Check that every changed tensor's parameter holds the stored base's values, and bring in a base's own adapter."""
+    """Check that parameters hold the stored base's values, and bring in a base's own adapter.
+
+    Looked at are the tensors that some expert changes, and all whose names the library changed.
+    """
     import torch
 
+    renames = renamed(student.model, student.parameters)
+    equal: set[str] = set()
     for tensor in student.plan.tensors:
-        if tensor.name not in student.parameters or not tensor.rows or tensor.name != tensor.stream:
+        parameter = student.parameters.get(tensor.name)
+        if parameter is None or not parameter.is_floating_point() or tensor.name != tensor.stream:
             continue
-        parameter = student.parameters[tensor.name]
-        stored = torch.empty_like(parameter.data).view(-1)
+        if not tensor.rows and tensor.name not in renames:
+            continue
+        stored = torch.empty_like(parameter.data, memory_format=torch.contiguous_format).view(-1)
         student.bank.write(tensor.name, None, stored)
         if tensor.base.pair is not None:
             parameter.data.copy_(stored.view_as(parameter))
-        elif not torch.equal(stored, parameter.data.view(-1)):
-            raise InputError(
-                f"{where}: tensor {tensor.name!r} is not what the loaded model holds under that name (transformers may "
-                "reorder it as it loads); exclude it, or use a data-free method"
-            )
+        elif torch.equal(stored.view_as(parameter), parameter.data):
+            equal.add(tensor.name)
+        else:
+            raise InputError(_misplaced(where, tensor.name))
+    for name in doubtful(student.model, renames, equal & renames.keys()):
+        raise InputError(_misplaced(where, name))
+
+
+def _misplaced(where: str, name: str) -> str:
+    return (
+        f"{where}: tensor {name!r} is not surely what the loaded model holds under that name (transformers may rename "
+        "or reorder it as it loads); exclude it, or use a data-free method"
+    )
 
 
 def _checkpoint_blocks(blocks: Any) -> None:

@@ -97,13 +97,19 @@ class Teachers:
         return True
 
     def _variance(self, chosen: Sequence[int]) -> dict[int, Any]:
-        """Each chosen block's variance per channel over the expert's calibration tokens, [H]."""
+        """Each chosen block's variance per channel over the expert's calibration tokens, [H].
+
+        A single position (or copies of one) has none: there the states' mean square says how large a difference is.
+        """
         import torch
 
         found: dict[int, Any] = {}
         for layer in self.reader.layers:
-            every = torch.cat([self._kept[i][f"block.{layer}"] for i in chosen]).double()
-            found[layer] = every.var(0, unbiased=False).to(_widened(self._kept[chosen[0]]["states"]).dtype)
+            every = torch.cat([self._kept[i][f"block.{layer}"] for i in chosen])
+            size, spread = every.double().square().mean(), every.double().var(0, unbiased=False)
+            if float(spread.mean()) <= 1e-12 * float(size):
+                spread = size.expand(spread.shape)
+            found[layer] = spread.to(every.dtype)
         return found
 
     def head(self, expert: int) -> Head:
