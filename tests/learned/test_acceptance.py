@@ -32,8 +32,9 @@ import consilience as cs
 from consilience.api import learn
 from consilience.coefficients import Coefficients, constant, load_coefficients, make_groups, save_coefficients
 from consilience.coefficients.coefficients import Alpha
+from consilience.engine.merge import run_merge
 from consilience.engine.plan import make_plan
-from consilience.learned.align import AlignmentSettings, optimizer_of
+from consilience.learned.align import AlignmentSettings
 from consilience.learned.loop import schedule
 from consilience.learned.run import Machine, Run, Workshop, groups_of, open_workshop
 from consilience.objectives.alignment import logit_divergence, soft_cross_entropy
@@ -424,9 +425,18 @@ def test_without_any_experts_weight_learning_stays_at_the_anchor(zoo: Path) -> N
     assert (found.alpha == 0.3).all()
 
 
-def learned(zoo: Path, names: Sequence[str], seed: int = 0, **parameters: Any) -> Coefficients:
-    value = recipe_of(zoo, {name: zoo / name for name in names}, parameters=PLAIN | parameters, seed=seed)
-    return learn(parse_recipe(value, "test"), threads=1)
+def learned(
+    zoo: Path,
+    names: Sequence[str],
+    seed: int = 0,
+    *,
+    method: str = "expert_merging",
+    threads: int = 1,
+    **parameters: Any,
+) -> Coefficients:
+    experts = {name: zoo / name for name in names}
+    value = recipe_of(zoo, experts, parameters=PLAIN | parameters, seed=seed, merge_method=method)
+    return learn(parse_recipe(value, "test"), threads=threads)
 
 
 EXCLUDE = ("*norm*", "*embed*", "lm_head*", "*.0.mlp.*")
@@ -471,6 +481,16 @@ def test_one_chunk_each_is_the_method_without_chunks(zoo: Path) -> None:
     tensors = mergeable(plan, lambda name: False)
     plan.close()
     assert make_groups(tensors, "tensor", lambda name: 1) == make_groups(tensors, "tensor")
+
+
+def test_the_chunked_method_with_one_chunk_each_is_the_plain_one(zoo: Path) -> None:
+    """Its first stage, and its second from the anchor again."""
+    plain = learned(zoo, ["a", "b"], steps=3, learning_rate=0.1)
+    more: dict[str, Any] = {"budget": 1.0, "kappa": 0.0, "stage_2": "anchor", "steps": 3, "learning_rate": 0.1}
+    chunked = learned(zoo, ["a", "b"], method="expert_merging_pp", **more)
+    assert set(chunked.facts["chunks"].values()) == {1}
+    assert chunked.groups == plain.groups
+    assert chunked.alpha.tobytes() == plain.alpha.tobytes()
 
 
 @pytest.mark.parametrize(("grouping", "chunks"), [("tensor", 7), ("tensor", 10_000), ("block", 3), ("global", 11)])
@@ -634,9 +654,10 @@ BUSY: dict[str, Any] = {"steps": 12, "learning_rate": 0.05, "batch": 4, "holdout
 
 
 def test_the_same_seed_gives_the_same_coefficients_and_another_does_not(zoo: Path) -> None:
-    runs = [learned(zoo, ["a", "b"], seed, **(BUSY | {"steps": 4})) for seed in (7, 7, 8)]
+    runs = [learned(zoo, ["a", "b"], s, threads=t, **(BUSY | {"steps": 4})) for s, t in ((7, 1), (7, 1), (7, 2), (8, 1))]
     assert runs[0].alpha.tobytes() == runs[1].alpha.tobytes()
-    assert runs[0].alpha.tobytes() != runs[2].alpha.tobytes()
+    assert runs[0].alpha.tobytes() == runs[2].alpha.tobytes()  # nor do the bank's threads change it
+    assert runs[0].alpha.tobytes() != runs[3].alpha.tobytes()
 
 
 KILLED = """
@@ -722,6 +743,19 @@ def test_an_interrupted_run_resumes_its_early_stopping(
     assert load_coefficients(tmp_path / "out").facts["steps"] < 40
 
 
+def test_a_second_stage_resumes(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consilience.learned.loop.SAVE_EVERY", -1.0)
+    settings = PLAIN | {"steps": 4, "learning_rate": 0.05, "budget": 1.5}
+    experts = {name: zoo / name for name in ("a", "b")}
+    value = recipe_of(zoo, experts, parameters=settings, merge_method="expert_merging_pp")
+    recipe = write_recipe(tmp_path / "recipe.yaml", value)
+    for stop in (2, 3, 2):
+        with pytest.raises(KeyboardInterrupt):
+            cs.merge_recipe(recipe, tmp_path / "out", threads=1, watcher=Counter(stop))
+    cs.merge_recipe(recipe, tmp_path / "out", threads=1)
+    same_as_undisturbed(recipe, tmp_path)
+
+
 def test_a_run_of_other_settings_does_not_continue(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("consilience.learned.loop.SAVE_EVERY", -1.0)
     experts = {name: zoo / name for name in ("a", "b")}
@@ -754,6 +788,10 @@ def test_a_damaged_state_is_learned_again(
     same_as_undisturbed(recipe, tmp_path)
 
 
-def test_an_optimizer_of_default_settings_can_be_made(zoo: Path) -> None:
-    with opened(zoo, ["a"]) as (_, start):
-        assert (optimizer_of(start, settings_of(), 0).alpha == 0.3).all()
+def test_a_plan_that_has_learned_nothing_is_not_merged(zoo: Path, tmp_path: Path) -> None:
+    """It stands at the anchor; merging it would pass for a result."""
+    plan = make_plan(parse_recipe(recipe_of(zoo, {"a": zoo / "a"}), "test"))
+    with pytest.raises(cs.InputError, match="not learned"):
+        run_merge(plan, tmp_path / "out")
+    plan.close()
+    assert not list(tmp_path.iterdir())

@@ -216,6 +216,8 @@ def test_the_student_holds_what_the_merge_writes(
     merged = read_state(tmp_path / "out")
     for name, values in weights.items():
         assert torch.equal(values.to(torch.bfloat16).view_as(merged[name]), merged[name]), name
+    if "lm_head.weight" in merged:
+        assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("elect", [True, False])

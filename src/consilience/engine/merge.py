@@ -174,6 +174,11 @@ def run_merge(
         MachineError: the disk is full or failed; the partial output is kept.
         KeyboardInterrupt: passed on; the partial output is kept.
     """
+    if plan.unlearned:
+        raise InputError(
+            f"{plan.where}: method {plan.method.name!r} has not learned its coefficients yet; call merge_recipe, which "
+            "learns first"
+        )
     started = time.perf_counter()
     made = output.check_destination(out, plan, force)
     raise_file_limit()

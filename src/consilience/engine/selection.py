@@ -88,6 +88,11 @@ class Selection:
             self._before[piece] = list(before)
             before = [b + e for b, e in zip(before, self.equal[piece], strict=True)]
 
+    def share(self, alias: int, tensor: int, segments: int) -> None:
+        """Give the tensor of index ``alias`` the ties of ``tensor``, whose values it shares."""
+        for segment in range(segments):
+            self._before[(alias, segment)] = self._before[(tensor, segment)]
+
     def quota(self, piece: Piece) -> list[int]:
         """Return how many entries equal to the threshold each row of ``piece`` keeps at most."""
         before: Any = self._before.get(piece, [0] * len(self.keep))

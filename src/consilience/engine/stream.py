@@ -159,13 +159,19 @@ class Streamer:
         )
 
     def _model_selection(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> Selection:
-        total = sum(tensor.numel for tensor in tensors)
+        # A tied tensor that is stored twice is one tensor: ranked once, and both copies keep the same entries.
+        ranked = [tensor for tensor in tensors if tensor.name == tensor.stream]
+        total = sum(tensor.numel for tensor in ranked)
         trim = tensors[0].program.trim if tensors[0].program else None
         assert trim is not None
         keep = [min(total, max(int(d * total), 1 if d > 0 else 0)) for d in trim.density]
-        by_name = sorted(tensors, key=lambda tensor: tensor.name)  # ties must not depend on how files are cut
+        by_name = sorted(ranked, key=lambda tensor: tensor.name)  # ties must not depend on how files are cut
         selection = Selection(keep, total, [(t.index, s) for t in by_name for s in range(t.segments)])
         self._select(pool, selection)
+        places = {tensor.name: tensor.index for tensor in ranked}
+        for tensor in tensors:
+            if tensor.name != tensor.stream:
+                selection.share(tensor.index, places[tensor.stream], tensor.segments)
         return selection
 
     def select(self) -> Selection:

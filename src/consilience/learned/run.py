@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
 from consilience.engine.plan import Plan, resolve_file
@@ -301,7 +301,11 @@ def _answers_path(run: Run, expert: int, rows: Sequence[Row], data: Data) -> Pat
 
     if run.folder is None:
         return None
-    facts = [run.plan.experts[expert].identity(), data.response_tokens, [row.prompt for row in rows]]
+    own, base = run.plan.experts[expert].identity(), run.plan.base
+    facts = [
+        own, run.plan.scales(expert), base.identity() if base is not None else None, data.response_tokens,
+        [row.prompt for row in rows],
+    ]  # fmt: skip
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
     return run.folder / "teachers" / f"answers-{expert}-{digest}.json"
 
@@ -310,7 +314,13 @@ def _kept_answers(run: Run, expert: int, rows: Sequence[Row], data: Data) -> lis
     import json
 
     path = _answers_path(run, expert, rows, data)
-    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # damaged: ask again
+    return kept if isinstance(kept, list) and len(cast(list[str], kept)) == len(rows) else None
 
 
 def _keep_answers(run: Run, expert: int, rows: Sequence[Row], data: Data, answers: Sequence[str]) -> None:

@@ -83,6 +83,14 @@ class _Resolved:
                 raise InputError(f"{self.where}: filter {pattern!r} matches no tensor{nearest(pattern or '', parts)}")
 
 
+def _texts(setting: Setting) -> Setting:
+    """Take numbers where texts are wanted (block numbers, say) as they are written."""
+    values = setting if isinstance(setting, list) else [setting]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        return setting
+    return [f"{value:g}" for value in cast(list[float], values)]
+
+
 class Settings:
     """The settings of a recipe for one method, resolved tensor by tensor."""
 
@@ -109,7 +117,8 @@ class Settings:
                 raise InputError(
                     f"{self.where}: {place}.{key} is shared by all models; move it to the top-level parameters"
                 )
-        return {key: _Resolved(value, f"{self.where}: {place}.{key}") for key, value in parameters.items()}
+        given = {key: _texts(value) if known[key].kind == "texts" else value for key, value in parameters.items()}
+        return {key: _Resolved(value, f"{self.where}: {place}.{key}") for key, value in given.items()}
 
     def _presets(self, recipe: Recipe) -> Mapping[str, Any]:
         """Return the defaults of the preset that the recipe names."""

@@ -1,6 +1,6 @@
 """Calibration rows as model inputs: which tokens go in, and at which positions student and expert are compared.
 
-    positions: all        every token of prompt and response that is not padding
+    positions: all        every token of prompt and response that is not padding, those of an image included
     positions: response   where a token of the response (or its end) is predicted; unlabelled rows keep all
 
 Prompts go through the base's chat template where it has one, as they do in evaluation. Rows may come without responses:

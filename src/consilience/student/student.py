@@ -216,21 +216,24 @@ def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
 def _prove(student: Student, where: str) -> None:
     """Check that parameters hold the stored base's values, and bring in a base's own adapter.
 
-    Looked at are the tensors that some expert changes, and all whose names the library changed.
+    Looked at are the tensors that some expert or that adapter changes, and all whose names the library changed.
     """
     import torch
 
     renames = renamed(student.model, student.parameters)
+    base = student.plan.base
+    model_files = base.checkpoint.storage if base is not None and base.checkpoint is not None else None
     equal: set[str] = set()
     for tensor in student.plan.tensors:
         parameter = student.parameters.get(tensor.name)
         if parameter is None or not parameter.is_floating_point() or tensor.name != tensor.stream:
             continue
-        if not tensor.rows and tensor.name not in renames:
+        own = tensor.base.pair is not None or tensor.base.storage is not model_files
+        if not tensor.rows and tensor.name not in renames and not own:
             continue
         stored = torch.empty_like(parameter.data, memory_format=torch.contiguous_format).view(-1)
         student.bank.write(tensor.name, None, stored)
-        if tensor.base.pair is not None:
+        if own:
             parameter.data.copy_(stored.view_as(parameter))
         elif torch.equal(stored.view_as(parameter), parameter.data):
             equal.add(tensor.name)
