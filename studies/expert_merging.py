@@ -33,6 +33,16 @@ SAMPLES = 10
 PROMPTS = 60
 #: What every learned method here shares: eight samples a step keep a step to seconds on two cores.
 LEARNING: dict[str, Any] = {"steps": 40, "batch": 8, "learning_rate": 0.04}
+#: What the defaults were chosen among, on validation rows and the first draw.
+TRIED: dict[str, dict[str, Any]] = {
+    "rate 0.02": {"learning_rate": 0.02},
+    "rate 0.04": {},
+    "rate 0.08": {"learning_rate": 0.08},
+    "gamma 0": {"gamma": 0.0},
+    "gamma 5": {"gamma": 5.0},
+    "hidden weight 0.2": {"hidden_weight": 0.2},
+    "alphabar 0.5": {"alphabar": 0.5},
+}
 #: label -> (method, parameters besides LEARNING)
 LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "expert_merging": ("expert_merging", {}),
@@ -40,7 +50,7 @@ LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "expert_merging without hidden states": ("expert_merging", {"hidden_weight": 0.0}),
     "expert_merging_pp": ("expert_merging_pp", {}),
     "expert_merging_pp, uniform chunks": ("expert_merging_pp", {"kappa": 0.0}),
-    "adamerging": ("adamerging", {"granularity": "layer"}),
+    "adamerging": ("adamerging", {"granularity": "layer", "batch": 2}),
     "least_squares": ("least_squares", {}),
 }
 #: Strengths of Task Arithmetic that are tried on the calibration prompts.
@@ -119,17 +129,18 @@ def losses(model: str, split: str) -> dict[str, Any]:
     return out
 
 
-def measured(model: str, kind: str) -> dict[str, Any]:
-    """Measure a merge: losses and divergences on validation and test rows."""
-    return {
-        split: {"losses": losses(model, split), "divergences": divergences(model, kind, split)}
-        for split in ("validation", "test")
-    }
+def measured(model: str, kind: str, split: str = "test") -> dict[str, Any]:
+    """Measure a merge: losses and divergences."""
+    return {split: {"losses": losses(model, split), "divergences": divergences(model, kind, split)}}
 
 
 def _cells() -> tuple[tuple[str, dict[str, Any]], ...]:
     cells: list[tuple[str, dict[str, Any]]] = [("base", {"kind": "model", "model": "base", "seed": 0})]
     cells.append(("mixture", {"kind": "model", "model": "mixture", "seed": 0}))
+    for label, parameters in TRIED.items():
+        setting = {"kind": "learned", "experts": "lora", "label": label, "method": "expert_merging", "draw": 0}
+        identity = "tried-" + label.replace(" ", "-")
+        cells.append((identity, setting | {"parameters": LEARNING | parameters, "split": "validation", "seed": 0}))
     for kind in ("lora", "full"):
         for domain in DOMAINS:
             if kind == "lora" or domain in ("pronounce", "sentiment"):
@@ -143,7 +154,8 @@ def _cells() -> tuple[tuple[str, dict[str, Any]], ...]:
             setting = {"kind": "strength", "experts": kind, "label": "task_arithmetic", "draw": number, "seed": 0}
             cells.append((f"{kind}-task_arithmetic-{number}", setting))
             for label, (method, parameters) in LEARNED.items():
-                if kind == "full" and ("without" in label or "uniform" in label):
+                once = kind == "full" and label in ("expert_merging_pp", "adamerging")
+                if (kind == "full" and ("without" in label or "uniform" in label)) or (once and number):
                     continue
                 shared = {} if method == "least_squares" else LEARNING
                 setting = {"kind": "learned", "experts": kind, "label": label, "method": method, "draw": number}
@@ -184,9 +196,8 @@ def learned(setting: Mapping[str, Any], files: Mapping[str, str]) -> Coefficient
     )  # fmt: skip
     plan = plan_recipe(recipe)
     try:
-        folder = kept / "stage-1" if setting["label"] == "expert_merging" else kept
-        if setting["label"] not in ("expert_merging", "expert_merging_pp"):
-            folder = kept / setting["label"].replace(" ", "-").replace(",", "")
+        own = {"expert_merging": kept / "stage-1", "rate 0.04": kept / "stage-1", "expert_merging_pp": kept}
+        folder = own.get(setting["label"], kept / setting["label"].replace(" ", "-").replace(",", ""))
         return learn_state(plan, folder)
     finally:
         plan.close()
@@ -220,7 +231,7 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     kind = setting["experts"]
     if setting["kind"] == "expert":
         model = loadable(kind, setting["domain"])
-        return {split: {"losses": losses(model, split)} for split in ("validation", "test")}
+        return {"test": {"losses": losses(model, "test")}}
     if setting["kind"] == "fixed":
         cs.merge(str(base_path()), experts(kind), out, method=setting["method"], **setting["parameters"])
         return measured(str(out), kind)
@@ -232,7 +243,7 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     found = learned(setting, files)
     save_coefficients(out.parent / "found", found)
     cs.merge(str(base_path()), experts(kind), out, method="coefficients", coefficients=out.parent / "found")
-    return measured(str(out), kind) | {"learned": facts(found)}
+    return measured(str(out), kind, setting.get("split", "test")) | {"learned": facts(found)}
 
 
 STUDY = Study("expert_merging", _cells(), run, tables)
