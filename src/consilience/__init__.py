@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from consilience.api import merge, merge_recipe, plan_recipe
+    from consilience.api import learn, merge, merge_recipe, plan_recipe
     from consilience.checkpoints import open_checkpoint
+    from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
     from consilience.errors import ConsilienceError, InputError, MachineError
     from consilience.recipe import Recipe, read_recipe
     from consilience.tasks import evaluate
+    from consilience.training import fine_tune
 
 _HOME = {
+    "Coefficients": "consilience.coefficients",
+    "fine_tune": "consilience.training",
+    "learn": "consilience.api",
+    "load_coefficients": "consilience.coefficients",
     "merge": "consilience.api",
     "merge_recipe": "consilience.api",
     "plan_recipe": "consilience.api",
@@ -29,19 +35,25 @@ _HOME = {
     "Recipe": "consilience.recipe",
     "read_recipe": "consilience.recipe",
     "evaluate": "consilience.tasks",
+    "save_coefficients": "consilience.coefficients",
 }
 
 __all__ = [
+    "Coefficients",
     "ConsilienceError",
     "InputError",
     "MachineError",
     "Recipe",
     "evaluate",
+    "fine_tune",
+    "learn",
+    "load_coefficients",
     "merge",
     "merge_recipe",
     "open_checkpoint",
     "plan_recipe",
     "read_recipe",
+    "save_coefficients",
 ]
 
 

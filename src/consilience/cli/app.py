@@ -346,6 +346,58 @@ def evaluate(
         typer.echo(f"note: {printable(note)}")
 
 
+TRAIN_EPILOG = """Examples:
+
+\b
+  consilience train base/ expert/ code=train/code.jsonl --steps 200 --learning-rate 1e-4
+  consilience train base/ adapter/ code=train/code.jsonl --lora 8 --steps 200 --learning-rate 1e-3
+  consilience train base/ mixture/ code=train/code.jsonl math=train/math.jsonl --lora 8 --steps 600 --learning-rate 1e-3
+"""
+
+
+@app.command(epilog=TRAIN_EPILOG)
+def train(
+    base: Annotated[Path, typer.Argument(help="A Hugging Face folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make: a model, or with --lora a PEFT adapter.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASKS", help="JSONL files with responses, PATH or NAME=PATH.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")],
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")],
+    lora: Annotated[
+        int | None, typer.Option(min=1, metavar="RANK", help="Train LoRA factors, not all weights.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of rows and of the factors.")] = 0,
+    precision: Annotated[str, typer.Option(help="mixed (bfloat16 products), or float32.")] = "mixed",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
+) -> None:
+    """Fine-tune a model on one task (an expert) or on several together (mixture training, what merges are held against).
+
+    Rows of all tasks are taken in equal shares; the loss is on responses only. An interrupted run continues.
+    """
+    from consilience.training import fine_tune
+
+    record = fine_tune(
+        base,
+        tasks,
+        out,
+        learning_rate=learning_rate,
+        steps=steps,
+        lora_rank=lora,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,  # pyright: ignore[reportArgumentType]
+        threads=threads,
+        device=device,
+        force=force,
+        progress=not quiet and sys.stderr.isatty(),
+    )
+    if not quiet:
+        typer.echo(f"{out}: {record.steps} steps, final loss {record.final_loss:.4f}, {record.seconds:.0f} s")
+
+
 @app.callback(invoke_without_command=True)
 def options(
     context: typer.Context,
