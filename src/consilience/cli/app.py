@@ -373,7 +373,7 @@ def train(
     force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
-    """Fine-tune a model on one task (an expert) or on several together (mixture training, what merges are held against).
+    """Fine-tune a model on one task (an expert), or on several together (mixture training).
 
     Rows of all tasks are taken in equal shares; the loss is on responses only. An interrupted run continues.
     """
