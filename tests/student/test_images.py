@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import struct
 import zlib
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import consilience as cs
 from consilience.api import build_recipe, merge_recipe
 from consilience.coefficients import load_coefficients
 from consilience.errors import InputError
+from consilience.student.calibration import encode_task
 from consilience.student.images import encode_image, load_processor, open_image
 from consilience.tasks.load import load_model
-from consilience.tasks.rows import Row, read_rows
+from consilience.tasks.rows import Row, Task, read_rows
 
 hf: Any = importlib.import_module("transformers")
 
@@ -129,6 +131,18 @@ def test_sequence_is_what_the_processor_makes_of_the_conversation(family: Family
     assert bare.inputs == one.inputs[: len(bare.inputs)]
     # Unlabelled rows are compared everywhere, at the image's tokens too.
     assert (bare.positions, bare.targets) == (tuple(range(len(bare.inputs))), ())
+
+
+def test_digest_of_a_sample_knows_its_image(family: Family, tmp_path: Path):
+    path = tiny.write_rows(tmp_path / "rows.jsonl", {"image": "one.png", "prompt": "x"})
+    digests: list[str] = []
+    for colour in ((9, 9, 200), (9, 200, 9), (9, 9, 200)):
+        tiny.write_image(tmp_path / "one.png", colour)
+        config = hf.AutoConfig.from_pretrained(family.folder / "base")
+        task = Task("t", read_rows(path), path)
+        (sample,) = encode_task(task, 0, None, config, processor=family.processor)
+        digests.append(sample.digest)
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_image_token_in_the_prompt_says_where_the_image_goes(family: Family):
@@ -269,6 +283,20 @@ def test_processor_must_be_there(family: Family, tmp_path: Path):
     reader.save_pretrained(tmp_path / "text")
     with pytest.raises(InputError, match="holds no processor of images and text"):
         load_processor(tmp_path / "text")
+
+
+def test_processor_loads_from_the_hubs_files_too(family: Family, tmp_path: Path):
+    shutil.copytree(family.folder / "base", tmp_path, dirs_exist_ok=True)
+    whole = json.loads((tmp_path / "processor_config.json").read_text())
+    pictures = whole.pop("image_processor") | {"processor_class": whole["processor_class"]}
+    (tmp_path / "processor_config.json").write_text(json.dumps(whole))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (tmp_path / "video_preprocessor_config.json").write_text('{"video_processor_type": "NoSuchVideoProcessor"}')
+    path = Path(family.rows["math"])
+    row = read_rows(path)[0]
+    ours, theirs = (encode_image(row, path, load_processor(folder), "x") for folder in (tmp_path, path.parent / "base"))
+    assert ours[0] == theirs[0]
+    assert torch.equal(ours[1]["pixel_values"], theirs[1]["pixel_values"])
 
 
 def test_loading_is_strict(family: Family, tmp_path: Path):

@@ -23,7 +23,7 @@ from consilience.student.student import blocks_of, watching
 
 hf: Any = importlib.import_module("transformers")
 
-IMAGES = {"qwen2_vl", "internvl", "llava"}
+IMAGES = {"qwen2_vl", "qwen2_vl_tied", "internvl", "llava"}
 BLOCKS: dict[str, str] = {
     "llama": "LlamaDecoderLayer",
     "llama_tied": "LlamaDecoderLayer",
@@ -33,6 +33,7 @@ BLOCKS: dict[str, str] = {
     "gemma3": "Gemma3DecoderLayer",
     "mamba": "MambaBlock",
     "qwen2_vl": "Qwen2VLDecoderLayer",
+    "qwen2_vl_tied": "Qwen2VLDecoderLayer",
     "internvl": "Qwen2DecoderLayer",
     "llava": "LlamaDecoderLayer",
 }
@@ -162,10 +163,11 @@ def test_gradient_is_that_of_an_explicit_merge(family: Family):
         leaf = torch.tensor(alpha, requires_grad=True)
         loss = _reference(family, shop, leaf)
         (expected,) = torch.autograd.grad(loss, leaf)
-        assert sum(terms.values()) == pytest.approx(float(loss.detach()), rel=1e-8)
+        digits = 1e-6 if family.name == "mamba" else 1e-8  # Mamba makes its logits float32
+        assert sum(terms.values()) == pytest.approx(float(loss.detach()), rel=digits)
         assert found is not None
         scale = float(expected.abs().max())
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-8, atol=1e-9 * scale)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=digits, atol=0.1 * digits * scale)
         assert (np.abs(found).max(1) > 0).all()
     with workshop(family.folder, rows, checkpoint=True) as again:
         _, recomputed = again.problem(objective).evaluate(alpha, range(len(again.samples)), gradient=True)

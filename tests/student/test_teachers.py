@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from consilience.engine.plan import make_plan
 from consilience.learned.run import Data, Machine, Run, Workshop, groups_of, open_workshop
@@ -29,6 +30,7 @@ from tests.learned.tiny_experts import (
     write_rows,
 )
 
+ADAPTER = "adapter_model.safetensors"
 NAMES = ("a", "lora", "quiet")
 
 
@@ -257,3 +259,26 @@ def test_answers_of_other_weights_are_not_taken(zoo: Path, tmp_path: Path, runs:
     with opened(zoo, ("lora",), folder=tmp_path / "state") as shop:
         check(zoo, shop, ("lora",))
     assert runs.count == 3
+
+
+def test_a_base_that_has_an_adapter_of_its_own(zoo: Path) -> None:
+    """The base's adapter counts in every tensor, also in those that no expert changes."""
+    whole = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.gate_proj")]
+    write_adapter(zoo / "own", zoo / "base", 7, modules=[*whole, "lm_head"])
+    norm = "model.layers.0.input_layernorm.weight"
+    save_file(read_state(zoo / "own") | {f"base_model.model.{norm}": torch.full((16,), 3.0)}, zoo / "own" / ADAPTER)
+    value = recipe_of(zoo, {"lora": zoo / "lora"}) | {"base_model": f"{zoo / 'base'}+{zoo / 'own'}"}
+    plan = make_plan(parse_recipe(value, "test"))
+    run = Run(plan, machine=Machine(threads=1))
+    shop = open_workshop(run, groups_of(run, "tensor", (), [0.3]), Data(), precision="float32")
+    base = read_state(zoo / "base")
+    factors = read_state(zoo / "own")
+    for module in [*whole, "lm_head"]:
+        stem = f"base_model.model.{module}"
+        base[f"{module}.weight"] += 2 * factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
+    base[norm] = torch.full((16,), 3.0)
+    shop.student.set(np.zeros_like(shop.student.bank.products({})))
+    for name, parameter in shop.student.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), base[name], msg=lambda text, name=name: f"{name}: {text}")
+    shop.close()
+    plan.close()

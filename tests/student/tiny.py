@@ -75,6 +75,12 @@ def qwen2_vl() -> tuple[Any, Any]:
     return hf.Qwen2VLForConditionalGeneration(config), processor
 
 
+def qwen2_vl_tied() -> tuple[Any, Any]:
+    model, processor = qwen2_vl()
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    return type(model)(model.config), processor
+
+
 def internvl() -> tuple[Any, Any]:
     marks = {"start_image_token": "<img>", "end_image_token": "</img>"}
     tokenizer = _tokenizer(context_image_token="<IMG_CONTEXT>", video_token="<video>", **marks)

@@ -38,9 +38,12 @@ def method_lines() -> list[str]:
     for fact in method_facts():
         lines.append(f"{fact['name']}  (data: {fact['data']}; base: {fact['base']})")
         lines.append(f"    {fact['summary']}")
+        width = max(map(len, fact["parameters"]), default=0)
         for name, parameter in fact["parameters"].items():
             scope = "per expert" if parameter["per_expert"] else "shared"
-            lines.append(f"    {name:<10} {parameter['default']!s:<7} {scope:<10}  {parameter['help']}")
+            default = parameter["default"]
+            shown = ",".join(default) if isinstance(default, tuple) else str(default)
+            lines.append(f"    {name:<{width}} {shown:<8} {scope:<10}  {parameter['help']}")
         lines += [f"    {fact['source']}", ""]
     return lines[:-1]
 

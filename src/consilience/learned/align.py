@@ -174,7 +174,7 @@ def minimise(
         run.experts,
         repr(settings),
         run.seed,
-        [(s.encoded.source, s.encoded.inputs, s.encoded.positions, s.encoded.targets) for s in shop.samples],
+        [s.digest for s in shop.samples],
         start.alpha.tolist(),
         [(g.name, g.tensors, g.chunks, g.learned) for g in start.groups],
         repr(start.trimmed),

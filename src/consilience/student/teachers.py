@@ -63,9 +63,8 @@ class Teachers:
             tokens,
             self.reader.layers,
             self.reader.readout.head is None,
-            [(self.samples[i].encoded.source, self.samples[i].encoded.inputs, self.samples[i].encoded.positions,
-              self.samples[i].row.model_dump_json()) for i in chosen],
-        ]  # fmt: skip
+            [self.samples[i].digest for i in chosen],
+        ]
         digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
         return f"expert-{expert}-{digest}"
 
