@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from consilience.coefficients import load_coefficients
 from consilience.methods import load, names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,3 +66,18 @@ def test_the_merge_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -
     run_page(DOCS / "tutorial-merge.md", tmp_path)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "merged-adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.real
+def test_the_learning_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
+    (tmp_path / "suites").symlink_to(ROOT / "suites")
+    (tmp_path / "base").symlink_to(real_base)
+    run_page(DOCS / "tutorial-expert-merging.md", tmp_path)
+    found = load_coefficients(tmp_path / "learned")
+    again = load_coefficients(tmp_path / "learned-f32")
+    assert found.experts == ("pronounce", "translate", "code", "sentiment")
+    assert np.ptp(found.alpha) > 0
+    assert np.array_equal(found.alpha, again.alpha)
+    assert found.facts["history"][-1]["loss"] < found.facts["history"][0]["loss"]
+    assert (tmp_path / "coefficients.png").is_file()
+    assert not (tmp_path / "learned.partial").exists()

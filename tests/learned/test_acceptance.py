@@ -332,7 +332,9 @@ class Reference:
                 p = torch.softmax(zk, -1)
                 loss = logit * (p * (p.log() - torch.log_softmax(z, -1))).sum()
                 if spread is not None:
-                    loss = loss + hidden * ((h[layer] - hk[layer]) ** 2 / (spread + 1e-6 * spread.mean())).mean(-1).sum()
+                    loss = (
+                        loss + hidden * ((h[layer] - hk[layer]) ** 2 / (spread + 1e-6 * spread.mean())).mean(-1).sum()
+                    )
                 total = total + (beta[k] if beta else 1.0) * loss / count
         return total
 
@@ -372,6 +374,7 @@ def test_the_gradient_is_that_of_autograd_through_an_explicit_merge(
         samples = [shop.samples[i] for i in chosen]
         reference = Reference(zoo, names, start)
         value, expected = reference.slope(alpha, samples, logit=0.7, hidden=0.4, every=shop.samples)
+    assert gradient is not None
     assert sum(terms.values()) == pytest.approx(value, rel=1e-9)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(gradient, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
@@ -398,6 +401,7 @@ def test_a_lone_expert_at_coefficient_one_has_no_loss_and_no_gradient(zoo: Path)
             problem = shop.problem(Objective(logit=1.0, hidden=1.0, layers=shop.reader.layers))
             chosen = range(len(shop.samples))
             terms, gradient = problem.evaluate(np.ones_like(start.alpha), chosen, gradient=True)
+            assert gradient is not None
             assert all(0 <= value < 1e-12 for value in terms.values())
             assert np.abs(gradient).max() < 1e-10
             assert sum(problem.evaluate(start.alpha, chosen, gradient=False)[0].values()) > 0.01
@@ -413,6 +417,7 @@ def test_an_expert_of_weight_zero_leaves_the_loss_but_not_the_merge(zoo: Path) -
         alone, expected = reference.slope(alpha, [shop.samples[i] for i in first], beta=(1.5, 9.0))
         nothing, flat = shop.problem(Objective(beta=(0.0, 0.0))).evaluate(alpha, every, gradient=True)
     assert gradient is not None
+    assert flat is not None
     assert sum(terms.values()) == pytest.approx(alone, rel=1e-9)
     np.testing.assert_allclose(gradient, expected, rtol=1e-8, atol=1e-10)
     assert np.abs(gradient[1]).max() > 1e-4  # b's coefficients still move, through a's loss
@@ -654,7 +659,8 @@ BUSY: dict[str, Any] = {"steps": 12, "learning_rate": 0.05, "batch": 4, "holdout
 
 
 def test_the_same_seed_gives_the_same_coefficients_and_another_does_not(zoo: Path) -> None:
-    runs = [learned(zoo, ["a", "b"], s, threads=t, **(BUSY | {"steps": 4})) for s, t in ((7, 1), (7, 1), (7, 2), (8, 1))]
+    short: Any = BUSY | {"steps": 4}
+    runs = [learned(zoo, ["a", "b"], s, threads=t, **short) for s, t in ((7, 1), (7, 1), (7, 2), (8, 1))]
     assert runs[0].alpha.tobytes() == runs[1].alpha.tobytes()
     assert runs[0].alpha.tobytes() == runs[2].alpha.tobytes()  # nor do the bank's threads change it
     assert runs[0].alpha.tobytes() != runs[3].alpha.tobytes()

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -289,9 +289,7 @@ CASES: dict[str, tuple[Callable[[], Recipe], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_wrong_input_is_one_line_and_leaves_nothing(
-    place: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_wrong_input_is_one_line_and_leaves_nothing(place: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     arrange, says = CASES[name]
     arguments = command(arrange())
     before = snapshot(place)
@@ -313,7 +311,7 @@ def test_the_good_recipe_is_good(place: Path) -> None:
 
 def test_calibration_of_an_unknown_expert(place: Path) -> None:
     before = snapshot(place)
-    with pytest.raises(InputError, match="'lore'.*'lora'"):
+    with pytest.raises(InputError, match=r"'lore'.*'lora'"):
         merge("base", {"lora": "lora"}, "out", method="expert_merging", calibration={"lore": "rows/lora.jsonl"})
     assert snapshot(place) == before
 
@@ -471,9 +469,7 @@ def test_an_interrupt_keeps_the_state(
 # What was changed between an interrupted run and its rerun.
 
 
-def test_other_coefficients_do_not_continue_a_merge_of_the_first(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_coefficients_do_not_continue_a_merge_of_the_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same values cut at other places are other bytes, though every list of values is the same."""
     monkeypatch.setattr("consilience.engine.plan.SEGMENT", 64)
     sizes = [(name, value.numel()) for name, value in read_state(Path("base")).items()]
@@ -504,7 +500,7 @@ def test_a_changed_adapter_config_is_learned_again(place: Path, monkeypatch: pyt
 
 def test_the_facts_beside_the_coefficients_say_where_they_come_from(place: Path) -> None:
     assert run(command(good(seed=4))) == 0
-    facts = cast(dict[str, Any], load_coefficients(Path("made/out")).facts)
+    facts = load_coefficients(Path("made/out")).facts
     assert facts["method"] == "expert_merging"
     assert facts["seed"] == 4
     assert facts["steps"] == 2

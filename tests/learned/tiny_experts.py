@@ -59,7 +59,9 @@ def write_state(folder: Path, state: Mapping[str, torch.Tensor], shards: int = 1
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
 
 
-def write_base(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, shards: int = 1, **changes: Any) -> Path:
+def write_base(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, shards: int = 1, **changes: Any
+) -> Path:
     """A base whose predictions are far from uniform."""
     from transformers import LlamaForCausalLM
 
@@ -130,8 +132,8 @@ def write_adapter(
 
 def sentences(seed: int, count: int, length: int = 6, words: Sequence[str] = WORDS) -> list[str]:
     generator = torch.Generator().manual_seed(3000 + seed)
-    picks = torch.randint(len(words), (count, length), generator=generator).tolist()
-    return [" ".join(words[i] for i in row[: length - k % 2]) for k, row in enumerate(picks)]
+    picks: list[list[int]] = torch.randint(len(words), (count, length), generator=generator).tolist()
+    return [" ".join([words[i] for i in row[: length - k % 2]]) for k, row in enumerate(picks)]
 
 
 def write_rows(path: Path, rows: Sequence[str | Mapping[str, Any]]) -> Path:

@@ -178,7 +178,7 @@ def test_blocks_of_tokens_make_no_difference(monkeypatch: pytest.MonkeyPatch) ->
         head = Head(*(side.requires_grad_(True) for side in (made(3, VOCABULARY, WIDTH), made(4, VOCABULARY))))
         ours = outputs(0, head, leaf=True)
         terms = ALL.terms(ours, outputs(1, head_of(5)), targets, weights, {}, VOCABULARY)
-        leaves = [ours.states, ours.blocks[1], head.weight, head.bias]
+        leaves: Any = [ours.states, ours.blocks[1], head.weight, head.bias]
         total: Any = sum(terms.values())
         found.append([total.detach(), *torch.autograd.grad(total, leaves)])
     for one in found[1:]:

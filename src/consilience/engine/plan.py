@@ -130,7 +130,7 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """Identity of the work: a run with another digest must not continue this one's partial output."""
-        facts = {
+        facts: dict[str, Any] = {
             "version": __version__,
             "segment": SEGMENT,
             "recipe": self.recipe.model_dump(mode="json"),

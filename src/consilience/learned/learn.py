@@ -1,6 +1,7 @@
 """From a plan to its coefficients: data checked first, state kept in OUT.partial, nothing left behind on bad input."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from consilience.coefficients import Coefficients
@@ -66,7 +67,7 @@ def learn_plan(
             if not (partial / OURS / PLAN).exists():
                 output.write_json(partial / OURS / PLAN, {"digest": LEARNING})
             try:
-                return plan.method.learn(Run(**{**vars(run), "folder": partial / OURS / LEARNING}), **plan.learning)
+                return plan.method.learn(replace(run, folder=partial / OURS / LEARNING), **plan.learning)
             except InputError:
                 shutil.rmtree(partial, ignore_errors=True)  # only what this run has claimed
                 raise

@@ -136,7 +136,7 @@ class Settings:
             value = self._preset.get(key, parameter.default)
         if value is None:
             raise InputError(f"{self.where}: parameter {key!r} has no value for tensor {name!r}; give one")
-        words = isinstance(value, list) and parameter.kind != "texts"
+        words = isinstance(cast(object, value), list) and parameter.kind != "texts"
         problem = "must be one value or a list of numbers" if words else parameter.check(value)
         if problem:
             raise InputError(f"{place}: {value!r} for tensor {name!r}: {problem}")
