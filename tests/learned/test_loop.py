@@ -178,7 +178,7 @@ def test_an_interrupted_run_ends_like_the_uninterrupted_one(
         folder = tmp_path / str(step)
         with pytest.raises(KeyboardInterrupt):
             learn(name, folder, interrupted_at(step))
-        assert (folder / "state.safetensors").exists() == (every < 0 and step > 0)
+        assert (folder / "state.safetensors").exists()
         assert_same(learn(name, folder), whole)
 
 

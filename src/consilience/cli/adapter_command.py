@@ -8,17 +8,28 @@ import typer
 from consilience.errors import InputError
 
 
-def merge_to_adapter(
-    plan: Any, out: Path, kind: str, rank: int | None, force: bool, dry_run: bool, quiet: bool, threads: int | None
-) -> None:
-    """Write a planned merge as an adapter and say what truncation discarded."""
+def check_adapter(plan: Any, kind: str, rank: int | None) -> None:
+    """Refuse what no adapter can hold, before anything is learned for it."""
     if kind not in ("cat", "svd"):
         raise InputError(f"--as-adapter {kind!r}: choose cat (exact) or svd (with --rank)")
     if (kind == "svd") != (rank is not None):
         raise InputError("--rank: goes with --as-adapter svd, which needs it")
-    from consilience.engine.adapter_output import check_low_rank, write_adapter
+    if kind == "cat" and plan.method.name == "expert_merging_pp":
+        raise InputError(
+            "--as-adapter cat: chunks of a tensor have coefficients of their own, which factors cannot hold; use svd "
+            "with --rank"
+        )
+    from consilience.engine.adapter_output import check_low_rank
 
     check_low_rank(plan)
+
+
+def merge_to_adapter(
+    plan: Any, out: Path, kind: str, rank: int | None, force: bool, dry_run: bool, quiet: bool, threads: int | None
+) -> None:
+    """Write a planned merge as an adapter and say what truncation discarded."""
+    from consilience.engine.adapter_output import write_adapter
+
     if dry_run:
         from consilience.engine.describe import describe
         from consilience.engine.stream import thread_count

@@ -159,7 +159,8 @@ def merge(
 ) -> None:
     """Merge a base and its experts into one verified checkpoint."""
     from consilience.api import plan_recipe
-    from consilience.cli.learning import learned
+    from consilience.cli.adapter_command import check_adapter
+    from consilience.cli.learning import learned, learning_lines
 
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
     source = read_input(recipe, expert, method, set_, extra, calibration)
@@ -178,6 +179,8 @@ def merge(
         )
 
     plan = planned()
+    if as_adapter is not None:
+        check_adapter(plan, as_adapter, rank)
     if plan.unlearned and not dry_run:
         settings = {"force": force, "threads": threads, "device": device, "trust_remote_code": trust_remote_code}
         found = learned(plan, None if as_adapter is not None else out, quiet, tensorboard=tensorboard, **settings)
@@ -194,7 +197,8 @@ def merge(
         from consilience.engine.stream import thread_count
 
         check_destination(out, plan, force, create=False)
-        typer.echo("\n".join(map(printable, describe(plan, thread_count(threads)))))
+        lines = [*describe(plan, thread_count(threads)), *(learning_lines(plan) if plan.unlearned else [])]
+        typer.echo("\n".join(map(printable, lines)))
         return
     from consilience.cli.progress import show_summary, work
 

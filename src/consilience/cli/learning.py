@@ -53,7 +53,7 @@ class _Bars:
 def summary(found: Any) -> list[str]:
     """Return what was learned: coefficients, steps, and the loss's terms before the first and the last step."""
     lines = [
-        f"learned {int(found.learned.sum())} coefficients per expert"
+        f"learned {int(found.learned.sum())} coefficient(s) per expert"
         + (f" in {found.facts['steps']} steps" if "steps" in found.facts else "")
         + (f", {found.facts['seconds']:.0f} s" if "seconds" in found.facts else "")
     ]
@@ -64,4 +64,26 @@ def summary(found: Any) -> list[str]:
         lines.append("  " + ", ".join(terms))
     for name, row in zip(found.experts, found.alpha, strict=True):
         lines.append(f"  {name}: mean {row.mean():.3f}, from {row.min():.3f} to {row.max():.3f}")
+    return lines
+
+
+def learning_lines(plan: Plan) -> list[str]:
+    """Return what a dry run says of learning: how many coefficients, from how many rows, at which cost."""
+    from consilience.learned.run import Run, groups_of
+
+    run, values = Run(plan, plan.root, where=plan.where), plan.learning
+    rows = {name: len(run.task(name, rows=values.get("samples", 0)).rows) for name in run.experts}
+    lines = ["learning (before the merge; the coefficients above are where it starts)"]
+    if "grouping" in values:
+        start = groups_of(run, values["grouping"], values["exclude"], values["alphabar"])
+        excluded = len(start.facts["excluded"])
+        lines.append(f"  {start.count} coefficients per expert; {excluded} tensors excluded")
+    lines.append("  rows: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
+    parameters = sum(t.numel for t in plan.tensors)
+    width = 2 if values.get("precision") == "bfloat16" else 4
+    lines.append(
+        f"  memory: about {parameters * width / 1e9:.1f} GB of weights, up to as much of gradients, and activations"
+    )
+    if "steps" in values:
+        lines.append(f"  at most {values['steps']} steps")
     return lines

@@ -42,6 +42,10 @@ def recipe_text(plan: Plan) -> str:
     value: dict[str, Any] = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     value = {"merge_method": plan.recipe.merge_method} | value | {"seed": plan.recipe.seed}
     names = iter([expert.name for expert in plan.experts])
+    whole = [name for name, parameter in plan.method.parameters.items() if parameter.kind == "integer"]
+    for key in whole:  # YAML's 10 was read as the number 10.0
+        if isinstance(value.get("parameters", {}).get(key), float):
+            value["parameters"][key] = int(value["parameters"][key])
     for entry in value["models"]:
         if plan.method.base == "unused" or entry["model"] != plan.recipe.base_model:
             entry["name"] = next(names)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from consilience.coefficients import Coefficients, expand
 from consilience.coefficients.importance import allocate, allocation_groups, importance
-from consilience.learned.expert_merging import expert_merging
+from consilience.learned.expert_merging import PRESETS, expert_merging
 from consilience.methods.signature import Default, Range, learned_method
 
 
@@ -12,6 +12,7 @@ from consilience.methods.signature import Default, Range, learned_method
     source="Expert Merging++, arXiv:2509.25712 (ICLR 2026)",
     data="calibration: 5 to 10 unlabelled rows per expert",
     extends=expert_merging,
+    presets={**expert_merging.presets, "official-code": {**PRESETS["official-code"], "stage_2": "anchor"}},
 )
 def expert_merging_pp(
     run: Any,
@@ -56,4 +57,5 @@ def expert_merging_pp(
     kept = ("history", "steps", "step", "seconds")
     facts = {"stage_1": {key: first.facts[key] for key in kept}, "importance": shares, "chunks": chunks}
     extra = {"budget": budget, "kappa": kappa, "stage_2": stage_2}
-    return found.with_alpha(found.alpha, **facts, parameters=found.facts["parameters"] | extra)
+    seconds = first.facts["seconds"] + found.facts["seconds"]
+    return found.with_alpha(found.alpha, **facts, seconds=seconds, parameters=found.facts["parameters"] | extra)

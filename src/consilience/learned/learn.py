@@ -11,7 +11,7 @@ from consilience.engine.output import LEARNING, OURS, PLAN
 from consilience.engine.plan import Plan
 from consilience.errors import InputError, MachineError
 from consilience.learned.loop import Unwatched, Watcher
-from consilience.learned.run import Machine, Run, base_folder
+from consilience.learned.run import Machine, Run, base_folder, groups_of, require_tensorboard
 
 
 def check_data(plan: Plan) -> None:
@@ -24,6 +24,8 @@ def check_data(plan: Plan) -> None:
     base_folder(plan)
     for name in run.experts:
         run.task(name)
+    if "grouping" in plan.learning:
+        groups_of(run, plan.learning["grouping"], plan.learning["exclude"], plan.learning["alphabar"])
 
 
 def learn_state(
@@ -53,6 +55,8 @@ def learn_plan(
     from consilience.tasks.load import require_transformers
 
     require_transformers(f"method {plan.method.name!r}")
+    if tensorboard is not None:
+        require_tensorboard()
     run = Run(
         plan, plan.root, None, tensorboard, Machine(device, threads, trust_remote_code), watcher or Unwatched(),
         plan.where,
@@ -75,9 +79,18 @@ def learn_plan(
         output.discard_folders(made)
         raise
     except MemoryError as error:
-        raise MachineError(
-            f"out of memory while learning; lower batch_tokens, set checkpoint=true or precision=bfloat16 ({error})"
-        ) from error
+        raise _full(str(error)) from error
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise _full(str(error)) from error
     except OSError as error:
         place = f"{error.filename}: " if error.filename else f"{partial}: "
         raise MachineError(f"{place}{error.strerror or error}; mend it, then run the same command again") from error
+
+
+def _full(said: str) -> MachineError:
+    first = (said.strip().splitlines() or ["no more is known"])[0][:200]
+    return MachineError(
+        f"out of memory while learning; lower batch_tokens, set checkpoint=true or precision=bfloat16 ({first})"
+    )

@@ -121,7 +121,12 @@ def descend(
     for number in range(start, steps):
         if run.hopeless:
             break
-        terms = optimizer.step(loss, number)
+        before = optimizer.state() if folder is not None else None
+        try:
+            terms = optimizer.step(loss, number)
+        except (KeyboardInterrupt, OSError, MemoryError):
+            run.save(number, before)  # the optimizer may have stopped half-way
+            raise
         run.history.terms.append(terms)
         text = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
         due = stopping is not None and ((number + 1) % stopping.every == 0 or number + 1 == steps)
@@ -175,19 +180,21 @@ class _Run:
             self.misses += 1
         return value
 
-    def save(self, done: int) -> None:
+    def save(self, done: int, state: dict[str, Any] | None = None) -> None:
+        """Write what ``done`` steps led to; ``state`` is the optimizer's where it is not the present one."""
         if self.folder is None:
             return
         from safetensors.numpy import save
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {f"optimizer.{key}": np.atleast_1d(value) for key, value in self.optimizer.state().items()}
+        state = self.optimizer.state() if state is None else state
+        arrays = {f"optimizer.{key}": np.atleast_1d(value) for key, value in state.items()}
         if self.best is not None:
             arrays["best"] = self.best
         facts = {
             "key": self.key,
             "done": done,
-            "scalars": sorted(key for key, value in self.optimizer.state().items() if np.ndim(value) == 0),
+            "scalars": sorted(key for key, value in state.items() if np.ndim(value) == 0),
             "terms": self.history.terms,
             "held_out": self.history.held_out,
             "best_step": self.best_step,

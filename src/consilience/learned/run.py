@@ -37,7 +37,8 @@ class Run:
     """What a learned method is given.
 
     ``root`` is the folder that a recipe's relative paths start from; ``folder`` keeps state and the experts' cached
-    answers (None: nothing is kept); ``tensorboard`` is a folder to log to.
+    answers (None: nothing is kept), ``shared`` is the folder that stages have in common; ``tensorboard`` is a folder to
+    log to.
     """
 
     plan: Plan
@@ -47,6 +48,12 @@ class Run:
     machine: Machine = field(default_factory=Machine)
     watcher: Watcher = field(default_factory=Unwatched)
     where: str = "recipe"
+    shared: Path | None = None
+
+    @property
+    def answers(self) -> Path | None:
+        """Return the folder of the experts' cached answers: one for all stages."""
+        return None if self.folder is None else (self.shared or self.folder) / "teachers"
 
     @property
     def seed(self) -> int:
@@ -60,7 +67,9 @@ class Run:
 
     def inside(self, name: str) -> "Run":
         """Return the run of one stage, whose state is kept apart."""
-        return replace(self, folder=None if self.folder is None else self.folder / name)
+        if self.folder is None:
+            return self
+        return replace(self, folder=self.folder / name, shared=self.shared or self.folder)
 
     def path_of(self, expert: str, key: str) -> Path | None:
         """Return the file that the recipe names as an expert's ``data.KEY``."""
@@ -103,17 +112,28 @@ class Run:
         if self.tensorboard is None:
             yield None
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError(
-                "--tensorboard: needs the tensorboard package; install it with: pip install 'consilience[tensorboard]'"
-            ) from None
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         writer: Any = SummaryWriter(str(self.tensorboard / stage))
         try:
             yield writer
         finally:
             writer.close()
+
+
+def require_tensorboard() -> None:
+    """Check that TensorBoard's package is there.
+
+    Raises:
+        InputError: names the extra to install.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("tensorboard") is None:
+        raise InputError(
+            "--tensorboard: needs the tensorboard package; install it with: pip install 'consilience[tensorboard]'"
+        )
 
 
 @dataclass(frozen=True)
@@ -223,7 +243,7 @@ def open_workshop(
         check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
         learn, hold = held_out(samples, data.holdout)
         reader = Reader(student, batches(samples, range(len(samples)), tokens)[0], chosen)
-        held = Teachers(student, reader, samples, None if run.folder is None else run.folder / "teachers")
+        held = Teachers(student, reader, samples, run.answers)
         if teachers:
             run.watcher.phase("the experts' answers", len(samples))
             held.prepare(tokens, run.watcher.advance)
@@ -299,7 +319,7 @@ def _answers_path(run: Run, expert: int, rows: Sequence[Row], data: Data) -> Pat
     import hashlib
     import json
 
-    if run.folder is None:
+    if run.answers is None:
         return None
     own, base = run.plan.experts[expert].identity(), run.plan.base
     facts = [
@@ -307,7 +327,7 @@ def _answers_path(run: Run, expert: int, rows: Sequence[Row], data: Data) -> Pat
         [row.prompt for row in rows],
     ]  # fmt: skip
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-    return run.folder / "teachers" / f"answers-{expert}-{digest}.json"
+    return run.answers / f"answers-{expert}-{digest}.json"
 
 
 def _kept_answers(run: Run, expert: int, rows: Sequence[Row], data: Data) -> list[str] | None:
