@@ -115,7 +115,7 @@ def descend(
     run = _Run(optimizer, stopping, folder, identity)
     start = run.restore()
     (watcher or Unwatched()).advance(start)
-    if not start and steps:
+    if steps and not run.history.held_out:
         run.check(0)
     saved = time.monotonic()
     for number in range(start, steps):
