@@ -28,6 +28,7 @@ check: setup
 
 bench: setup
 	$(PY) -m benchmarks.merge
+	$(PY) -m benchmarks.coefficient_step
 
 results: setup
 	$(PY) -m studies.cells
