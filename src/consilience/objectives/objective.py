@@ -117,8 +117,9 @@ def _by_blocks(
         return (term(logits, at) * weights[at].to(logits.dtype)).sum()
 
     total: Any = weights.new_zeros((), dtype=torch.float32)
-    for at in token_blocks(len(weights), vocabulary):
+    parts = list(token_blocks(len(weights), vocabulary))
+    again = torch.is_grad_enabled() and len(parts) > 1  # a single block is no more than what is held at a time anyway
+    for at in parts:
         states = ours.states[at]
-        value = checkpoint(block, states, at, use_reentrant=False) if torch.is_grad_enabled() else block(states, at)
-        total = total + value
+        total = total + (checkpoint(block, states, at, use_reentrant=False) if again else block(states, at))
     return total

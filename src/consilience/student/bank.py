@@ -27,7 +27,7 @@ from consilience.engine.stream import Streamer, thread_count
 from consilience.engine.worker import Worker
 from consilience.errors import InputError
 from consilience.methods.program import Elect, Program, Trim, WeightedSum
-from consilience.student import low_rank, on_device
+from consilience.student import low_rank, on_device, packed
 
 Job = tuple[TensorPlan, int]
 
@@ -171,6 +171,14 @@ class Bank:
 
         def run(tensor: TensorPlan, segment: int) -> None:
             extent, out = self.extents[tensor.name], weights[tensor.name]
+            if tensor.name in self._seen and packed.suits(tensor):
+                scale = alpha.astype(np.float32)
+                for start, stop, bits, rows in packed.blocks(tensor, segment, self._worker().scratch):
+                    values, done = _room(out, start, stop, np.dtype(np.float32), self._worker())
+                    for low, high, index in _cuts(extent, start, stop):
+                        kernels.blend_bf16(bits, tuple(scale[rows, index]), low, high, values)
+                    done()
+                return
             for start, stop, stack, base in self._blocks(tensor, segment):
                 values, done = _room(out, start, stop, stack.dtype, self._worker())
                 for low, high, index in _cuts(extent, start, stop):
@@ -227,6 +235,15 @@ class Bank:
         def run(tensor: TensorPlan, segment: int) -> Any:
             extent = self.extents[tensor.name]
             total = np.zeros((len(extent.indices), len(self.experts)))
+            if packed.suits(tensor):
+                for at, end, bits, rows in packed.blocks(tensor, segment, self._worker().scratch):
+                    gradient = _host(gradients[tensor.name][at:end], np.float32)
+                    part = np.zeros(len(rows))
+                    for low, high, piece in _cuts_by_piece(extent, at, end):
+                        part[:] = 0
+                        kernels.products_bf16(bits, gradient, low, high, part)
+                        total[piece, rows] += part
+                return total
             for at, end, stack, _ in self._blocks(tensor, segment):
                 gradient = _host(gradients[tensor.name][at:end], stack.dtype)
                 for low, high, piece in _cuts_by_piece(extent, at, end):

@@ -35,3 +35,47 @@ def products(stack: Any, gradient: Any, low: int, high: int, out: Any) -> None:
         for at in range(low, high, TILE):
             end = min(high, at + TILE)
             out[k] += np.float64(_tile(stack[k, at:end], gradient[at:end]))
+
+
+@inlined
+def _widened(bits: Any) -> Any:
+    """The float32 that the bits of a bfloat16 stand for."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@kernel
+def blend_bf16(bits: Any, weights: Any, low: int, high: int, out: Any) -> None:
+    """``blend`` from stored bfloat16: ``bits`` [1 + K, n] uint16, the base first; decoded as it is summed."""
+    base = np.empty(TILE, np.float32)
+    total = np.empty(TILE, np.float32)
+    for at in range(low, high, TILE):
+        end = min(high, at + TILE)
+        for i in range(end - at):
+            base[i] = _widened(bits[0, at + i])
+            total[i] = np.float32(0)
+        for k in range(len(weights)):
+            weight = weights[k]
+            for i in range(end - at):
+                total[i] += weight * (_widened(bits[k + 1, at + i]) - base[i])
+        for i in range(end - at):
+            out[at + i] = base[i] + total[i]
+
+
+@inlined
+def _bf16_tile(bits: Any, base: Any, gradient: Any) -> Any:
+    total = np.float32(0)
+    for i in range(gradient.size):
+        total += (_widened(bits[i]) - base[i]) * gradient[i]
+    return total
+
+
+@reporting
+def products_bf16(bits: Any, gradient: Any, low: int, high: int, out: Any) -> None:
+    """``products`` from stored bfloat16, as ``blend_bf16`` has it."""
+    base = np.empty(TILE, np.float32)
+    for at in range(low, high, TILE):
+        end = min(high, at + TILE)
+        for i in range(end - at):
+            base[i] = _widened(bits[0, at + i])
+        for k in range(bits.shape[0] - 1):
+            out[k] += np.float64(_bf16_tile(bits[k + 1, at:end], base[: end - at], gradient[at:end]))
