@@ -37,6 +37,7 @@ LEARNING: dict[str, Any] = {"steps": 40, "batch": 8, "learning_rate": 0.04}
 TRIED: dict[str, dict[str, Any]] = {
     "rate 0.02": {"learning_rate": 0.02},
     "rate 0.04": {},
+    "rate 0.03, 80 steps": {"learning_rate": 0.03, "steps": 80},
     "rate 0.08": {"learning_rate": 0.08},
     "gamma 0": {"gamma": 0.0},
     "gamma 5": {"gamma": 5.0},
@@ -139,7 +140,7 @@ def _cells() -> tuple[tuple[str, dict[str, Any]], ...]:
     cells.append(("mixture", {"kind": "model", "model": "mixture", "seed": 0}))
     for label, parameters in TRIED.items():
         setting = {"kind": "learned", "experts": "lora", "label": label, "method": "expert_merging", "draw": 0}
-        identity = "tried-" + label.replace(" ", "-")
+        identity = "tried-" + label.replace(" ", "-").replace(",", "")
         cells.append((identity, setting | {"parameters": LEARNING | parameters, "split": "validation", "seed": 0}))
     for kind in ("lora", "full"):
         for domain in DOMAINS:
