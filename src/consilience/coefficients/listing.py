@@ -187,7 +187,10 @@ def coefficient_lines(facts: Mapping[str, Any]) -> list[str]:
         columns = ("mean", "min", "max", "std")
         rows = [(name, [stats[column] for column in columns]) for name, stats in facts["alpha"].items()]
         lines += ["", *_text_table("expert", columns, rows)]
-        for title, key in (("mean by type of tensor", "by_type"), ("mean by depth", "by_depth")):
+        for title, key in (
+            ("by type of tensor, every parameter counting once", "by_type"),
+            ("by depth, likewise", "by_depth"),
+        ):
             names = [row["name"] for row in facts[key]]
             labels = short_kinds(names) if key == "by_type" else {name: name for name in names}
             rows = [(f"{labels[r['name']]} ({r['tensors']})", list(r["mean"].values())) for r in facts[key]]

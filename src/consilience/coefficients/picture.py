@@ -292,7 +292,7 @@ def _maps(view: _View, sheet: _Sheet, importance: Mapping[str, float] | None) ->
         mesh = _heat(axis, grid, _DIVERGING, norm)
         _write_marks(axis, grid, marks, mesh, (width, height))
         mean = float(view.values[number] @ view.sizes / view.sizes.sum())
-        axis.set_title(f"{_label(shown[number])}   (mean {mean:.3g})", fontsize=9)
+        axis.set_title(f"{_label(shown[number])}   (mean over parameters {mean:.3g})", fontsize=9)
         _axis_labels(axis, sheet, (width, height), left=number % across == 0)
     bar = figure.colorbar(mesh, ax=list(axes[:down].flat), aspect=30, label=view.scale)
     bar.ax.axhline(view.centre, color="black", linewidth=1)

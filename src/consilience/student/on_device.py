@@ -23,11 +23,10 @@ def suits(tensor: TensorPlan, out: Any) -> bool:
     return out.device.type != "cpu" and tensor.program is not None and not tensor.program.stages
 
 
-def raw(info: TensorInfo, storage: Storage) -> Any:
-    """Return a stored tensor as it is stored: flat, in this machine's memory."""
+def raw(info: TensorInfo, storage: Storage, held: Any) -> Any:
+    """Return a stored tensor as it is stored: flat, in this machine's memory, in the buffer ``held`` [nbytes]."""
     import torch
 
-    held = np.empty(info.nbytes, np.uint8)
     storage.read(info, 0, held)
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
     return torch.from_numpy(held).view(kinds[info.dtype.name])
@@ -35,7 +34,7 @@ def raw(info: TensorInfo, storage: Storage) -> Any:
 
 def stored(info: TensorInfo, storage: Storage, device: Any) -> Any:
     """Return a stored tensor's values, flat and in float32, on a device."""
-    return raw(info, storage).to(device).float()
+    return raw(info, storage, np.empty(info.nbytes, np.uint8)).to(device).float()
 
 
 def base(tensor: TensorPlan, scratch: Scratch, device: Any) -> Any:
