@@ -197,8 +197,13 @@ def learned(setting: Mapping[str, Any], files: Mapping[str, str]) -> Coefficient
     )  # fmt: skip
     plan = plan_recipe(recipe)
     try:
-        own = {"expert_merging": kept / "stage-1", "rate 0.04": kept / "stage-1", "expert_merging_pp": kept}
-        folder = own.get(setting["label"], kept / setting["label"].replace(" ", "-").replace(",", ""))
+        own: dict[str, Path] = {
+            "expert_merging": kept / "stage-1",
+            "rate 0.04": kept / "stage-1",
+            "expert_merging_pp": kept,
+        }
+        label = str(setting["label"])
+        folder = own[label] if label in own else kept / label.replace(" ", "-").replace(",", "")
         return learn_state(plan, folder)
     finally:
         plan.close()
@@ -239,7 +244,7 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     files = draw(setting["draw"], out.parent / "calibration")
     if setting["kind"] == "strength":
         strength, trials = best_strength(kind, files)
-        cs.merge(str(base_path()), experts(kind), out, method="task_arithmetic", **{"lambda": strength})
+        cs.merge(str(base_path()), experts(kind), out, method="task_arithmetic", lambda_=strength)
         return measured(str(out), kind) | {"strength": strength, "trials": trials}
     found = learned(setting, files)
     save_coefficients(out.parent / "found", found)

@@ -13,11 +13,6 @@ from suites.language.data import read_jsonl
 
 MIXTURE = train_mixture.LORA_PATH
 
-with_mixture = pytest.mark.skipif(
-    not (MIXTURE / "README.md").is_file(),
-    reason="the mixture adapter is not here: python -m suites.language.train_mixture lora",
-)
-
 
 @pytest.fixture(scope="module")
 def record() -> TrainingRecord:
@@ -57,7 +52,6 @@ def test_a_domain_without_a_full_expert_is_refused():
         train_full.full_path("code")
 
 
-@with_mixture
 def test_the_mixture_adapter_has_the_experts_form():
     ours, expert = open_adapter(MIXTURE), open_adapter(adapter_path("code"))
     assert {name: (p.a.shape, p.b.shape, p.scale) for name, p in ours.pairs.items()} == {
@@ -69,7 +63,6 @@ def test_the_mixture_adapter_has_the_experts_form():
     assert sum(path.stat().st_size for path in MIXTURE.iterdir()) < 5.2e6
 
 
-@with_mixture
 def test_the_mixture_learned_from_all_domains_alike(record: TrainingRecord):
     assert tuple(share.name for share in record.tasks) == DOMAINS
     assert {share.drawn for share in record.tasks} == {record.steps * record.batch_size // 4}
@@ -81,14 +74,12 @@ def test_the_mixture_learned_from_all_domains_alike(record: TrainingRecord):
     )
 
 
-@with_mixture
 def test_the_mixture_beats_the_base_on_every_domain(scores: dict[str, dict[str, float]]):
     assert set(scores["base"]) == set(scores["mixture"]) == set(scores["expert"])
     for domain in DOMAINS:
         assert scores["mixture"][domain] < scores["base"][domain]
 
 
-@with_mixture
 def test_the_card_is_made_from_the_record_and_the_scores(record: TrainingRecord, scores: dict[str, dict[str, float]]):
     said = (MIXTURE / "README.md").read_text(encoding="utf-8")
     assert said == train_mixture.card(record, scores)
@@ -96,7 +87,6 @@ def test_the_card_is_made_from_the_record_and_the_scores(record: TrainingRecord,
         assert licence in said
 
 
-@with_mixture
 def test_no_file_of_the_mixture_names_a_place_on_a_machine():
     for path in MIXTURE.glob("*.[jm][sd]*"):
         assert "/work" not in path.read_text(encoding="utf-8")
