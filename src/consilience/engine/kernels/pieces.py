@@ -13,11 +13,19 @@ TILE = 1024
 @kernel
 def blend(stack: Any, weights: Any, base: Any, low: int, high: int, out: Any) -> None:
     """``out[i] = base[i] + sum_k weights[k] * stack[k, i]`` for ``low <= i < high``, summed in row order."""
-    for i in range(low, high):
-        total = stack.dtype.type(0)
+    total = np.empty(TILE, stack.dtype)
+    for at in range(low, high, TILE):
+        end = min(high, at + TILE)
+        # Slices from 0: an index that might be negative costs a branch per element and the vector units.
+        start, target = base[at:end], out[at:end]
+        for i in range(target.size):
+            total[i] = stack.dtype.type(0)
         for k in range(len(weights)):
-            total += weights[k] * stack[k, i]
-        out[i] = base[i] + total
+            weight, row = weights[k], stack[k, at:end]
+            for i in range(target.size):
+                total[i] += weight * row[i]
+        for i in range(target.size):
+            target[i] = start[i] + total[i]
 
 
 @inlined
@@ -50,15 +58,16 @@ def blend_bf16(bits: Any, weights: Any, low: int, high: int, out: Any) -> None:
     total = np.empty(TILE, np.float32)
     for at in range(low, high, TILE):
         end = min(high, at + TILE)
-        for i in range(end - at):
-            base[i] = _widened(bits[0, at + i])
+        stored, target = bits[0, at:end], out[at:end]
+        for i in range(target.size):
+            base[i] = _widened(stored[i])
             total[i] = np.float32(0)
         for k in range(len(weights)):
-            weight = weights[k]
-            for i in range(end - at):
-                total[i] += weight * (_widened(bits[k + 1, at + i]) - base[i])
-        for i in range(end - at):
-            out[at + i] = base[i] + total[i]
+            weight, row = weights[k], bits[k + 1, at:end]
+            for i in range(target.size):
+                total[i] += weight * (_widened(row[i]) - base[i])
+        for i in range(target.size):
+            target[i] = base[i] + total[i]
 
 
 @inlined
@@ -75,7 +84,8 @@ def products_bf16(bits: Any, gradient: Any, low: int, high: int, out: Any) -> No
     base = np.empty(TILE, np.float32)
     for at in range(low, high, TILE):
         end = min(high, at + TILE)
-        for i in range(end - at):
-            base[i] = _widened(bits[0, at + i])
+        stored = bits[0, at:end]
+        for i in range(stored.size):
+            base[i] = _widened(stored[i])
         for k in range(bits.shape[0] - 1):
             out[k] += np.float64(_bf16_tile(bits[k + 1, at:end], base[: end - at], gradient[at:end]))
