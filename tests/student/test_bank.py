@@ -434,7 +434,9 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc, which only Linux has"
+)
 def test_eight_experts_take_the_memory_of_two(tmp_path: Path) -> None:
     """A student of 30 MB; an expert held in memory would be 15 MB, a tenth of the whole."""
     generator = torch.Generator().manual_seed(0)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-import numpy as np
-
 from consilience.coefficients.coefficients import Alpha
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError
@@ -45,6 +43,7 @@ def blocks_of(model: Any) -> Any:
         InputError: there is none.
     """
     decoder = model
+    # A model without a separate decoder has no such method, or transformers' placeholder, which raises: search it whole.
     with contextlib.suppress(AttributeError, NotImplementedError):
         decoder = model.get_decoder() or model
     lists = _outer_lists(decoder)
@@ -280,8 +279,3 @@ def watching(model: Any, layers: Sequence[int]) -> Generator[dict[int, Any]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def as_alpha(values: Any) -> Alpha:
-    """Return a torch tensor's values as float64."""
-    return np.asarray(values.detach().cpu().numpy(), np.float64)

@@ -13,7 +13,7 @@ from consilience.tasks.cache import fingerprint, key_of, recall, remember
 from consilience.tasks.leaks import learned_on
 from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
 from consilience.tasks.results import Evaluation, Settings, TaskResult
-from consilience.tasks.rows import Task, load_task
+from consilience.tasks.rows import Task, load_tasks
 
 if TYPE_CHECKING:
     from consilience.tasks.metrics import Dtype
@@ -59,15 +59,7 @@ def _source(model: ModelLike, adapter: Path | str | None = None, name: str | Non
 
 
 def _tasks(tasks: Sequence[Task | Path | str] | Task | Path | str) -> list[Task]:
-    many = [tasks] if isinstance(tasks, Task | Path | str) else list(tasks)
-    if not many:
-        raise InputError("no task given; name at least one JSONL file")
-    out = [task if isinstance(task, Task) else load_task(task) for task in many]
-    names = [task.name for task in out]
-    for task in out:
-        if names.count(task.name) > 1:
-            raise InputError(f"{task.path}: two tasks are named {task.name!r}; give one as NAME=PATH")
-    return out
+    return load_tasks([tasks] if isinstance(tasks, Task | Path | str) else tasks)
 
 
 @contextmanager

@@ -234,6 +234,22 @@ def load_task(spec: Path | str) -> Task:
     return Task(name, read_rows(rest), Path(rest))
 
 
+def load_tasks(tasks: Sequence[Task | Path | str]) -> list[Task]:
+    """Read tasks as ``load_task`` does (values are taken as they are), of which no two may have one name.
+
+    Raises:
+        InputError: there is no task, a name is given twice, or as ``load_task``.
+    """
+    if not tasks:
+        raise InputError("no task given; name at least one JSONL file")
+    out = [task if isinstance(task, Task) else load_task(task) for task in tasks]
+    names = [task.name for task in out]
+    for task in out:
+        if names.count(task.name) > 1:
+            raise InputError(f"{task.path}: two tasks are named {task.name!r}; give one as NAME=PATH")
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """Rows that two tasks share: ``pairs`` holds (index in a, index in b), for each row of a its first match in b."""

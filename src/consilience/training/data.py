@@ -8,7 +8,7 @@ from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError
 from consilience.tasks.encoding import Encoded, encode
 from consilience.tasks.load import load_tokenizer
-from consilience.tasks.rows import Task, load_task
+from consilience.tasks.rows import Task, load_tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +25,8 @@ def read_examples(folder: Path, tasks: Sequence[Task | str | Path]) -> list[Exam
     Raises:
         InputError: there is no task, two have one name, or a row is wrong or has no response.
     """
-    if not tasks:
-        raise InputError("no task given; name at least one JSONL file")
-    read = [task if isinstance(task, Task) else load_task(task) for task in tasks]
-    names = [task.name for task in read]
+    read = load_tasks(tasks)
     for task in read:
-        if names.count(task.name) > 1:
-            raise InputError(f"{task.path}: two tasks are named {task.name!r}; give one as NAME=PATH")
         for index, row in enumerate(task.rows):
             if not row.labelled:
                 raise InputError(f"{task.where(index)}: has no response to learn; add one or drop the row")
