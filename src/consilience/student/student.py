@@ -43,7 +43,7 @@ def blocks_of(model: Any) -> Any:
         InputError: there is none.
     """
     decoder = model
-    # A model without a separate decoder has no such method, or transformers' placeholder, which raises: search it whole.
+    # A model without a separate decoder has no such method, or a placeholder that raises: search it whole.
     with contextlib.suppress(AttributeError, NotImplementedError):
         decoder = model.get_decoder() or model
     lists = _outer_lists(decoder)
