@@ -234,3 +234,9 @@ def test_layers_by_number() -> None:
     assert settings_of(hidden_layers=("7,15", "3")).layers == (7, 15, 3)
     assert settings_of(hidden_layers=("middle",)).layers == "middle"
     assert settings_of(hidden_weight=0.0).layers == ()
+
+
+def test_the_optimizers_own_settings_reach_it() -> None:
+    found = settings_of(optimizer="spsa", mu=0.2, directions=3, sigma=0.4, population=7, learning_rate=0.5).descent
+    assert (found.mu, found.directions, found.sigma, found.population) == (0.2, 3, 0.4, 7)
+    assert (found.rule, found.rate) == ("adam", 0.5)

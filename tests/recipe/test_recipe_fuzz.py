@@ -148,6 +148,9 @@ def test_any_recipe_resolves_or_says_why_not(value: dict[str, Any], depth: float
 
 @settings(max_examples=100, deadline=None)
 @given(value=recipes.filter(lambda recipe: "seed" not in recipe))
+@example({"merge_method": "linear", "models": [{"model": "a", "name": "\x85"}]})
+@example({"merge_method": "linear", "models": [{"model": "a", "name": "a\u2028b"}]})
+@example({"merge_method": "linear", "models": [{"model": "a", "name": "\ufeff"}]})
 def test_an_accepted_recipe_survives_a_round_trip(value: dict[str, Any]) -> None:
     accepted, recipe = attempt(parse_recipe, value)
     if not accepted:

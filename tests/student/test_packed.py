@@ -1,5 +1,6 @@
 """Stored bfloat16 straight into the sums: the general path's bytes."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from consilience.api import build_recipe, plan_recipe
 from consilience.coefficients import make_groups
+from consilience.errors import InputError
 from consilience.student import packed
 from consilience.student.bank import Bank, mergeable
 
@@ -40,4 +42,20 @@ def test_both_passes_are_those_of_the_general_path(
     slopes = bank.products(gradients)
     monkeypatch.setattr(packed, "suits", lambda tensor: False)
     np.testing.assert_allclose(slopes, bank.products(gradients), rtol=1e-5, atol=1e-5)
+    plan.close()
+
+
+def test_a_file_that_becomes_shorter_is_one_line(tmp_path: Path) -> None:
+    state = {"a": torch.ones(64, 64).bfloat16()}
+    for name in ("base", "e"):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    save_file({"a": 2 * state["a"]}, tmp_path / "e.safetensors")
+    plan = plan_recipe(
+        build_recipe("task_arithmetic", str(tmp_path / "base.safetensors"), {"e": str(tmp_path / "e.safetensors")}, {})
+    )
+    bank = Bank(plan, make_groups(mergeable(plan, lambda name: False), "tensor"), threads=1)
+    assert bank.products({"a": torch.ones(64 * 64)}).tolist() == [[4096.0]]
+    os.truncate(tmp_path / "e.safetensors", 1000)
+    with pytest.raises(InputError, match=r"e\.safetensors: tensor 'a': file ended while it was read"):
+        bank.products({"a": torch.ones(64 * 64)})
     plan.close()

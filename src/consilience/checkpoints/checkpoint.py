@@ -3,6 +3,7 @@
 Architecture-free: names come from the files. Count in = count out; nothing is dropped silently.
 """
 
+import mmap
 import os
 import threading
 from collections.abc import Mapping
@@ -49,6 +50,10 @@ class Storage(Protocol):
         """Fill ``out`` with the tensor's bytes from byte ``start`` on."""
         ...
 
+    def view(self, tensor: TensorInfo) -> Bytes:
+        """Return all of the tensor's bytes, read-only and without a copy: for passes that come back to them."""
+        ...
+
     def identity(self) -> list[tuple[str, int, int]]:
         """Return (file, size in bytes, modification time in ns) of every file: what a resumed run compares."""
         ...
@@ -61,13 +66,15 @@ class Storage(Protocol):
 class FileStorage:
     """Safetensors files read with positioned reads into the caller's buffers.
 
-    Not ``mmap``: a file truncated while it is read must be an error, not a bus error, and a read into a reused
-    buffer that stays in cache costs less than the page faults of a mapping.
+    Not ``mmap`` for what is read once: a file truncated while it is read must be an error, not a bus error, and a read
+    into a reused buffer that stays in cache costs less than the page faults of a mapping. Whoever reads the same bytes
+    at every step takes a ``view``: pages are mapped once, and nothing is copied.
     """
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
         self._descriptors: dict[int, int] = {}
+        self._views: dict[int, Bytes] = {}
         self._lock = threading.Lock()
 
     def _descriptor(self, index: int) -> int:
@@ -88,9 +95,26 @@ class FileStorage:
         while view.nbytes:
             count = os.preadv(descriptor, [view], position)
             if count <= 0:
-                where = f"{self.files[tensor.file]}: tensor {tensor.name!r}"
-                raise InputError(f"{where}: file ended while it was read; download it again")
+                raise self._ended(tensor)
             position, view = position + count, view[count:]
+
+    def _ended(self, tensor: TensorInfo) -> InputError:
+        where = f"{self.files[tensor.file]}: tensor {tensor.name!r}"
+        return InputError(f"{where}: file ended while it was read; download it again")
+
+    def view(self, tensor: TensorInfo) -> Bytes:
+        """Return the tensor's bytes as mapped pages; an ``InputError`` says so when the file has become shorter."""
+        descriptor = self._descriptor(tensor.file)
+        if os.fstat(descriptor).st_size < tensor.offset + tensor.nbytes:
+            raise self._ended(tensor)
+        with self._lock:
+            if tensor.file not in self._views:
+                pages = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                self._views[tensor.file] = np.frombuffer(pages, np.uint8)
+            whole = self._views[tensor.file]
+        if whole.size < tensor.offset + tensor.nbytes:  # it has grown since it was mapped
+            raise self._ended(tensor)
+        return whole[tensor.offset : tensor.offset + tensor.nbytes]
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return name, size and modification time of every file."""
@@ -103,6 +127,7 @@ class FileStorage:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
+            self._views.clear()
 
 
 class MemoryStorage:
@@ -115,6 +140,10 @@ class MemoryStorage:
     def read(self, tensor: TensorInfo, start: int, out: Bytes) -> None:
         """Copy the bytes."""
         out[:] = self.arrays[tensor.name][start : start + out.size]
+
+    def view(self, tensor: TensorInfo) -> Bytes:
+        """Return the array itself."""
+        return self.arrays[tensor.name].view()
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return the files these arrays were read from, if any."""

@@ -5,14 +5,18 @@ from typing import Annotated, Any, Literal
 from consilience.coefficients import Coefficients
 from consilience.learned.settings import (
     Checkpoint,
+    Directions,
     Exclude,
     Holdout,
+    Mu,
     Patience,
+    Population,
     Positions,
     Precision,
     Responses,
     ResponseTokens,
     Samples,
+    Sigma,
     Tokens,
 )
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
@@ -43,6 +47,10 @@ def adamerging(
     schedule: Annotated[
         Literal["constant", "linear", "cosine", "restarts"], Default("constant"), "how the learning rate falls"
     ],
+    mu: Mu,
+    directions: Directions,
+    sigma: Sigma,
+    population: Population,
     steps: Annotated[int, Default(500), Range(0), "optimizer steps"],
     batch: Annotated[int, Default(16), Range(0), "rows of each expert per step; 0: all"],
     holdout: Holdout,

@@ -49,6 +49,10 @@ class AlignmentSettings:
     weight_decay: float
     schedule: Any
     clip: float
+    mu: float
+    directions: int
+    sigma: float
+    population: int
     batch: int
     steps: int
     holdout: float
@@ -99,7 +103,10 @@ class AlignmentSettings:
     def descent(self) -> Descent:
         """How the optimizer steps."""
         rule = self.optimizer if self.optimizer in ("adam", "adamw", "sgd") else "adam"
-        return Descent(rule, self.learning_rate, self.steps, self.schedule, self.clip, self.weight_decay)
+        return Descent(
+            rule, self.learning_rate, self.steps, self.schedule, self.clip, self.weight_decay,
+            mu=self.mu, directions=self.directions, sigma=self.sigma, population=self.population,
+        )  # fmt: skip
 
     def start(self, run: Run) -> Coefficients:
         """Return the coefficients at the anchor."""

@@ -5,15 +5,19 @@ from typing import Annotated, Any, Literal
 from consilience.coefficients import Coefficients
 from consilience.learned.settings import (
     Checkpoint,
+    Directions,
     Exclude,
     Grouping,
     Holdout,
+    Mu,
     Patience,
+    Population,
     Positions,
     Precision,
     Responses,
     ResponseTokens,
     Samples,
+    Sigma,
     Tokens,
 )
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
@@ -89,6 +93,10 @@ def expert_merging(
         Literal["constant", "linear", "cosine", "restarts"], Default("cosine"), "how the learning rate falls"
     ],
     clip: Annotated[float, Default(0.0), Range(0), "greatest norm of the gradient; 0: no bound"],
+    mu: Mu,
+    directions: Directions,
+    sigma: Sigma,
+    population: Population,
     batch: Annotated[int, Default(8), Range(0), "samples per step, taken in turn from the experts; 0: all"],
     steps: Annotated[int, Default(80), Range(0), "optimizer steps"],
     holdout: Holdout,

@@ -61,6 +61,8 @@ class Problem:
                     self._add(terms, self._batch(part, weights, gradient))
                 if gradient:
                     total = self.student.bank.products(self.student.take_gradients())
+            if gradient:
+                total = total + self.student.slopes()
         if not np.isfinite(sum(terms.values())) or not np.isfinite(total).all():
             raise InputError(
                 "the loss is not finite at the present coefficients; lower learning_rate, or use precision=float32"

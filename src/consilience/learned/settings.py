@@ -36,3 +36,7 @@ ResponseTokens = Annotated[int, Default(64), Range(1), "most tokens of a generat
 Positions = Annotated[
     Literal["all", "response"], Default("all"), "compare all tokens, or where a response is predicted"
 ]
+Mu = Annotated[float, Default(0.05), Range(1e-6), "spsa: half the distance between its two points"]
+Directions = Annotated[int, Default(1), Range(1), "spsa: directions averaged in a step, two evaluations each"]
+Sigma = Annotated[float, Default(0.1), Range(1e-6), "cma: standard deviation of the first generation"]
+Population = Annotated[int, Default(0), Range(0), "cma: evaluations in a generation; 0: by the number of coefficients"]

@@ -13,7 +13,8 @@ from consilience.recipe.yaml_file import read_yaml
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Numbers = Annotated[list[Number], Strict(), Field(min_length=1)]
 Scalar = Annotated[bool, Strict()] | Number | Annotated[str, Strict()]
-Name = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f/\\.=]+$")]
+#: Besides what would be misread in a path or a parameter, no control characters nor what YAML takes for a line break.
+Name = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff/\\.=]+$")]
 Reference = Annotated[str, Field(min_length=1)]
 
 #: mergekit keys that a later version will understand.

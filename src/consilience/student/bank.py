@@ -11,13 +11,13 @@ size of a task vector is ever held, so memory does not depend on the number of e
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from consilience.coefficients import Coefficients, Group, pieces_of
+from consilience.coefficients import Coefficients, Group
 from consilience.coefficients.coefficients import Alpha, Trimmed
 from consilience.engine.block import NonFinite, count_tensor
 from consilience.engine.kernels import pieces as kernels
@@ -28,6 +28,8 @@ from consilience.engine.worker import Worker
 from consilience.errors import InputError
 from consilience.methods.program import Elect, Program, Trim, WeightedSum
 from consilience.student import low_rank, on_device, packed
+from consilience.student.extents import cuts, cuts_by_piece, extents_of
+from consilience.student.factored import Factored, Leaf
 
 Job = tuple[TensorPlan, int]
 
@@ -38,15 +40,6 @@ class _Nowhere:
     def write(self, tensor: TensorPlan, start: int, data: Any) -> None:
         """Refuse: a bank writes no files."""
         raise AssertionError("a bank writes no files")
-
-
-@dataclass(frozen=True)
-class Extent:
-    """One tensor's pieces as numbers: piece p covers ``starts[p] ... stops[p]`` and has coefficient ``indices[p]``."""
-
-    starts: tuple[int, ...]
-    stops: tuple[int, ...]
-    indices: npt.NDArray[np.int64]
 
 
 class Bank:
@@ -69,20 +62,12 @@ class Bank:
         self.experts = tuple(expert.name for expert in plan.experts)
         self.count = sum(group.chunks for group in groups)
         self.threads = thread_count(threads)
-        held = {name: pieces for group in groups for name, pieces in pieces_of(group).items()}
-        self.extents = {
-            name: Extent(
-                tuple(p.start for p in pieces),
-                tuple(p.stop for p in pieces),
-                np.array([p.index for p in pieces], np.int64),
-            )
-            for name, pieces in held.items()
-        }
+        self.extents = extents_of(groups)
         stages = _stages(trimmed, len(self.experts))
         self.tensors = {
             t.name: replace(t, program=Program("task_vectors", WeightedSum((1.0,) * len(t.rows)), stages))
             for t in plan.tensors
-            if t.name in held and t.rows and not all(row.untouched for row in t.rows)
+            if t.name in self.extents and t.rows and not all(row.untouched for row in t.rows)
         }
         self._all = {t.name: t for t in plan.tensors}
         self._local = threading.local()
@@ -173,15 +158,15 @@ class Bank:
             extent, out = self.extents[tensor.name], weights[tensor.name]
             if tensor.name in self._seen and packed.suits(tensor):
                 scale = alpha.astype(np.float32)
-                for start, stop, bits, rows in packed.blocks(tensor, segment, self._worker().scratch):
+                for start, stop, bits, rows in packed.blocks(tensor, segment):
                     values, done = _room(out, start, stop, np.dtype(np.float32), self._worker())
-                    for low, high, index in _cuts(extent, start, stop):
+                    for low, high, index in cuts(extent, start, stop):
                         kernels.blend_bf16(bits, tuple(scale[rows, index]), low, high, values)
                     done()
                 return
             for start, stop, stack, base in self._blocks(tensor, segment):
                 values, done = _room(out, start, stop, stack.dtype, self._worker())
-                for low, high, index in _cuts(extent, start, stop):
+                for low, high, index in cuts(extent, start, stop):
                     kernels.blend(stack, tuple(map(stack.dtype.type, alpha[:, index])), base, low, high, values)
                 done()
 
@@ -209,7 +194,7 @@ class Bank:
         import torch
 
         if name not in self._seen and not self.plan.allow_nonfinite and not bool(torch.isfinite(theta).all()):
-            raise InputError(f"tensor {name!r}: the base or an expert holds NaN or Inf; repair the model, or drop it")
+            raise InputError(_broken(name))
 
     def products(self, gradients: "dict[str, Any]") -> Alpha:
         """Return ``< gradient[s], tau_k[s] >`` summed over every chunk: [K, N], zero where ``gradients`` has no tensor.
@@ -237,17 +222,17 @@ class Bank:
             extent = self.extents[tensor.name]
             total = np.zeros((len(extent.indices), len(self.experts)))
             if packed.suits(tensor):
-                for at, end, bits, rows in packed.blocks(tensor, segment, self._worker().scratch):
+                for at, end, bits, rows in packed.blocks(tensor, segment):
                     gradient = _host(gradients[tensor.name][at:end], np.float32)
                     part = np.zeros(len(rows))
-                    for low, high, piece in _cuts_by_piece(extent, at, end):
+                    for low, high, piece in cuts_by_piece(extent, at, end):
                         part[:] = 0
                         kernels.products_bf16(bits, gradient, low, high, part)
                         total[piece, rows] += part
                 return total
             for at, end, stack, _ in self._blocks(tensor, segment):
                 gradient = _host(gradients[tensor.name][at:end], stack.dtype)
-                for low, high, piece in _cuts_by_piece(extent, at, end):
+                for low, high, piece in cuts_by_piece(extent, at, end):
                     kernels.products(stack, gradient, low, high, total[piece])
             return total
 
@@ -295,6 +280,17 @@ class Bank:
         except NonFinite as error:
             raise count_tensor(error) from None
 
+    def factored(self, name: str, leaf: Leaf, device: Any) -> Factored:
+        """Return a tensor's adapters as an update of its layer's output.
+
+        Raises:
+            InputError: a stored value is NaN or Inf.
+        """
+        made = Factored(self.tensors[name], self.extents[name], leaf, self._worker().scratch, device)
+        if not made.finite and not self.plan.allow_nonfinite:
+            raise InputError(_broken(name))
+        return made
+
     def factors(self, name: str, device: Any) -> low_rank.Factors | None:
         """Return all experts' factors of a matrix; None: some expert's task vector does not come as factors."""
         tensor = self.tensors[name]
@@ -318,6 +314,10 @@ class Bank:
         return out
 
 
+def _broken(name: str) -> str:
+    return f"tensor {name!r}: the base or an expert holds NaN or Inf; repair the model, or drop it"
+
+
 def _matrix(tensor: TensorPlan, flat: Any) -> Any:
     """Return a flat tensor as [rows, the rest], the form that factors multiply to."""
     return flat.view(tensor.shape[0], -1)
@@ -328,22 +328,6 @@ def _stages(trimmed: Trimmed | None, experts: int) -> tuple[Trim | Elect, ...]:
         return ()
     trim = Trim((0,) * experts, (trimmed.density,) * experts, "model")
     return (trim, Elect()) if trimmed.elect else (trim,)
-
-
-def _cuts_by_piece(extent: Extent, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first, last + 1, piece number) of the pieces that meet a block, counted from its start."""
-    from bisect import bisect_right
-
-    for piece in range(bisect_right(extent.starts, start) - 1, len(extent.starts)):
-        if extent.starts[piece] >= stop:
-            return
-        yield max(extent.starts[piece], start) - start, min(extent.stops[piece], stop) - start, piece
-
-
-def _cuts(extent: Extent, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first, last + 1, coefficient index) of the pieces that meet a block."""
-    for low, high, piece in _cuts_by_piece(extent, start, stop):
-        yield low, high, int(extent.indices[piece])
 
 
 def _room(out: Any, start: int, stop: int, real: Any, worker: Worker) -> tuple[Any, Callable[[], None]]:

@@ -51,14 +51,15 @@ def read_factors(tensor: TensorPlan, scratch: Scratch, device: Any) -> Factors:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Runs of whole rows (first, last, piece), and parts of rows (row, first column, last column, piece)."""
+class Split:
+    """Pieces of a matrix: whole rows (first, last, piece), parts of rows (row, first column, last column, piece)."""
 
     whole: list[tuple[int, int, int]]
     parts: list[tuple[int, int, int, int]]
 
 
-def _split(starts: Sequence[int], stops: Sequence[int], width: int) -> _Split:
+def split_pieces(starts: Sequence[int], stops: Sequence[int], width: int) -> Split:
+    """Return how pieces of a flat tensor lie in rows of ``width`` elements."""
     whole: list[tuple[int, int, int]] = []
     parts: list[tuple[int, int, int, int]] = []
     for piece, (start, stop) in enumerate(zip(starts, stops, strict=True)):
@@ -72,14 +73,14 @@ def _split(starts: Sequence[int], stops: Sequence[int], width: int) -> _Split:
             whole.append((first, last, piece))
         if stop % width:
             parts.append((last, 0, stop % width, piece))
-    return _Split(whole, parts)
+    return Split(whole, parts)
 
 
 def add_update(factors: Factors, alpha: Alpha, starts: Sequence[int], stops: Sequence[int], theta: Any) -> None:
     """Add ``sum_k alpha[k, piece] L_k R_k`` to ``theta`` [m, n] in place; ``alpha`` is [K, pieces]."""
     import torch
 
-    split = _split(starts, stops, theta.shape[1])
+    split = split_pieces(starts, stops, theta.shape[1])
     weights = torch.from_numpy(alpha.astype(np.float32)).to(factors.left.device)[factors.expert]
     for first, last, piece in split.whole:
         theta[first:last].addmm_(factors.left[first:last] * weights[:, piece], factors.right)
@@ -91,7 +92,7 @@ def inner_products(factors: Factors, gradient: Any, starts: Sequence[int], stops
     """Return ``< gradient, L_k R_k >`` over every piece, [pieces, K] in float64; ``gradient`` is [m, n] float32."""
     import torch
 
-    split = _split(starts, stops, gradient.shape[1])
+    split = split_pieces(starts, stops, gradient.shape[1])
     columns = torch.zeros(len(starts), factors.left.shape[1], dtype=torch.float64, device=factors.left.device)
     products = (gradient @ factors.right.T) * factors.left if split.whole else None
     for first, last, piece in split.whole:

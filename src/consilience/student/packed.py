@@ -1,7 +1,7 @@
 """Full bfloat16 experts on a bfloat16 base: stored bits go into the sums without a float32 copy of the task vectors.
 
-The common case, and the one where a pass is bound by memory: a block's bits of base and experts stay in cache, and the
-kernels decode and subtract as they sum. The sums are those of the general path, in the same order.
+The common case, and the one where a pass is bound by memory: the kernels decode and subtract mapped pages as they sum,
+and nothing is copied. The sums are those of the general path, in the same order.
 """
 
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.block import Scratch
 from consilience.engine.plan import TensorPlan
+from consilience.experts.model import Source
 
-#: Elements of a block: 512 KiB of bits a row. Smaller ones fit a nearer cache, but two threads then wait for the GIL.
+#: Elements of a block. Of float32 gradients and weights it fits a near cache; the GIL changes hands once a block.
 BLOCK = 1 << 18
 
 
@@ -25,16 +25,21 @@ def suits(tensor: TensorPlan) -> bool:
     return plain and stored and len(sources) > 1
 
 
-def blocks(tensor: TensorPlan, segment: int, scratch: Scratch) -> Iterator[tuple[int, int, Any, list[int]]]:
-    """Yield (first, last + 1, bits [1 + R, BLOCK] uint16, numbers of the R changed rows) of one segment."""
+def blocks(tensor: TensorPlan, segment: int) -> Iterator[tuple[int, int, tuple[Any, ...], list[int]]]:
+    """Yield (first, last + 1, bits of base and changed rows as 1 + R arrays of uint16, the rows' R numbers)."""
     rows = [k for k, row in enumerate(tensor.rows) if not row.untouched]
-    sources = [tensor.base, *(tensor.rows[k] for k in rows)]
-    bits = scratch.array("bits", (len(sources), BLOCK), np.uint16)
+    stored = [_bits(source) for source in (tensor.base, *(tensor.rows[k] for k in rows))]
     start, stop = tensor.span(segment)
     for at in range(start, stop, BLOCK):
         end = min(stop, at + BLOCK)
-        for row, source in zip(bits, sources, strict=True):
-            assert source.dense is not None
-            assert source.storage is not None
-            source.storage.read(source.dense, 2 * at, row[: end - at].view(np.uint8))
-        yield at, end, bits, rows
+        yield at, end, tuple(one[at:end] for one in stored), rows
+
+
+def _bits(source: Source) -> Any:
+    """Return a stored tensor as uint16, read-only; a copy if it does not lie at an even address."""
+    assert source.dense is not None
+    assert source.storage is not None
+    held = source.storage.view(source.dense)
+    bits = (held if held.ctypes.data % 2 == 0 else held.copy()).view(np.uint16)
+    bits.flags.writeable = False  # one type for the compiled kernels
+    return bits

@@ -1,8 +1,9 @@
 """The student: one model in memory whose weights are rebuilt from the stored base and task vectors at every step.
 
 Its weights are leaf tensors that are rewritten in place (there is no drift: each time from the stored values, in
-float32). One ordinary backward pass gives dL/dtheta, which the bank turns into dL/dalpha. The same model also plays
-every expert, one after another, so memory never holds a second one.
+float32). One ordinary backward pass gives dL/dtheta, which the bank turns into dL/dalpha. Adapters on linear layers
+work on activations instead (``factored.py``), where the layer keeps the base's weight. The same model also plays every
+expert, one after another, so memory never holds a second one.
 """
 
 import contextlib
@@ -10,10 +11,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+import numpy as np
+
 from consilience.coefficients.coefficients import Alpha
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError
 from consilience.student.bank import Bank
+from consilience.student.factored import Factored, Leaf, layers_of, suits
 from consilience.student.names import doubtful, parameters_of, renamed
 
 Precision = Literal["float32", "mixed", "bfloat16", "float64"]
@@ -95,7 +99,8 @@ class Student:
     """A model whose weights follow the coefficients; see ``make_student``.
 
     ``parameters`` maps stored tensor names to the model's parameters (tied names share one). ``held`` says whose
-    weights are in memory: an expert's index, or -1 for the base or a blend.
+    weights are in memory: an expert's index, or -1 for the base or a blend. ``factored`` holds the tensors whose
+    update is made from activations, ``leaf`` the coefficients that they follow.
     """
 
     model: Any
@@ -104,12 +109,14 @@ class Student:
     settings: Settings
     parameters: dict[str, Any]
     held: int = _BASE
+    factored: dict[str, Factored] = field(default_factory=dict[str, Factored])
+    leaf: Leaf = field(default_factory=Leaf)
     _foreign: set[str] = field(default_factory=set[str])
 
     @property
     def merged(self) -> dict[str, Any]:
-        """Flat views of the parameters that have coefficients."""
-        return {name: self.parameters[name].data.view(-1) for name in self.bank.tensors}
+        """Flat views of the parameters that are rebuilt from coefficients."""
+        return {n: self.parameters[n].data.view(-1) for n in self.bank.tensors if n not in self.factored}
 
     def set(self, alpha: Alpha) -> None:
         """Rebuild the weights: base plus coefficients times task vectors; everything else is the base's."""
@@ -117,14 +124,30 @@ class Student:
             self.bank.write(name, None, self.parameters[name].data.view(-1))
         self._foreign.clear()
         self.bank.blend(alpha, self.merged)
+        self.follow(alpha)
         self.held = _BASE
+
+    def follow(self, alpha: Alpha) -> None:
+        """Let the factored tensors have these coefficients."""
+        import torch
+
+        if self.factored:
+            kind = torch.float64 if self.settings.precision == "float64" else torch.float32
+            self.leaf.alpha = torch.tensor(alpha, dtype=kind, device=self.settings.device, requires_grad=True)
+
+    def slopes(self) -> Alpha:
+        """Return dL/dalpha [K, N] of the factored tensors, accumulated since ``set``; zero elsewhere."""
+        alpha = self.leaf.alpha
+        if alpha is None or alpha.grad is None:
+            return np.zeros((len(self.bank.experts), self.bank.count))
+        return np.asarray(alpha.grad.double().cpu().numpy())
 
     def become(self, expert: int) -> None:
         """Take an expert's weights, in every tensor it changes (also those that have no coefficients)."""
         if self.held == expert:
             return
         for tensor in self.plan.tensors:
-            if not tensor.rows or tensor.name != tensor.stream:
+            if not tensor.rows or tensor.name != tensor.stream or tensor.name in self.factored:
                 continue
             if tensor.name not in self.parameters:
                 self._check_unheld(tensor, expert)
@@ -135,6 +158,7 @@ class Student:
                 self._foreign.add(tensor.name)
             elif tensor.name in self._foreign or tensor.name in self.bank.tensors:
                 self.bank.write(tensor.name, None, flat)
+        self.follow(np.repeat(np.eye(len(self.bank.experts))[:, [expert]], self.bank.count, 1))
         self.held = expert
 
     def _check_unheld(self, tensor: TensorPlan, expert: int) -> None:
@@ -162,7 +186,7 @@ class Student:
     def gradients(self, sink: Callable[[str, Any], None]) -> Generator[None]:
         """Within the context a backward pass hands every merged tensor's gradient to ``sink`` and then forgets it."""
         handles: list[Any] = []
-        for name in self.bank.tensors:
+        for name in self.merged:
             parameter = self.parameters[name]
 
             def taken(held: Any, name: str = name) -> None:
@@ -179,7 +203,7 @@ class Student:
     def take_gradients(self) -> dict[str, Any]:
         """Return the accumulated gradients by tensor name and clear them."""
         found: dict[str, Any] = {}
-        for name in self.bank.tensors:
+        for name in self.merged:
             parameter = self.parameters[name]
             if parameter.grad is not None:
                 found[name] = parameter.grad.reshape(-1)
@@ -206,6 +230,9 @@ def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
     for name in bank.tensors:
         if not parameters[name].data.is_contiguous():
             parameters[name].data = parameters[name].data.contiguous()
+    if settings.precision != "bfloat16":  # there the merged weight's rounding is part of what is learned
+        _factor(student)
+    for name in student.merged:
         parameters[name].requires_grad_(True)
     if settings.checkpoint:
         _checkpoint_blocks(blocks_of(model))
@@ -240,6 +267,67 @@ def _prove(student: Student, where: str) -> None:
             raise InputError(_misplaced(where, tensor.name))
     for name in doubtful(student.model, renames, equal & renames.keys()):
         raise InputError(_misplaced(where, name))
+
+
+def _factor(student: Student) -> None:
+    """Let the adapters of linear layers work on activations, where a trial shows that this is the same model.
+
+    A layer that the trial does not call, or all of them if some model uses a layer's weight in a way of its own, are
+    left to the bank.
+    """
+    bank, model = student.bank, student.model
+    able = [n for n, t in bank.tensors.items() if suits(t, len(bank.extents[n].indices))]
+    layers = layers_of(model, student.parameters, able)
+    handles: dict[str, Any] = {}
+    for name, layer in layers.items():
+        made = bank.factored(name, student.leaf, student.settings.device)
+        student.factored[name] = made
+        handles[name] = layer.register_forward_hook(made.hook)
+    if not layers:
+        return
+    alpha = np.random.default_rng(0).random((len(bank.experts), bank.count))
+    same, called = _tried(student, alpha)
+    for name, handle in handles.items():
+        if not (same and name in called):
+            handle.remove()
+            del student.factored[name]
+    student.leaf.alpha = None
+
+
+def _tried(student: Student, alpha: Alpha) -> tuple[bool, set[str]]:
+    """Return whether updates on activations give the outputs of merged weights, and the layers that were called.
+
+    Outside autocast: bfloat16 products would hide what differs.
+    """
+    flat = {name: student.parameters[name].data.view(-1) for name in student.factored}
+    base = _probe(student.model)
+    student.follow(alpha)
+    beside = _probe(student.model)
+    called = {name for name, made in student.factored.items() if made.calls}
+    student.leaf.alpha = None
+    student.bank.blend(alpha, flat)
+    merged = _probe(student.model)
+    for name, values in flat.items():
+        student.bank.write(name, None, values)
+    if base is None or beside is None or merged is None:
+        return False, called
+    error, effect = float((beside - merged).norm()), float((merged - base).norm())
+    return error <= 1e-3 * effect + 1e-5 * float(merged.norm()), called
+
+
+def _probe(model: Any) -> Any:
+    """Return a model's logits on a few token ids; None: it does not run on token ids alone."""
+    import torch
+
+    config = model.config.get_text_config()
+    count = min(32, config.vocab_size)
+    ids = (torch.arange(count, device=model.device) * max(1, config.vocab_size // count))[None]
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    with torch.no_grad():
+        try:
+            return model(**inputs).logits
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return None
 
 
 def _misplaced(where: str, name: str) -> str:

@@ -53,17 +53,17 @@ def _widened(bits: Any) -> Any:
 
 @kernel
 def blend_bf16(bits: Any, weights: Any, low: int, high: int, out: Any) -> None:
-    """``blend`` from stored bfloat16: ``bits`` [1 + K, n] uint16, the base first; decoded as it is summed."""
+    """``blend`` from stored bfloat16: ``bits`` is 1 + K arrays of uint16, the base first; decoded as it is summed."""
     base = np.empty(TILE, np.float32)
     total = np.empty(TILE, np.float32)
     for at in range(low, high, TILE):
         end = min(high, at + TILE)
-        stored, target = bits[0, at:end], out[at:end]
+        stored, target = bits[0][at:end], out[at:end]
         for i in range(target.size):
             base[i] = _widened(stored[i])
             total[i] = np.float32(0)
         for k in range(len(weights)):
-            weight, row = weights[k], bits[k + 1, at:end]
+            weight, row = weights[k], bits[k + 1][at:end]
             for i in range(target.size):
                 total[i] += weight * (_widened(row[i]) - base[i])
         for i in range(target.size):
@@ -84,8 +84,8 @@ def products_bf16(bits: Any, gradient: Any, low: int, high: int, out: Any) -> No
     base = np.empty(TILE, np.float32)
     for at in range(low, high, TILE):
         end = min(high, at + TILE)
-        stored = bits[0, at:end]
+        stored = bits[0][at:end]
         for i in range(stored.size):
             base[i] = _widened(stored[i])
-        for k in range(bits.shape[0] - 1):
-            out[k] += np.float64(_bf16_tile(bits[k + 1, at:end], base[: end - at], gradient[at:end]))
+        for k in range(len(bits) - 1):
+            out[k] += np.float64(_bf16_tile(bits[k + 1][at:end], base[: end - at], gradient[at:end]))
