@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from consilience.engine.block import Scratch
 from consilience.engine.plan import make_plan
 from consilience.learned.run import Data, Machine, Run, Workshop, groups_of, open_workshop
 from consilience.recipe.schema import parse_recipe
@@ -181,7 +180,7 @@ def test_any_cut_of_a_layer(tensor: Any, cuts: list[int], seed: int, whole: bool
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randperm(12, generator=generator)[: len(starts)]
     leaf = Leaf(torch.randn(2, 12, generator=generator, dtype=torch.float64, requires_grad=True))
-    made = Factored(plan, Extent(starts, stops, indices.numpy()), leaf, Scratch(), "cpu")
+    made = Factored(plan, Extent(starts, stops, indices.numpy()), leaf, "cpu")
     x = torch.randn(2, 3, 96, generator=generator, dtype=torch.float64, requires_grad=True)
     alpha = leaf.alpha.detach().clone().requires_grad_()
     weight = torch.zeros(48 * 96, dtype=torch.float64)

@@ -51,7 +51,7 @@ class Storage(Protocol):
         ...
 
     def view(self, tensor: TensorInfo) -> Bytes:
-        """Return all of the tensor's bytes, read-only and without a copy: for passes that come back to them."""
+        """Return all of the tensor's bytes without a copy, not to be written to: for passes that come back to them."""
         ...
 
     def identity(self) -> list[tuple[str, int, int]]:
@@ -109,7 +109,8 @@ class FileStorage:
             raise self._ended(tensor)
         with self._lock:
             if tensor.file not in self._views:
-                pages = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+                # Private pages, for torch takes no read-only arrays; as nobody writes they stay the page cache's.
+                pages = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
                 self._views[tensor.file] = np.frombuffer(pages, np.uint8)
             whole = self._views[tensor.file]
         if whole.size < tensor.offset + tensor.nbytes:  # it has grown since it was mapped

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,9 @@ from consilience.errors import InputError
 from consilience.methods.program import Elect, Program, Trim, WeightedSum
 from consilience.student import low_rank, on_device, packed
 from consilience.student.extents import cuts, cuts_by_piece, extents_of
-from consilience.student.factored import Factored, Leaf
+
+if TYPE_CHECKING:
+    from consilience.student.factored import Factored, Leaf
 
 Job = tuple[TensorPlan, int]
 
@@ -280,13 +282,15 @@ class Bank:
         except NonFinite as error:
             raise count_tensor(error) from None
 
-    def factored(self, name: str, leaf: Leaf, device: Any) -> Factored:
+    def factored(self, name: str, leaf: "Leaf", device: Any) -> "Factored":
         """Return a tensor's adapters as an update of its layer's output.
 
         Raises:
             InputError: a stored value is NaN or Inf.
         """
-        made = Factored(self.tensors[name], self.extents[name], leaf, self._worker().scratch, device)
+        from consilience.student.factored import Factored
+
+        made = Factored(self.tensors[name], self.extents[name], leaf, device)
         if not made.finite and not self.plan.allow_nonfinite:
             raise InputError(_broken(name))
         return made

@@ -2,21 +2,24 @@
 
     y = x W_0^T + sum_p [ (x R^T) * a_p ] L_p^T          R = [R_1; ...; R_K],  L = [L_1, ..., L_K],  p: pieces of rows
 
-with ``a_p[j] = scale_k alpha[k, p]`` for the columns j of expert k. A step then neither rebuilds the weight, nor makes
-its gradient, nor reads a stored byte, and autograd gives dL/dalpha itself. It costs 4 T R (m + n) multiplications where
-the weight costs 2 T m n for its gradient and 4 m n R for its blend and its products, for T tokens, R ranks and an
-[m, n] layer. A chunk that ends inside a row makes that row one product of its own: ``y_i = x . v_i``, ``v_i`` [n] the
-row of the update.
+with ``a_p[j] = scale_k alpha[k, p]`` for the columns j of expert k. A step then neither rebuilds the weight nor makes
+its gradient; dL/dalpha comes from what the adapters see. It costs 4 T R (m + n) multiplications where the weight costs
+2 T m n for its gradient and 4 m n R for its blend and its products, for T tokens, R ranks and an [m, n] layer. A chunk
+that ends inside a row makes that row one product of its own: ``y_i = x . v_i``, ``v_i`` [n] the row of the update.
+
+On the CPU the factors are read from mapped files whenever they are used, so that memory does not grow with the number
+of experts; on an accelerator they are held.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-import numpy as np
+import torch
 
-from consilience.engine.block import Scratch
 from consilience.engine.plan import TensorPlan
+from consilience.experts.model import Source
 from consilience.student import low_rank
 from consilience.student.extents import Extent
 
@@ -26,30 +29,45 @@ TOKENS = 512
 
 @dataclass
 class Leaf:
-    """The coefficients [K, N] of the present step as a torch tensor that gradients reach; None: nothing is added."""
+    """What the layers of a student share.
+
+    ``alpha`` [K, N] are the coefficients of the present step, which gradients reach (None: nothing is added).
+    """
 
     alpha: Any = None
+    _buffers: dict[Any, Any] = field(default_factory=dict[Any, Any])
+
+    def buffer(self, purpose: str, shape: tuple[int, ...], like: Any) -> Any:
+        """Return a tensor of the type of ``like``, whose memory the next call for this purpose takes again."""
+        size, key = prod(shape), (purpose, like.dtype)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = like.new_empty(size)
+        return self._buffers[key][:size].view(shape)
 
 
 class Factored:
     """One linear layer's adapters of all experts, and their update as a function of the layer's input."""
 
-    def __init__(self, tensor: TensorPlan, extent: Extent, leaf: Leaf, scratch: Scratch, device: Any) -> None:
-        import torch
-
+    def __init__(self, tensor: TensorPlan, extent: Extent, leaf: Leaf, device: Any) -> None:
         self.leaf, self.calls = leaf, 0
-        sides, owners, scales = _stored_factors(tensor, scratch)
-        self._left = torch.cat([left for left, _ in sides], 1).to(device)
-        self._right = torch.cat([right for _, right in sides], 0).to(device)
-        self._owner = torch.tensor(owners, device=device)
-        self._scale = torch.tensor(scales, dtype=torch.float64, device=device)[:, None]
+        pairs = [(k, source) for k, source in enumerate(tensor.rows) if source.pair is not None]
+        self._sides = [_stored(source) for _, source in pairs]
+        ranks = [left.shape[1] for left, _ in self._sides]
+        self.height, self.width, self.rank = *tensor.shape, sum(ranks)
+        numbers = torch.tensor(ranks)
+        self._owner = torch.tensor([k for k, _ in pairs]).repeat_interleave(numbers).to(device)
+        scales = [source.pair.scale for _, source in pairs if source.pair is not None]
+        scale = torch.tensor(scales, dtype=torch.float64).repeat_interleave(numbers)
+        # Some accelerators have no float64.
+        self._scale = (scale if torch.device(device).type == "cpu" else scale.float()).to(device)[:, None]
         self._index = torch.from_numpy(extent.indices).to(device)
-        self._runs, self._broken = _runs(extent, tensor.shape[0], self._right.shape[1])
+        self.runs, self.broken = _runs(extent, self.height, self.width)
+        self._held: tuple[Any, Any] | None = None
 
     @property
     def finite(self) -> bool:
         """Whether every factor holds finite values."""
-        return all(bool(side.isfinite().all()) for side in (self._left, self._right))
+        return all(bool(side.isfinite().all()) for sides in self._sides for side in sides)
 
     def hook(self, _module: Any, inputs: Any, output: Any) -> Any:
         """Add the update to a layer's output: a forward hook."""
@@ -58,39 +76,80 @@ class Factored:
 
     def update(self, x: Any) -> Any:
         """Return the update [..., m] of inputs ``x`` [..., n] at the present coefficients."""
-        import torch
-        from torch.nn.functional import linear
-
-        alpha = self.leaf.alpha
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(alpha.dtype)
-        left, right = self._left.to(alpha.dtype), self._right.to(alpha.dtype)
+        alpha, device = self.leaf.alpha, x.device.type
+        auto = torch.is_autocast_enabled(device)
+        kind = torch.get_autocast_dtype(device) if auto else alpha.dtype
         weights = alpha[:, self._index][self._owner] * self._scale.to(alpha.dtype)  # [R, pieces]
-        u = linear(x, right)
-        if len(self._runs) == 1 and not self._broken:
-            return linear(u * weights[:, 0], left)
-        parts: list[Any] = []
-        for first, last, piece in self._runs:
-            if piece is not None:
-                parts.append(linear(u * weights[:, piece], left[first:last]))
-            elif first in self._broken:
-                parts.append(linear(x, self._row(first, left, right, weights)))
-            else:
-                parts.append(u.new_zeros((*u.shape[:-1], last - first)))
-        kind = parts[0].dtype
-        return torch.cat([part.to(kind) for part in parts], -1)
+        flat = x.reshape(-1, self.width).to(kind)
+        return _Update.apply(flat, weights, self).view(*x.shape[:-1], self.height)
 
-    def _row(self, row: int, left: Any, right: Any, weights: Any) -> Any:
-        """Return row ``row`` [1, n] of the update, put together from the pieces that share it."""
-        import torch
-
-        parts: list[Any] = []
+    def sides(self, like: Any) -> tuple[Any, Any]:
+        """Return L [m, R] and R [R, n], with the type and device of ``like``, until the next call for any layer."""
+        if self._held is not None and self._held[0].dtype == like.dtype:
+            return self._held
+        left = self.leaf.buffer("left", (self.height, self.rank), like)
+        right = self.leaf.buffer("right", (self.rank, self.width), like)
         at = 0
-        for low, high, piece in self._broken[row]:
-            parts.append(right.new_zeros(low - at))
-            parts.append((left[row] * weights[:, piece]) @ right[:, low:high])
-            at = high
-        parts.append(right.new_zeros(right.shape[1] - at))
-        return torch.cat([part.to(right.dtype) for part in parts])[None]
+        for own_left, own_right in self._sides:
+            end = at + own_left.shape[1]
+            left[:, at:end].copy_(own_left)
+            right[at:end].copy_(own_right)
+            at = end
+        if like.device.type != "cpu":
+            self._held = left.clone(), right.clone()
+            return self._held
+        return left, right
+
+    def row(self, row: int, left: Any, right: Any, weights: Any) -> Any:
+        """Return one broken row [n] of the update."""
+        values = right.new_zeros(self.width)
+        for low, high, piece in self.broken[row]:
+            values[low:high] = (left[row] * weights[:, piece]) @ right[:, low:high]
+        return values
+
+
+class _Update(torch.autograd.Function):
+    """The update of flat inputs x [T, n] at weights [R, pieces]; kept for the backward pass is x R^T [T, R]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weights: Any, layer: Factored) -> Any:
+        left, right = layer.sides(x)
+        u = x @ right.T
+        narrow = weights.to(x.dtype)
+        ctx.layer = layer
+        ctx.save_for_backward(u, weights, x if layer.broken else None)
+        if len(layer.runs) == 1 and not layer.broken:
+            return (u * narrow[:, 0]) @ left.T
+        out = x.new_zeros(x.shape[0], layer.height)
+        for first, last, piece in layer.runs:
+            if piece is not None:
+                out[:, first:last] = (u * narrow[:, piece]) @ left[first:last].T
+        for row in layer.broken:
+            out[:, row] = x @ layer.row(row, left, right, narrow)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        layer: Factored = ctx.layer
+        u, weights, x = ctx.saved_tensors
+        gradient = gradient.to(u.dtype)
+        left, right = layer.sides(gradient)
+        narrow = weights.to(u.dtype)
+        slope, into = torch.zeros_like(weights), torch.zeros_like(u)
+        for first, last, piece in layer.runs:
+            if piece is not None:
+                seen = gradient[:, first:last] @ left[first:last]  # [T, R]
+                slope[:, piece] += (seen * u).sum(0, dtype=weights.dtype)
+                into.addcmul_(seen, narrow[:, piece])
+        found = into @ right
+        for row in layer.broken:
+            own = gradient[:, row]
+            found.addr_(own, layer.row(row, left, right, narrow))
+            pulled = own @ x  # [n]
+            for low, high, piece in layer.broken[row]:
+                slope[:, piece] += left[row] * (right[:, low:high] @ pulled[low:high])
+        return found, slope, None
 
 
 Run = tuple[int, int, int | None]
@@ -118,25 +177,19 @@ def _runs(extent: Extent, height: int, width: int) -> tuple[list[Run], dict[int,
     return runs, broken
 
 
-def _stored_factors(tensor: TensorPlan, scratch: Scratch) -> tuple[list[tuple[Any, Any]], list[int], list[float]]:
-    """Return every expert's (left, right) in the type it is stored in, whose each rank is, and its scale."""
-    import torch
-
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-    sides: list[tuple[Any, Any]] = []
-    owners: list[int] = []
-    scales: list[float] = []
-    for k, source in enumerate(tensor.rows):
-        if source.pair is not None:
-            stored = source.pair.b.dtype.name, source.pair.a.dtype.name
-            real = np.float64 if "F64" in stored else np.float32
-            wide = torch.float64 if real is np.float64 else torch.float32
-            kind = kinds.get(stored[0], wide) if stored[0] == stored[1] else wide
-            left, right = (torch.from_numpy(side).to(kind, copy=True) for side in scratch.factors(source, real))
-            sides.append((left, right))
-            owners += [k] * left.shape[1]
-            scales += [source.pair.scale] * left.shape[1]
-    return sides, owners, scales
+def _stored(source: Source) -> tuple[Any, Any]:
+    """Return one pair as (left [m, r], right [r, n]): the file's own pages, in the type they are stored in."""
+    pair, storage = source.pair, source.pair_storage
+    assert pair is not None
+    assert storage is not None
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    sides: list[Any] = []
+    for tensor in (pair.b, pair.a):
+        held = storage.view(tensor)
+        aligned = held if held.ctypes.data % tensor.dtype.itemsize == 0 else held.copy()
+        sides.append(torch.from_numpy(aligned).view(kinds[tensor.dtype.name]))
+    b, a = sides[0].view(-1, pair.rank), sides[1].view(pair.rank, -1)
+    return (a.T, b.T) if pair.transposed else (b, a)
 
 
 def suits(tensor: TensorPlan, pieces: int) -> bool:
@@ -145,15 +198,16 @@ def suits(tensor: TensorPlan, pieces: int) -> bool:
         return False
     if any(row.dense is not None for row in tensor.rows):
         return False
-    (m, n), ranks = tensor.shape, sum(row.pair.rank for row in tensor.rows if row.pair is not None)
+    pairs = [row.pair for row in tensor.rows if row.pair is not None]
+    if any(side.dtype.name not in ("BF16", "F16", "F32", "F64") for pair in pairs for side in (pair.a, pair.b)):
+        return False
+    (m, n), ranks = tensor.shape, sum(pair.rank for pair in pairs)
     beside = 4 * TOKENS * ranks * (m + n) + 4 * TOKENS * n * (pieces - 1)
     return beside <= 2 * TOKENS * m * n + 4 * m * n * ranks
 
 
 def layers_of(model: Any, parameters: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return the linear layer of every named tensor that belongs to one layer alone and is not the output layer's."""
-    import torch
-
     owners: dict[int, list[Any]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
