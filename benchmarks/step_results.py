@@ -26,7 +26,8 @@ GROWTH_AIM = 1.05
 LEANNESS_AIM = 3.0
 """Least memory of the straightforward step as a ratio to ours."""
 TOLERANCE = 1e-3
-"""Of the gradients' agreement: relative to an element, plus this share of the root mean square over all of them."""
+"""Of the gradients' agreement: norm of the difference over the norm. In float32 either side's own error is a tenth to a
+third of it, against our step in float64."""
 STEP, HIDDEN = "step", "step, hidden too"
 PARTS = ("blend", "expert", "compute", "products")
 LABELS = {
@@ -80,7 +81,7 @@ class Agreement:
     """Whether our gradient and autograd's are the same, over all coefficients.
 
     ``error`` is the norm of the difference over that of autograd's; ``worst`` is the largest difference of one
-    coefficient over the root mean square of all; ``same`` is the verdict at ``TOLERANCE``.
+    coefficient over the root mean square of all; ``same`` is whether ``error`` is within ``TOLERANCE``.
     """
 
     kind: Kind
@@ -150,7 +151,7 @@ def compare(ours: Row, reference: Row) -> Agreement:
         coefficients=exact.size,
         error=float(np.linalg.norm(found - exact) / np.linalg.norm(exact)),
         worst=float(np.abs(found - exact).max()) / size,
-        same=bool(np.allclose(found, exact, rtol=TOLERANCE, atol=TOLERANCE * size)),
+        same=bool(np.linalg.norm(found - exact) <= TOLERANCE * np.linalg.norm(exact)),
     )
 
 
@@ -262,7 +263,7 @@ def _checks(results: Results) -> Table:
     )  # fmt: skip
     return Table(
         "Is it the same gradient? (consilience against autograd)",
-        ("experts", "coefficients", "norm of the error / norm", "largest error / rms", f"at rtol {TOLERANCE:g}"),
+        ("experts", "coefficients", "norm of the error / norm", "largest error / rms", f"within {TOLERANCE:g}"),
         body,
     )
 

