@@ -7,7 +7,7 @@ name, or is refused by name: an unknown key that is switched on is never guessed
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,7 +60,8 @@ class LoraPair:
 class Adapter:
     """An opened LoRA adapter: its pairs and whole tensors by target name, and the checkpoint that holds their bytes.
 
-    A target may have both: PEFT saves an adapted embedding's own weight beside its factors, and both count.
+    A target may have both: PEFT saves an adapted embedding's own weight beside its factors, and both count. ``names``
+    has, for targets that were renamed after the base's files, what the adapter itself calls them.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Adapter:
     config: dict[str, Any]
     pairs: dict[str, LoraPair]
     whole: dict[str, TensorInfo]
+    names: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def is_adapter(path: Path) -> bool:

@@ -159,10 +159,10 @@ def _encode(values: Array, dtype: DType) -> Any:
     return raw
 
 
-def _write_weights(path: Path, found: list[_Factors], dtype: DType) -> None:
+def _write_weights(plan: Plan, path: Path, found: list[_Factors], dtype: DType) -> None:
     tensors: list[tuple[str, Array]] = []
     for f in found:
-        stem = "base_model.model." + f.target.removesuffix(".weight")
+        stem = "base_model.model." + called(plan, f.target).removesuffix(".weight")
         middle, end = (".lora_embedding_", "") if f.embedding else (".lora_", ".weight")
         tensors += [(f"{stem}{middle}A{end}", f.a), (f"{stem}{middle}B{end}", f.b)]
     header, _ = encode_header([(name, dtype, values.shape) for name, values in tensors], {"format": "pt"})
@@ -172,11 +172,18 @@ def _write_weights(path: Path, found: list[_Factors], dtype: DType) -> None:
             file.write(_encode(values, dtype).data)
 
 
+def called(plan: Plan, target: str) -> str:
+    """Return what the adapters themselves call a tensor of the base."""
+    adapters = (expert.adapter for expert in plan.experts)
+    return next((a.names[target] for a in adapters if a is not None and target in a.names), target)
+
+
 def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
     """Return the merged adapter's PEFT config: the experts' own where they agree, ``alpha = r`` so that scale = 1."""
     configs = [e.adapter.config for e in plan.experts if e.adapter is not None]
     most = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {module: rank for module, rank in ranks.items() if rank != most}
+    own = {module: called(plan, f"{module}.weight").removesuffix(".weight") for module in ranks}
+    others = {own[module]: rank for module, rank in ranks.items() if rank != most}
     named = [c.get("base_model_name_or_path") for c in configs]
     return {
         "peft_type": "LORA",
@@ -189,7 +196,7 @@ def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
         "alpha_pattern": others,
         "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks})
         if _suffixes_suffice(plan, ranks)
-        else sorted(ranks),
+        else sorted(own.values()),
         "bias": "none",
         "fan_in_fan_out": bool(configs[0].get("fan_in_fan_out")),
         "init_lora_weights": True,
@@ -241,7 +248,7 @@ def write_adapter(
         ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
         (partial / output.OURS).mkdir(parents=True)
         dtype = DTYPES[plan.recipe.output_dtype or "F32"]
-        _write_weights(partial / "adapter_model.safetensors", found, dtype)
+        _write_weights(plan, partial / "adapter_model.safetensors", found, dtype)
         output.write_json(partial / "adapter_config.json", adapter_config(plan, ranks))
         kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
         notes = [*plan.alignment.notes, *licences(plan)[1]]

@@ -16,6 +16,7 @@ from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter, tie_of
 from consilience.experts.model import Model, Source, open_model
+from consilience.experts.prefixes import follow_base
 from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
@@ -306,6 +307,19 @@ class _Context:
         return tie_of(name, model.checkpoint.tensors)
 
 
+def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple[Model | None, list[tuple[Model, int]]]:
+    """Let adapters call tensors what the base's files call them."""
+    donor = base or numbered[0][0]
+    if donor.checkpoint is None:
+        return base, numbered
+    tensors = donor.checkpoint.tensors
+
+    def renamed(model: Model) -> Model:
+        return model if model.adapter is None else replace(model, adapter=follow_base(model.adapter, tensors))
+
+    return base and renamed(base), [(renamed(model), number) for model, number in numbered]
+
+
 def make_plan(
     recipe: Recipe,
     *,
@@ -340,6 +354,7 @@ def make_plan(
         check_count(method, None, len(recipe.models), where)
     base, numbered = models or open_models(recipe, method, where, root)
     check_count(method, base, len(numbered), where)
+    base, numbered = _named_alike(base, numbered)
     experts = [model for model, _ in numbered]
     alignment = align(base, experts, recipe.private)
     names = list(alignment.tensors)

@@ -184,6 +184,14 @@ def _check_adapter(
     return own
 
 
+def _renamed_note(model: Model) -> list[str]:
+    renamed = model.adapter.names if model.adapter is not None else {}
+    if not renamed:
+        return []
+    new, old = next(iter(renamed.items()))
+    return [f"{model.name}: {len(renamed)} of its targets go by the base's names, as {old} by {new}"]
+
+
 def _donor_ties(donor: Checkpoint) -> dict[str, str]:
     """Return alias -> tensor for what the donor holds twice though its config, or one shared memory, ties the two."""
     shared = donor.storage.shared().items() if isinstance(donor.storage, MemoryStorage) else ()
@@ -229,6 +237,7 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
                     f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
                 )
             own += _check_adapter(model, donor, shared, ties, is_private)
+            notes += _renamed_note(model)
         if own and model is not base:
             kept[model.name] = sorted(set(own))
     return Alignment(donor, tensors, ties, same_bytes, kept, notes)
