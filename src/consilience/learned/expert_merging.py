@@ -87,7 +87,7 @@ def expert_merging(
     optimizer: Annotated[
         Literal["adam", "adamw", "sgd", "spsa", "cma"], Default("adam"), "what moves the coefficients"
     ],
-    learning_rate: Annotated[float, Default(0.03), Range(0), "step size, in alpha (in logits for sigmoid)"],
+    learning_rate: Annotated[float, Default(0.08), Range(0), "step size, in alpha (in logits for sigmoid)"],
     weight_decay: Annotated[float, Default(0.0), Range(0), "decay towards zero of what the optimizer moves"],
     schedule: Annotated[
         Literal["constant", "linear", "cosine", "restarts"], Default("cosine"), "how the learning rate falls"
@@ -98,7 +98,7 @@ def expert_merging(
     sigma: Sigma,
     population: Population,
     batch: Annotated[int, Default(8), Range(0), "samples per step, taken in turn from the experts; 0: all"],
-    steps: Annotated[int, Default(80), Range(0), "optimizer steps"],
+    steps: Annotated[int, Default(40), Range(0), "optimizer steps"],
     holdout: Holdout,
     patience: Patience,
     precision: Precision,
