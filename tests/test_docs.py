@@ -69,6 +69,16 @@ def test_the_merge_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -
 
 
 @pytest.mark.real
+def test_the_glue_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
+    (tmp_path / "suites").symlink_to(ROOT / "suites")
+    (tmp_path / "base").symlink_to(real_base)
+    run_page(DOCS / "tutorial-glue.md", tmp_path)
+    found = load_coefficients(tmp_path / "mixed")
+    assert found.alpha.shape == (2, 1)
+    assert found.alpha.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.real
 def test_the_learning_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
     (tmp_path / "suites").symlink_to(ROOT / "suites")
     (tmp_path / "base").symlink_to(real_base)

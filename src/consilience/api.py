@@ -84,6 +84,7 @@ def merge(
     stochastic_rounding: bool = False,
     allow_nonfinite: bool = False,
     calibration: Mapping[str, PathLike] | None = None,
+    target: Mapping[str, PathLike] | None = None,
     coefficients: PathLike | None = None,
     device: str = "cpu",
     **parameters: Any,
@@ -106,6 +107,7 @@ def merge(
         stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
         allow_nonfinite: let NaN, Inf and overflow through.
         calibration: for learned methods, each expert's JSONL file of (unlabelled) rows.
+        target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
         parameters: the method's; a mapping gives one value per expert name.
@@ -122,6 +124,7 @@ def merge(
     extra: dict[str, Any] = {"seed": seed, "private": list(private)}
     extra |= {"out_dtype": out_dtype} if out_dtype else {}
     extra |= {"coefficients": str(coefficients)} if coefficients is not None else {}
+    extra |= {"target": {key: str(path) for key, path in target.items()}} if target is not None else {}
     if in_memory:
         if out is not None:
             raise InputError("out: state dicts are merged in memory; save the result yourself, or pass paths")

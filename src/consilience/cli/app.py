@@ -51,6 +51,10 @@ Calibration = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=FILE", help="An expert's calibration rows, for learned methods (repeatable)."),
 ]
+TargetFiles = Annotated[
+    list[str] | None,
+    typer.Option("--target", metavar="KEY=FILE", help="Labelled rows: train=FILE, validation=FILE; for glue."),
+]
 CoefficientsFile = Annotated[
     Path | None, typer.Option("--coefficients", help="Apply coefficients that were learned before.")
 ]
@@ -99,6 +103,7 @@ def read_input(
     settings: list[str] | None,
     extra: dict[str, Any],
     calibration: list[str] | None = None,
+    target: list[str] | None = None,
 ) -> Any:
     """Return what the user asked to merge: a recipe file's path, or a recipe made of a base and ``-e`` options."""
     from consilience.api import build_recipe
@@ -107,7 +112,8 @@ def read_input(
         path = Path(recipe)
         if path.is_dir():
             raise InputError(f"{recipe}: is a folder; name experts with -e NAME=PATH, or pass a recipe file")
-        options = (("--method", method), ("--set", settings), ("--calibration", calibration), *extra.items())
+        options = (("--method", method), ("--set", settings), ("--calibration", calibration), ("--target", target))
+        options = (*options, *extra.items())
         given = [name for name, value in options if value]
         if given:
             raise InputError(f"{given[0]}: only goes with -e; write it in the recipe {recipe}")
@@ -128,6 +134,8 @@ def read_input(
         if name in data:
             raise InputError(f"--calibration {text!r}: expert {name!r} has a file already; give one file per expert")
         data[name] = {"calibration": path}
+    if target:
+        chosen["target"] = dict(parse_assignment(text, "--target") for text in target)
     return build_recipe(method or default, base, named, parse_settings(settings or [], named), data=data, **chosen)
 
 
@@ -139,6 +147,7 @@ def merge(
     method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
     set_: Set = None,
     calibration: Calibration = None,
+    target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
     dtype: Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")] = None,
@@ -163,7 +172,7 @@ def merge(
     from consilience.cli.learning import learned, learning_lines
 
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
-    source = read_input(recipe, expert, method, set_, extra, calibration)
+    source = read_input(recipe, expert, method, set_, extra, calibration, target)
     if as_adapter is None and rank is not None:
         raise InputError("--rank: only goes with --as-adapter svd")
     size = parse_size(shard_size)
@@ -228,6 +237,7 @@ def check(
     method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
     set_: Set = None,
     calibration: Calibration = None,
+    target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included.")] = False,
 ) -> None:
@@ -239,7 +249,7 @@ def check(
 
     try:
         extra = {"--coefficients": None if coefficients is None else str(coefficients)}
-        plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration))
+        plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration, target))
     except InputError as error:
         if as_json:
             typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))

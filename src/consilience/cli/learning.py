@@ -62,6 +62,8 @@ def summary(found: Any) -> list[str]:
         first, last = history[0], history[-1]
         terms = (f"{key} {first[key]:.4f} -> {last[key]:.4f}" for key in first if key not in ("step", "held_out"))
         lines.append("  " + ", ".join(terms))
+    if "diagnosis" in found.facts:
+        lines.append("  {verdict}: {advice}".format(**found.facts["diagnosis"]))
     for name, row in zip(found.experts, found.alpha, strict=True):
         lines.append(f"  {name}: mean {row.mean():.3f}, from {row.min():.3f} to {row.max():.3f}")
     return lines
@@ -72,7 +74,9 @@ def learning_lines(plan: Plan) -> list[str]:
     from consilience.learned.run import Run, groups_of
 
     run, values = Run(plan, plan.root, where=plan.where), plan.learning
-    rows = {name: len(run.task(name, rows=values.get("samples", 0)).rows) for name in run.experts}
+    count = values.get("samples", 0)
+    tasks = run.target(count) if plan.method.reads_target else [run.task(name, rows=count) for name in run.experts]
+    rows = {task.name: len(task.rows) for task in tasks if task is not None}
     lines = ["learning (before the merge; the coefficients above are where it starts)"]
     if "grouping" in values:
         start = groups_of(run, values["grouping"], values["exclude"], values["alphabar"])

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from consilience.coefficients import Coefficients
@@ -60,11 +60,17 @@ class AlignmentSettings:
     precision: Any
     checkpoint: bool
     batch_tokens: int
+    estimate_rule: Any = "adam"
+    law: Any = "rademacher"
+    perturb: Any = "w"
+    normalise: bool = False
+    tune_mu: bool = False
+    most_directions: int = 0
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "AlignmentSettings":
-        """Pick the settings out of a function's arguments."""
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        """Pick the settings out of a function's arguments; those with a default here may be missing."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values or f.default is MISSING})
 
     @property
     def layers(self) -> Sequence[int] | str:
@@ -102,10 +108,12 @@ class AlignmentSettings:
     @property
     def descent(self) -> Descent:
         """How the optimizer steps."""
-        rule = self.optimizer if self.optimizer in ("adam", "adamw", "sgd") else "adam"
+        rule = self.optimizer if self.optimizer in ("adam", "adamw", "sgd") else self.estimate_rule
         return Descent(
             rule, self.learning_rate, self.steps, self.schedule, self.clip, self.weight_decay,
-            mu=self.mu, directions=self.directions, sigma=self.sigma, population=self.population,
+            mu=self.mu, directions=self.directions, sigma=self.sigma, population=self.population, law=self.law,
+            perturb=self.perturb, normalise=self.normalise, tune_mu=self.tune_mu,
+            most_directions=self.most_directions,
         )  # fmt: skip
 
     def start(self, run: Run) -> Coefficients:
@@ -146,7 +154,19 @@ def learn_alignment(
     finally:
         shop.close()
     facts = report(run, shop, settings, learned, time.perf_counter() - begun, parameters)
-    return start.with_alpha(learned.alpha, **facts)
+    return start.with_alpha(learned.alpha, **facts, **_diagnosis(optimizer))
+
+
+def _diagnosis(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what the run's own measurements say of it, where it made any."""
+    from consilience.optimizers.diagnosis import FEWEST, diagnose
+    from consilience.optimizers.spsa import record_of
+
+    record = record_of(optimizer)
+    if record is None or len(record.steps) < FEWEST:
+        return {}
+    found = diagnose(record)
+    return {"diagnosis": {"verdict": found.verdict, "advice": found.advice, "evidence": dict(found.evidence)}}
 
 
 def optimizer_of(start: Coefficients, settings: AlignmentSettings, seed: int, anchor: Alpha | None = None) -> Optimizer:

@@ -15,15 +15,18 @@ from consilience.learned.run import Machine, Run, base_folder, groups_of, requir
 
 
 def check_data(plan: Plan) -> None:
-    """Read every expert's calibration rows, so that a wrong file is known before any work.
+    """Read every expert's calibration rows, or the target's, so that a wrong file is known before any work.
 
     Raises:
-        InputError: see ``Run.task`` and ``base_folder``.
+        InputError: see ``Run.task``, ``Run.target`` and ``base_folder``.
     """
     run = Run(plan, plan.root, where=plan.where)
     base_folder(plan)
-    for name in run.experts:
-        run.task(name)
+    if plan.method.reads_target:
+        run.target()
+    else:
+        for name in run.experts:
+            run.task(name)
     if "grouping" in plan.learning:
         groups_of(run, plan.learning["grouping"], plan.learning["exclude"], plan.learning["alphabar"])
 

@@ -106,6 +106,32 @@ class Run:
                 )
         return task
 
+    def target(self, rows: int = 0) -> tuple[Task, Task | None]:
+        """Read the recipe's target: labelled rows to learn from (the first ``rows``; 0: all), and to stop by, if named.
+
+        Raises:
+            InputError: the recipe names no file, it cannot be read, or the two share rows.
+        """
+        paths = self.plan.recipe.target
+        if paths is None or paths.train is None:
+            raise InputError(
+                f"{self.where}: method {self.plan.method.name!r} needs labelled rows of the target; give it as target: "
+                "{train: FILE.jsonl, validation: FILE.jsonl} (--target train=FILE.jsonl)"
+            )
+        path = resolve_file(paths.train, self.root)
+        train = Task("target", read_rows(path)[: rows or None], path)
+        if paths.validation is None:
+            return train, None
+        other = resolve_file(paths.validation, self.root)
+        validation = Task("target validation", read_rows(other), other)
+        shared = overlap(train, validation)
+        if shared.n_shared:
+            raise InputError(
+                f"{path}: {shared.n_shared} of {shared.n_a} rows are also in {other} (the first is line "
+                f"{shared.pairs[0][0] + 1}); what is measured must not be learned from: draw other rows"
+            )
+        return train, validation
+
     @contextlib.contextmanager
     def scalars(self, stage: str) -> Generator[Any]:
         """Open a TensorBoard writer, if a folder was asked for."""
@@ -229,7 +255,8 @@ def open_workshop(
         InputError: anything of the base, the rows or the experts does not fit.
     """
     folder = base_folder(run.plan)
-    tasks = [run.task(name, rows=data.samples) for name in run.experts]
+    target = run.target(data.samples) if run.plan.method.reads_target else None
+    tasks = [run.task(name, rows=data.samples) for name in run.experts] if target is None else []
     run.watcher.phase("loading", 1)
     bank = Bank(run.plan, coefficients.groups, trimmed=trimmed, threads=run.machine.threads)
     with contextlib.ExitStack() as undo:
@@ -238,10 +265,15 @@ def open_workshop(
         student = make_student(run.plan, bank, settings)
         chosen = middle(student, layers)
         tasks = [_responses(run, student, k, task, data) for k, task in enumerate(tasks)]
-        samples = _samples(run, student, tasks, folder, data)
+        samples = _samples(run, student, tasks, folder, data) if target is None else []
+        for task in target or ():
+            samples += _samples(run, student, [task], folder, data) if task is not None else []
         folders = [expert.folder for expert in run.plan.experts]
         check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
         learn, hold = held_out(samples, data.holdout)
+        if target is not None and target[1] is not None:
+            every = range(len(samples))
+            learn, hold = list(every[: len(target[0].rows)]), list(every[len(target[0].rows) :])
         reader = Reader(student, batches(samples, range(len(samples)), tokens)[0], chosen)
         held = Teachers(student, reader, samples, run.answers)
         if teachers:
@@ -362,9 +394,10 @@ def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any
     from consilience.tasks.rows import row_hashes
 
     out: dict[str, Any] = {}
-    for expert, name in enumerate(run.experts):
+    target = run.plan.recipe.target if run.plan.method.reads_target else None
+    for expert, name in enumerate(run.experts if target is None else ["target"]):
         own = [sample for sample in samples if sample.expert == expert]
-        path = run.path_of(name, "calibration")
+        path = run.path_of(name, "calibration") if target is None else Path(target.train or "")
         hashes = sorted({value for sample in own for value in row_hashes(sample.row)})
         out[name] = {"file": path.name if path else None, "rows": len(own), "responses": data.responses,
                      "hashes": hashes}  # fmt: skip

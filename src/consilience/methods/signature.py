@@ -115,6 +115,11 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     @property
+    def reads_target(self) -> bool:
+        """Whether it learns from the recipe's ``target`` instead of every expert's own rows."""
+        return self.data.startswith("target")
+
+    @property
     def summary(self) -> str:
         """The first line of the docstring."""
         return ((self.learn or self.plan).__doc__ or "").strip().splitlines()[0]

@@ -31,7 +31,9 @@ class Anchor:
         return self.gamma / max(1, count if self.norm == "code" else experts * count)
 
     def penalty(self, alpha: "Tensor") -> "Tensor":
-        """``gamma R(alpha)``; its derivative is a subgradient (0 at the anchor)."""
+        """``gamma R(alpha)``; its derivative is a subgradient (0 at the anchor). Without gamma it is 0."""
+        if not self.gamma:
+            return alpha.new_zeros(())
         return self.slope * (alpha - self.value)[:, self.learned].abs().sum()
 
     def shrink(self, alpha: "Tensor", step: "Tensor | float") -> None:

@@ -10,11 +10,13 @@ penalty is differentiated with the loss, so that Adam ends within about its lear
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.optimizers.anchor import Anchor
+from consilience.optimizers.directions import Law
 from consilience.optimizers.parameterisation import Parameterisation
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 Terms = dict[str, float]
 Rule = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["constant", "linear", "cosine", "restarts"]
+Schedule = Literal["constant", "linear", "cosine", "restarts", "spall"]
 
 
 class Loss(Protocol):
@@ -30,6 +32,15 @@ class Loss(Protocol):
 
     def __call__(self, alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
         """Return the weighted terms (their sum is the loss) and dL/dalpha [K, N] if asked for."""
+        ...
+
+
+@runtime_checkable
+class ManyPoints(Protocol):
+    """A loss that evaluates several tables of coefficients at once, so that all blends are one product."""
+
+    def at(self, points: Sequence[Alpha], step: int) -> list[Terms]:
+        """Return the weighted terms at every point [K, N], on the same samples and with the same random numbers."""
         ...
 
 
@@ -41,6 +52,14 @@ class Estimator(Protocol):
 
         The anchor is none of the terms; it is part of the gradient where the map leaves it no proximal step.
         """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next estimate depends on, as numpy arrays."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take a state back."""
         ...
 
 
@@ -78,6 +97,9 @@ def rate_at(schedule: Schedule, step: int, steps: int) -> float:
         while at >= length:
             at, length = at - length, 2 * length
         return 0.1 + 0.45 * (1 + math.cos(math.pi * at / length))
+    if schedule == "spall":
+        settled = 0.1 * steps + 1
+        return (settled / (settled + step)) ** 0.602
     share = step / max(1, steps - 1) if steps > 1 else 0.0
     return 1 - 0.9 * share if schedule == "linear" else 0.1 + 0.45 * (1 + math.cos(math.pi * share))
 
@@ -97,9 +119,18 @@ class Descent:
         eps: what Adam adds to its denominator.
         mu: half the distance between SPSA's two points. The error in the direction falls with mu^2 and that from
             rounding in the loss grows as 1/mu; 0.05 is a sixth of the usual start, and far above what bf16 rounds away.
+            Under the schedule spall it falls as mu / (t + 1)^0.101.
         directions: directions that SPSA averages over in a step, two evaluations each (GLUE uses one).
         sigma: standard deviation of CMA-ES's first generation.
         population: evaluations in one generation of CMA-ES (0: 4 + 3 log n, for n coefficients).
+        law: of SPSA's directions; see ``directions``.
+        perturb: what SPSA adds them to: w, or the coefficients themselves; see ``spsa``.
+        zero_sum: whether SPSA's directions sum to 0 over experts.
+        normalise: divide SPSA's slopes by their running root mean square: under sgd the learning rate is then the
+            change of w in a step, whatever the loss is measured in.
+        tune_mu: choose mu before the first step, beginning with ``mu``; see ``spsa``.
+        mu_range: least and greatest mu that tuning may choose.
+        most_directions: let SPSA take up to so many where its estimates are mostly noise (0: always ``directions``).
     """
 
     rule: Rule = "adam"
@@ -114,6 +145,13 @@ class Descent:
     directions: int = 1
     sigma: float = 0.1
     population: int = 0
+    law: Law = "rademacher"
+    perturb: Literal["w", "alpha"] = "w"
+    zero_sum: bool = False
+    normalise: bool = False
+    tune_mu: bool = False
+    mu_range: tuple[float, float] = (1e-3, 0.5)
+    most_directions: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,6 +173,13 @@ class Backward:
         if not self.map.plain:
             total = total + self.anchor.penalty(alpha)
         return terms, torch.autograd.grad(total, held)[0]
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing: a gradient has no memory."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Do nothing."""
 
 
 class Gradient:
@@ -205,10 +250,11 @@ class Gradient:
         return rate / (corrected.sqrt() + self.settings.eps)
 
     def state(self) -> dict[str, Any]:
-        """Return w and the rule's moments."""
+        """Return w, the rule's moments and the estimator's memory."""
         held = self.rule.state.get(self.w, {})
         moments = {f"rule.{key}": value for key, value in held.items() if value is not None}
-        return {key: value.detach().numpy().copy() for key, value in ({"w": self.w} | moments).items()}
+        arrays = {key: value.detach().numpy().copy() for key, value in ({"w": self.w} | moments).items()}
+        return arrays | {f"estimator.{key}": value for key, value in self.estimator.state().items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take a state back."""
@@ -220,3 +266,5 @@ class Gradient:
         held = {key.removeprefix("rule."): torch.tensor(v) for key, v in state.items() if key.startswith("rule.")}
         if held:
             self.rule.state[self.w] = held
+        own = "estimator."
+        self.estimator.restore({key.removeprefix(own): v for key, v in state.items() if key.startswith(own)})

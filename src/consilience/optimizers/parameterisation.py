@@ -7,11 +7,12 @@
     affine     alpha_k = w_k + (1 - sum_j w_j) / K          sums to 1 over experts, of any sign
     box        alpha = w, projected onto [0, 1] after each step
 
-Coefficients that are not learned keep their value and bypass the map.
+Coefficients that are not learned keep their value and bypass the map. Maps that know more of the experts than their
+number are in ``spaces``.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -24,8 +25,52 @@ if TYPE_CHECKING:
 Kind = Literal["real", "sigmoid", "softplus", "softmax", "affine", "box"]
 
 
+class Parameterisation(Protocol):
+    """A map from w [R, N] to coefficients [K, N], of which ``learned`` [N] move."""
+
+    @property
+    def kind(self) -> str:
+        """The map's name."""
+        ...
+
+    @property
+    def start(self) -> "Tensor":
+        """First values [R, N]: coefficients, or coordinates where w is no table of experts."""
+        ...
+
+    @property
+    def learned(self) -> "Tensor":
+        """Which columns [N] move."""
+        ...
+
+    @property
+    def plain(self) -> bool:
+        """Whether w is alpha, so that the anchor's penalty has a proximal step in w."""
+        ...
+
+    def alpha(self, w: "Tensor") -> "Tensor":
+        """Return the coefficients of ``w`` [R, N], differentiably."""
+        ...
+
+    def coefficients(self, w: "Tensor") -> Alpha:
+        """Return the coefficients of ``w`` as an array of their own."""
+        ...
+
+    def invert(self, alpha: "Tensor") -> "Tensor":
+        """Return a w [R, N] whose coefficients are ``alpha`` [K, N], or the map's nearest."""
+        ...
+
+    def initial(self) -> "Tensor":
+        """Return the w of the start."""
+        ...
+
+    def project(self, w: "Tensor") -> None:
+        """Bring ``w`` back into the set it is constrained to, in place."""
+        ...
+
+
 @dataclass(frozen=True)
-class Parameterisation:
+class OfKind:
     """The map of one kind, for coefficients [K, N] of which ``learned`` [N] move and the rest stay at ``start``."""
 
     kind: Kind
@@ -48,20 +93,23 @@ class Parameterisation:
 
     def coefficients(self, w: "Tensor") -> Alpha:
         """Return the coefficients of ``w`` as an array of their own."""
-        return np.array(self.alpha(w.detach()).numpy(), np.float64)
+        return as_array(self.alpha(w.detach()))
 
-    def initial(self) -> "Tensor":
-        """Return the ``w`` whose coefficients are ``start`` (on the simplex: ``start`` divided by its sum)."""
+    def invert(self, alpha: "Tensor") -> "Tensor":
+        """Return the ``w`` whose coefficients are ``alpha`` (on the simplex: ``alpha`` divided by its sum)."""
         import torch
 
-        start = self.start
         if self.kind == "sigmoid":
-            return torch.logit(torch.where(self.learned, start, torch.full_like(start, 0.5)))
+            return torch.logit(torch.where(self.learned, alpha, torch.full_like(alpha, 0.5)))
         if self.kind == "softplus":
-            return torch.where(self.learned, start + torch.log(-torch.expm1(-start)), torch.zeros_like(start))
+            return torch.where(self.learned, alpha + torch.log(-torch.expm1(-alpha)), torch.zeros_like(alpha))
         if self.kind == "softmax":
-            return torch.where(self.learned, torch.log(start), torch.zeros_like(start))
-        return start.clone()
+            return torch.where(self.learned, torch.log(alpha), torch.zeros_like(alpha))
+        return alpha.clone()
+
+    def initial(self) -> "Tensor":
+        """Return the ``w`` whose coefficients are ``start``."""
+        return self.invert(self.start)
 
     def project(self, w: "Tensor") -> None:
         """Bring ``w`` back into the set it is constrained to, in place."""
@@ -74,6 +122,11 @@ class Parameterisation:
         return self.kind in ("real", "box")
 
 
+def as_array(alpha: "Tensor") -> Alpha:
+    """Return a copy in float64."""
+    return np.array(alpha.numpy(), np.float64)
+
+
 #: Open interval that the start must lie in, and how errors say so.
 _RANGES = {
     "sigmoid": (0.0, 1.0, "above 0 and below 1"),
@@ -83,7 +136,7 @@ _RANGES = {
 _FINITE = (-float("inf"), float("inf"), "that is finite")
 
 
-def parameterise(kind: Kind, alpha: Alpha, learned: object) -> Parameterisation:
+def parameterise(kind: Kind, alpha: Alpha, learned: object) -> OfKind:
     """Return the map whose start is ``alpha`` [K, N].
 
     Raises:
@@ -104,4 +157,4 @@ def parameterise(kind: Kind, alpha: Alpha, learned: object) -> Parameterisation:
         total = start.sum(0, keepdim=True)
         fixed = start / total if kind == "softmax" else start + (1 - total) / start.shape[0]
         start = torch.where(mask, fixed, start)
-    return Parameterisation(kind, start, mask)
+    return OfKind(kind, start, mask)

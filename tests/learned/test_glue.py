@@ -1,0 +1,154 @@
+"""GLUE on transformers: convex weights from a labelled target, by forward passes alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from consilience.api import build_recipe, learn, merge_recipe, plan_recipe
+from consilience.coefficients import load_coefficients
+from consilience.errors import InputError
+from tests.learned.tiny_experts import read_state, sentences, write_base, write_expert, write_rows
+
+NAMES = ("a", "b", "c")
+
+
+def labelled(seed: int, count: int) -> list[dict[str, str]]:
+    return [{"prompt": text, "response": f" {text.split()[0]} w{7 + seed}"} for text in sentences(seed, count)]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("glue")
+    base = write_base(place / "base")
+    for seed, name in enumerate(NAMES):
+        write_expert(place / name, base, seed, scale=0.3)
+    write_rows(place / "train.jsonl", labelled(20, 8))
+    write_rows(place / "validation.jsonl", labelled(21, 6))
+    return place
+
+
+def recipe(zoo: Path, names: Sequence[str] = NAMES, target: Any = None, **parameters: Any) -> Any:
+    files = {"train": str(zoo / "train.jsonl"), "validation": str(zoo / "validation.jsonl")}
+    values = {"steps": 12, "batch": 0, "learning_rate": 0.3} | parameters
+    experts = {name: str(zoo / name) for name in names}
+    return build_recipe("glue", str(zoo / "base"), experts, values, target=files if target is None else target)
+
+
+def loss_of(zoo: Path, weights: torch.Tensor, rows: str = "train.jsonl") -> torch.Tensor:
+    """Mean loss per response token of an explicit convex blend, with a graph to the weights."""
+    from torch.func import functional_call
+
+    from consilience.student.student import load_any
+    from consilience.tasks.encoding import encode
+    from consilience.tasks.load import load_tokenizer
+    from consilience.tasks.rows import Task, read_rows
+
+    states = [read_state(zoo / name) for name in NAMES]
+    blend = {
+        name: sum((w * state[name].double() for w, state in zip(weights, states, strict=True)), torch.zeros(()))
+        for name in states[0]
+    }
+    model = load_any(zoo / "base").double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for one in encode(Task("t", read_rows(zoo / rows)), load_tokenizer(zoo / "base")):
+        logits = functional_call(model, blend, (), {"input_ids": torch.tensor([one.inputs])}).logits[0]
+        picked = torch.log_softmax(logits[list(one.positions)], -1)
+        total = total - picked[torch.arange(len(one.targets)), torch.tensor(one.targets)].sum()
+        count += len(one.targets)
+    return total / count
+
+
+def test_the_mixture_is_convex_written_whole_and_better_on_the_target(zoo: Path, tmp_path: Path) -> None:
+    merge_recipe(recipe(zoo, steps=40, precision="float64"), tmp_path / "out")
+    found = load_coefficients(tmp_path / "out")
+    weights = found.alpha[:, 0]
+    assert found.alpha.shape == (3, 1)
+    assert (weights >= 0).all()
+    assert weights.sum() == pytest.approx(1.0, abs=1e-6)
+    states = [read_state(zoo / name) for name in NAMES]
+    for name, value in read_state(tmp_path / "out").items():
+        blend = sum(w * state[name].double().numpy() for w, state in zip(weights, states, strict=True))
+        np.testing.assert_allclose(value.double().numpy(), blend, rtol=1e-5, atol=1e-6, err_msg=name)
+    before = loss_of(zoo, torch.full((3,), 1 / 3, dtype=torch.float64), "validation.jsonl")
+    after = loss_of(zoo, torch.tensor(weights), "validation.jsonl")
+    assert float(after) < float(before)
+    held = [line["held_out"] for line in found.facts["history"] if "held_out" in line]
+    assert min(held) == pytest.approx(float(after), rel=1e-5)
+    assert found.facts["diagnosis"]["advice"]
+
+
+def test_no_step_runs_backwards(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a backward pass")
+
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    assert learn(recipe(zoo, steps=3)).alpha.sum() == pytest.approx(1.0)
+
+
+def test_the_full_gradient_is_autograds_through_the_blend(zoo: Path) -> None:
+    """One step of plain descent from uniform weights: beta - rate * dL/dbeta."""
+    found = learn(recipe(zoo, optimizer="sgd", steps=1, learning_rate=0.5, precision="float64", target=None))
+    beta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    loss_of(zoo, torch.softmax(beta, 0)).backward()
+    assert beta.grad is not None
+    expected = torch.softmax(-0.5 * beta.grad, 0)
+    first = next(line for line in found.facts["history"] if line["step"] == 0)
+    assert first["target"] == pytest.approx(float(loss_of(zoo, torch.full((3,), 1 / 3).double())), rel=1e-6)
+    uniform = np.full(3, 1 / 3)
+    moved = found.alpha[:, 0]
+    if not np.allclose(moved, uniform):  # the step may be worse on the validation rows, and the start is kept then
+        np.testing.assert_allclose(moved, expected.numpy(), rtol=1e-6)
+    alone = learn(
+        recipe(zoo, optimizer="sgd", steps=1, learning_rate=0.5, precision="float64",
+               target={"train": str(zoo / "train.jsonl")})
+    )  # fmt: skip
+    np.testing.assert_allclose(alone.alpha[:, 0], expected.numpy(), rtol=1e-6)
+
+
+def test_one_expert_is_that_expert(zoo: Path, tmp_path: Path) -> None:
+    merge_recipe(recipe(zoo, ("b",), steps=4), tmp_path / "out")
+    assert load_coefficients(tmp_path / "out").alpha.tolist() == [[1.0]]
+    own = read_state(zoo / "b")
+    for name, value in read_state(tmp_path / "out").items():
+        torch.testing.assert_close(value, own[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("space", "granularity"), [("affine", "block"), ("task_vector", "tensor"), ("simplex", "tensor")]
+)
+def test_other_spaces_and_granularities(zoo: Path, space: str, granularity: str) -> None:
+    found = learn(recipe(zoo, space=space, granularity=granularity, steps=5))
+    assert found.alpha.shape[1] > 1
+    if space != "task_vector":
+        np.testing.assert_allclose(found.alpha.sum(0), 1.0, atol=1e-6)
+
+
+def test_what_is_wrong_is_said_in_one_line(zoo: Path, tmp_path: Path) -> None:
+    same = {"train": str(zoo / "train.jsonl"), "validation": str(zoo / "train.jsonl")}
+    unlabelled = {"train": str(write_rows(tmp_path / "bare.jsonl", sentences(1, 4)))}
+    cases: list[tuple[Any, str]] = [
+        (recipe(zoo, target={}), "needs labelled rows of the target"),
+        (recipe(zoo, target={"train": str(tmp_path / "none.jsonl")}), "none.jsonl"),
+        (recipe(zoo, target=same), "are also in"),
+        (recipe(zoo, target=unlabelled), "response"),
+        (recipe(zoo, alphabar=0.0), "alphabar: start weights must be above 0"),
+    ]
+    for value, words in cases:
+        with pytest.raises(InputError, match=words) as caught:
+            merge_recipe(value, tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_a_plan_says_how_many_rows_it_learns_from(zoo: Path) -> None:
+    from consilience.cli.learning import learning_lines
+
+    plan = plan_recipe(recipe(zoo))
+    assert "  rows: target 8, target validation 6" in learning_lines(plan)
+    plan.close()
