@@ -10,6 +10,8 @@ from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Kind
 
 NAMES = ["adam", "adamw", "sgd", "spsa", "cma"]
+#: With the one whose first candidate may be its start.
+ALL = [*NAMES, "ngopt"]
 KINDS = get_args(Kind)
 START = np.array([[0.3, -1.5, 0.2], [0.3, 2.0, 0.6]])
 GOAL = np.array([[0.5, 0.0, 0.6], [0.4, 0.0, 0.1]])
@@ -47,13 +49,13 @@ def test_any_optimizer_moves_any_coefficients(name: str, kind: Kind) -> None:
         np.testing.assert_allclose(alpha[:, [0, 2]].sum(0), 1.0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_one_seed_is_one_run(name: str) -> None:
     assert same(follow(make(name), range(6)), follow(make(name), range(6)))
 
 
 @pytest.mark.parametrize("kind", ["box", "sigmoid"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("done", [0, 1, 5])
 def test_a_resumed_run_is_the_uninterrupted_one(name: str, kind: Kind, done: int) -> None:
     whole = follow(make(name, kind), range(8))
@@ -67,7 +69,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, kind: Kind, done: int
     assert same(follow(second, range(done, 8)), whole[done:])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_state_is_a_copy(name: str) -> None:
     optimizer = make(name)
     follow(optimizer, range(2))
@@ -88,5 +90,5 @@ def test_the_name_chooses_the_rule(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(InputError, match=r"optimizer 'lion' is unknown \(known: adam, adamw, sgd, spsa, cma\)"):
+    with pytest.raises(InputError, match=r"optimizer 'lion' is unknown \(known: adam, adamw, sgd, spsa, cma, ngopt\)"):
         make("lion")

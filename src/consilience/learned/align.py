@@ -66,6 +66,7 @@ class AlignmentSettings:
     normalise: bool = False
     tune_mu: bool = False
     most_directions: int = 0
+    bounds: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "AlignmentSettings":
@@ -113,7 +114,7 @@ class AlignmentSettings:
             rule, self.learning_rate, self.steps, self.schedule, self.clip, self.weight_decay,
             mu=self.mu, directions=self.directions, sigma=self.sigma, population=self.population, law=self.law,
             perturb=self.perturb, normalise=self.normalise, tune_mu=self.tune_mu,
-            most_directions=self.most_directions,
+            most_directions=self.most_directions, bounds=self.bounds,
         )  # fmt: skip
 
     def start(self, run: Run) -> Coefficients:

@@ -49,3 +49,35 @@ def learn_mixture(run: Run, values: Mapping[str, Any]) -> Coefficients:
     found = learn_alignment(run, settings.start(run), settings, parameters=values)
     total = found.alpha.sum(0)
     return replace(found, facts=found.facts | {"sum": [float(total.min()), float(total.max())]})
+
+
+def learn_search(run: Run, values: Mapping[str, Any]) -> Coefficients:
+    """Search the coefficients that ``lorahub`` asks for.
+
+    Raises:
+        InputError: ``alphabar`` lies outside the bounds.
+    """
+    bound = float(values["bound"])
+    if not all(abs(value) <= bound for value in values["alphabar"]):
+        raise InputError(f"alphabar: the search starts outside [-{bound:g}, {bound:g}]; raise bound, or start inside")
+    settings = AlignmentSettings.of(
+        {
+            **_WITHOUT,
+            **values,
+            "gamma": values["penalty"],
+            "grouping": values["granularity"],
+            "coefficients": "real",
+            "bounds": (-bound, bound),
+            # Losses of different rows cannot be ranked: every evaluation sees all of them.
+            "batch": 0,
+            "positions": "response",
+            "learning_rate": 0.0,
+            "schedule": "constant",
+            "mu": 0.05,
+            "directions": 1,
+            "holdout": 0.0,
+            "patience": 1,
+            "checkpoint": False,
+        }
+    )
+    return learn_alignment(run, settings.start(run), settings, parameters=values)

@@ -82,8 +82,9 @@ class CmaEs:
         }
         if self.settings.population:
             options["popsize"] = self.settings.population
-        if self.map.kind == "box":
-            options["bounds"] = [0.0, 1.0]
+        bounds = (0.0, 1.0) if self.map.kind == "box" else self.settings.bounds
+        if bounds is not None:
+            options["bounds"] = list(bounds)
         return cma.CMAEvolutionStrategy(start, self.settings.sigma, options)
 
     @property

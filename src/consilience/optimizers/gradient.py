@@ -131,6 +131,7 @@ class Descent:
         tune_mu: choose mu before the first step, beginning with ``mu``; see ``spsa``.
         mu_range: least and greatest mu that tuning may choose.
         most_directions: let SPSA take up to so many where its estimates are mostly noise (0: always ``directions``).
+        bounds: where NGOpt and CMA-ES may search w (None: anywhere; CMA-ES under the map "box": [0, 1]).
     """
 
     rule: Rule = "adam"
@@ -152,6 +153,7 @@ class Descent:
     tune_mu: bool = False
     mu_range: tuple[float, float] = (1e-3, 0.5)
     most_directions: int = 0
+    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from consilience.optimizers.parameterisation import Parameterisation
 def make_optimizer(
     name: str, settings: Descent, parameterisation: Parameterisation, anchor: Anchor, seed: int
 ) -> Optimizer:
-    """Return an optimizer: adam, adamw and sgd follow the gradient; spsa and cma only evaluate the loss.
+    """Return an optimizer: adam, adamw and sgd follow the gradient; spsa, cma and ngopt only evaluate the loss.
 
     ``seed`` is that of the random directions; what spsa does with its estimate is ``settings.rule``.
 
@@ -28,4 +28,8 @@ def make_optimizer(
         from consilience.optimizers.cma_es import CmaEs
 
         return CmaEs(settings, parameterisation, anchor, seed)
-    raise InputError(f"optimizer {name!r} is unknown (known: adam, adamw, sgd, spsa, cma)")
+    if name == "ngopt":
+        from consilience.optimizers.ng_opt import NgOpt
+
+        return NgOpt(settings, parameterisation, anchor, seed)
+    raise InputError(f"optimizer {name!r} is unknown (known: adam, adamw, sgd, spsa, cma, ngopt)")
