@@ -29,6 +29,7 @@ check: setup
 bench: setup
 	$(PY) -m benchmarks.merge
 	$(PY) -m benchmarks.coefficient_step
+	$(PY) -m benchmarks.glue_step
 
 results: setup
 	$(PY) -m studies.cells

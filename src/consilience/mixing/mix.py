@@ -27,7 +27,7 @@ from consilience.mixing.spectrum import Spectrum
 from consilience.mixing.target import Measure, RemoteScore, Target, as_rows, measure_of, split
 from consilience.mixing.trajectory import Traced
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.diagnosis import Record
+from consilience.optimizers.diagnosis import FEWEST, Diagnosis, Record, diagnose
 from consilience.optimizers.gradient import Descent, Optimizer
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Parameterisation
@@ -82,6 +82,13 @@ class Mixture:
     def movement(self) -> list[float]:
         """Return ``||alpha_{t+1} - alpha_t||`` of every step: what the learning rate comes to."""
         return [float(np.linalg.norm(change)) for change in np.diff(self.trajectory, axis=0)]
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """Say what the run did and what to change; None of other optimizers than SPSA, and of a dozen steps or less."""
+        if self.record is None or len(self.record.steps) < FEWEST:
+            return None
+        return diagnose(self.record)
 
 
 @dataclass(frozen=True)
