@@ -1,6 +1,6 @@
 """Speed and memory of one step of GLUE's search, against its floor, the gradient and a straightforward search.
 
-    python -m benchmarks.glue_step                                 # three nets, 10 experts, 1 thread
+    python -m benchmarks.glue_step                                 # seven nets, 10 experts, 1 thread
     python -m benchmarks.glue_step --net vit8 --k 4 --repeat 3     # not kept among the results
     python -m benchmarks.glue_step --page docs/results/bench/glue_step.json    # write the page again
 
@@ -40,7 +40,8 @@ from benchmarks.measure import Measurement, measure
 from benchmarks.results import NOISE, Table, machine
 from benchmarks.synthetic import CACHE, ROOT
 
-NETS = ("resnet20", "mobilenet_v2", "vit8")
+#: Three depths of two kinds: the paper says that the savings grow with depth.
+NETS = ("resnet20", "resnet56", "resnet110", "mobilenet_v2", "vit4", "vit8", "vit16")
 SIDES = ("floor", "spsa", "gradient", "straightforward")
 BATCH, CLASSES, SIZE = 64, 10, 32
 FLOOR_AIM, SPEED_AIM, LEANNESS_AIM = 1.1, 1.2, 2.0
@@ -127,9 +128,9 @@ def make_net(name: str) -> Any:
     from suites.vision.nets import NetSpec, build
 
     specs = {
-        "resnet20": NetSpec("resnet", 16, 20),
         "mobilenet_v2": NetSpec("mobilenet_v2", 0.5),
-        "vit8": NetSpec("vit", 96, 8, patch=8, heads=4),
+        **{f"resnet{depth}": NetSpec("resnet", 16, depth) for depth in (20, 56, 110)},
+        **{f"vit{depth}": NetSpec("vit", 96, depth, patch=8, heads=4) for depth in (4, 8, 16)},
     }
     torch.manual_seed(0)
     common = {"size": SIZE, "channels": 3, "classes": CLASSES, "mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from studies.cells import Cell, Study, Tables
+from studies.glue_unlike import run_unlike
 
 NETS = ("resnet20", "mobilenet_v2", "vit8")
 DELTAS = (0.1, 0.5, 1.0)
@@ -19,6 +20,8 @@ SEEDS = (0, 1, 2)
 #: How the mixtures are searched for; chosen on validation rows in cells whose id begins with "tried".
 SEARCH: dict[str, Any] = {"steps": 150, "learning_rate": 0.1, "mu": 0.1, "normalise": True, "schedule": "cosine"}
 BATCH = 128
+#: Minibatches that running statistics are estimated from: one pass over the target's training images.
+RECALIBRATION = 8
 #: The same for every starting point, not tuned.
 FINE_TUNING: dict[str, dict[str, Any]] = {
     "resnet20": {"epochs": 5, "learning_rate": 0.01, "optimizer": "sgd"},
@@ -60,7 +63,11 @@ def _cells() -> list[tuple[str, dict[str, Any]]]:
         for seed in SEEDS
     ]
     others = [cell(net, 0.1, 0, data) for data in ("mnist", "coloured-digits") for net in NETS]
-    return [*tried, *main, *halves, *others]
+    unlike = [
+        (f"unlike-fashion-mnist-{seed}", {"kind": "unlike", "data": "fashion-mnist", "delta": 0.1, "seed": seed})
+        for seed in SEEDS
+    ]
+    return [*tried, *main, *halves, *others, *unlike]
 
 
 def _experiment(setting: Mapping[str, Any]) -> Any:
@@ -78,11 +85,13 @@ def run(setting: dict[str, Any]) -> dict[str, Any]:
     from consilience.mixing.problem import TargetLoss
     from consilience.mixing.target import Target, Tensors, measure_of
 
+    if setting["kind"] == "unlike":
+        return run_unlike(setting)
     made = _experiment(setting)
     module = made.network()
     bank = ExpertBank.of(made.experts, module)
     target = Target(Tensors(*made.target.train), Tensors(*made.target.validation), measure_of("cross_entropy"), BATCH)
-    loss = TargetLoss(bank, module, target, seed=setting["seed"], bn="recalibrate")
+    loss = TargetLoss(bank, module, target, seed=setting["seed"], bn="recalibrate", recalibration=RECALIBRATION)
     if setting["kind"] == "tried":
         changes = {key: setting[key] for key in ("mu", "learning_rate")}
         found = _searched(bank, loss, "simplex", "spsa", setting["seed"], changes)
@@ -105,7 +114,6 @@ def _searched(
 
 def _compared(made: Any, module: Any, bank: Any, loss: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
     from consilience.mixing import baselines
-    from consilience.mixing.fine_tune import evaluate, fine_tune
     from consilience.mixing.spectrum import Spectrum
 
     searched = {
@@ -122,23 +130,9 @@ def _compared(made: Any, module: Any, bank: Any, loss: Any, setting: Mapping[str
     }
     for name, alpha in weights.items():
         state = loss.state(bank.table(alpha))
-        tuned = fine_tune(
-            module, state, made.target.train, made.target.test, seed=setting["seed"], **FINE_TUNING[setting["net"]]
-        )
-        result["methods"][name] = {
-            "alpha": np.round(alpha, 5).tolist(),
-            "before": tuned.test[0].accuracy,
-            "before_loss": tuned.test[0].loss,
-            "after": tuned.test[-1].accuracy,
-            "epochs": tuned.accuracy,
-        }
-    plain = fine_tune(
-        module, made.base, made.target.train, made.target.test, seed=setting["seed"], **FINE_TUNING[setting["net"]]
-    )
-    result["methods"]["base"] = {
-        "before": plain.test[0].accuracy, "before_loss": plain.test[0].loss, "after": plain.test[-1].accuracy,
-        "epochs": plain.accuracy,
-    }  # fmt: skip
+        found = {"alpha": np.round(alpha, 5).tolist()}
+        result["methods"][name] = found | _tuned(made, module, state, setting)
+    result["methods"]["base"] = _tuned(made, module, made.base, setting)
     every = baselines.ensemble(bank, module, made.target.test)
     result["methods"]["ensemble"] = {"before": every.accuracy, "before_loss": every.loss}
     for name, found in searched.items():
@@ -148,8 +142,17 @@ def _compared(made: Any, module: Any, bank: Any, loss: Any, setting: Mapping[str
             "forwards": found.counts.forwards, "backwards": found.counts.backwards,
             "validation": found.validation,
         }  # fmt: skip
-    result["shared_base_accuracy"] = evaluate(module, made.target.test, made.base).accuracy
     return result
+
+
+def _tuned(made: Any, module: Any, state: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure a state on the test images before and after fine-tuning."""
+    from consilience.mixing.fine_tune import evaluate, fine_tune
+
+    before = evaluate(module, made.target.test, state)
+    tuned = fine_tune(module, state, made.target.train, seed=setting["seed"], **FINE_TUNING[setting["net"]])
+    after = evaluate(module, made.target.test, tuned.state)
+    return {"before": before.accuracy, "before_loss": before.loss, "after": after.accuracy, "after_loss": after.loss}
 
 
 def _finite(value: float) -> float | None:

@@ -72,7 +72,7 @@ def test_every_network_says_how_it_was_made(tmp_path: Path) -> None:
 
 
 def test_an_expert_learns_its_own_classes(tmp_path: Path) -> None:
-    setting = Setting("stripes", "resnet8", experiment="halves", width=4, sizes=SIZES, base_epochs=2, expert_epochs=12)
+    setting = Setting("stripes", "resnet8", experiment="halves", width=4, sizes=SIZES, base_epochs=2, expert_epochs=80)
     made = experiment(setting, images=DATA, cache=tmp_path)
     inputs, labels = made.target.test
     for name, own in (("expert-0", labels < 5), ("expert-1", labels >= 5)):
