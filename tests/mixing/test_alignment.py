@@ -13,15 +13,9 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from consilience.errors import InputError
-from consilience.mixing.alignment import (
-    Aligned,
-    Symmetry,
-    align,
-    assign,
-    permute,
-    symmetry_of_axes,
-    symmetry_of_module,
-)
+from consilience.mixing.alignment import Aligned, align, assign, permute
+from consilience.mixing.symmetry import Symmetry, symmetry_of_axes
+from consilience.mixing.symmetry_trace import symmetry_of_module
 
 
 class Residual(nn.Module):
