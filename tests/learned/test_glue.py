@@ -135,7 +135,7 @@ def test_what_is_wrong_is_said_in_one_line(zoo: Path, tmp_path: Path) -> None:
         (recipe(zoo, target={}), "needs labelled rows of the target"),
         (recipe(zoo, target={"train": str(tmp_path / "none.jsonl")}), "none.jsonl"),
         (recipe(zoo, target=same), "are also in"),
-        (recipe(zoo, target=unlabelled), "response"),
+        (recipe(zoo, target=unlabelled), "target: no row has a response"),
         (recipe(zoo, alphabar=0.0), "alphabar: start weights must be above 0"),
     ]
     for value, words in cases:

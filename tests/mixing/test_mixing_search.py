@@ -9,11 +9,22 @@ from torch import Tensor
 
 from consilience.errors import InputError
 from consilience.learned import loop
-from consilience.mixing import ExpertBank, Mixture, RemoteScore, Search, Spectrum, Target, TargetLoss, mix, mix_bank
+from consilience.mixing import (
+    ExpertBank,
+    Mixture,
+    RemoteScore,
+    Search,
+    Spectrum,
+    Target,
+    TargetLoss,
+    identity,
+    mix,
+    mix_bank,
+)
 from consilience.mixing.mix import entropy
 from consilience.mixing.target import Tensors, as_rows
 from consilience.optimizers.parameterisation import parameterise
-from consilience.optimizers.spaces import low_rank
+from consilience.optimizers.spaces import hierarchical, low_rank, make_space
 
 CORNERS = points([2.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 2.0, 0])
 
@@ -232,6 +243,25 @@ def test_a_resumed_search_is_the_uninterrupted_one(
     assert all(torch.equal(found.state[name], whole.state[name]) for name in whole.state)
     other = mix(module, scattered(module, 3, 0.2), labelled(), folder=tmp_path, **settings)
     assert not np.array_equal(other.trajectory, whole.trajectory)
+
+
+def test_a_state_belongs_to_one_map() -> None:
+    """Radii, bases and clusters are told apart, and one map is itself."""
+    start, learned = np.full((4, 1), 0.25), [True]
+    matrix = torch.randn(4, 30, generator=torch.Generator().manual_seed(3), dtype=torch.float64).numpy()
+    gram = matrix @ matrix.T
+    maps = {
+        "wide": lambda: make_space("simplex", start, learned, gram=gram, radius=2.0),
+        "narrow": lambda: make_space("simplex", start, learned, gram=gram, radius=0.5),
+        "free": lambda: make_space("simplex", start, learned),
+        "two coordinates": lambda: low_rank(gram, 2, start, learned),
+        "another basis": lambda: low_rank(gram + np.diag([9.0, 0, 0, 0]), 2, start, learned),
+        "pairs": lambda: hierarchical(np.array([0, 0, 1, 1]), start, learned),
+        "other pairs": lambda: hierarchical(np.array([0, 1, 0, 1]), start, learned),
+    }
+    found = {name: identity.image_of(make()) for name, make in maps.items()}
+    assert len(set(found.values())) == len(maps)
+    assert found == {name: identity.image_of(make()) for name, make in maps.items()}
 
 
 def test_entropy_is_that_of_the_weights() -> None:

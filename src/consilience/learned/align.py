@@ -218,6 +218,8 @@ def minimise(
 
 def _check_labels(shop: Workshop, objective: Objective) -> None:
     if objective.target and not any(t >= 0 for s in shop.samples for t in s.encoded.targets):
+        if shop.run.plan.method.reads_target:
+            raise InputError("target: no row has a response; add the response that each prompt should get")
         raise InputError("target_weight: no calibration row has a response; add responses, or set target_weight=0")
 
 

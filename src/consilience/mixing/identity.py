@@ -23,7 +23,7 @@ def digest(bank: ExpertBank, loss: TargetLoss, search: "Search", mapped: Paramet
     settings = asdict(search)
     target = loss.target
     return {
-        "map": [mapped.kind, mapped.start.tolist(), mapped.learned.tolist()],
+        "map": [mapped.kind, mapped.start.tolist(), mapped.learned.tolist(), image_of(mapped)],
         "search": settings | {"settings": {name: repr(value) for name, value in search.settings.items()}},
         "experts": list(bank.names),
         "groups": [group.name for group in bank.layout.groups],
@@ -37,6 +37,19 @@ def digest(bank: ExpertBank, loss: TargetLoss, search: "Search", mapped: Paramet
         "training": loss.training,
         "recalibration": loss.recalibration,
     }
+
+
+def image_of(mapped: Parameterisation) -> str:
+    """Return a hash of where a map takes some points: it tells apart radii, bases and clusters."""
+    generator = torch.Generator().manual_seed(0)
+    start = mapped.initial().detach()
+    found: list[torch.Tensor] = []
+    for size in (0.1, 10.0):
+        w = start + size * torch.randn(start.shape, generator=generator, dtype=start.dtype)
+        inside = w.clone()
+        mapped.project(inside)
+        found += [mapped.alpha(w).detach(), inside]
+    return _hash(*found)
 
 
 def _rows(rows: Rows | None) -> list[Any] | None:
