@@ -194,6 +194,39 @@ def test_a_search_may_move_in_any_map() -> None:
     assert found.alpha.shape == (3, 1)
 
 
+def many() -> tuple[dict[str, Any], Target]:
+    """Twelve points near two corners of a plane, two of them near the goal."""
+    generator = torch.Generator().manual_seed(4)
+    centres = [torch.tensor([4.0, 0.0, 0.0]), torch.tensor([0.0, 4.0, 0.0])]
+    experts = {f"e{k}": {"theta": centres[k % 2] + 0.3 * torch.randn(3, generator=generator)} for k in range(10)}
+    goals = torch.tensor([1.0, 3.0, 0.0])
+    experts |= {f"near{k}": {"theta": goals + 0.1 * torch.randn(3, generator=generator)} for k in range(2)}
+    return experts, towards(goals)
+
+
+@pytest.mark.parametrize("space", ["low_rank", "hierarchical"])
+@pytest.mark.parametrize("optimizer", ["sgd", "spsa"])
+def test_spaces_for_many_experts_find_a_goal_in_the_hull(space: Any, optimizer: str) -> None:
+    experts, goals = many()
+    settings: dict[str, Any] = {"normalise": True} if optimizer == "spsa" else {}
+    # Along a direction in which experts lie far apart a coordinate moves the model far.
+    rate = 0.1 if space == "hierarchical" else {"sgd": 0.004, "spsa": 0.02}[optimizer]
+    found = mix(Point(3), experts, goals, space=space, optimizer=optimizer, parts=2, steps=400, learning_rate=rate,
+                schedule="cosine", every=50, patience=99, **settings)  # fmt: skip
+    assert found.alpha.sum() == pytest.approx(1.0)
+    losses = [value for _, value in found.validation]
+    assert min(losses) < 0.1 * losses[0]
+
+
+def test_the_worst_experts_are_dropped_first() -> None:
+    experts, goals = many()
+    found = mix(Point(3), experts, goals, keep=3, steps=5)
+    assert {"near0", "near1"} < set(found.names)
+    assert found.alpha.shape == (3, 1)
+    with pytest.raises(InputError, match="keep: 13 experts of 12"):
+        mix(Point(3), experts, goals, keep=13, steps=5)
+
+
 def test_a_remote_score_is_maximised() -> None:
     wanted = goal(0.1, 0.8, 0.1)
 

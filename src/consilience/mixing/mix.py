@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -31,10 +31,12 @@ from consilience.optimizers.diagnosis import FEWEST, Diagnosis, Record, diagnose
 from consilience.optimizers.gradient import Descent, Optimizer
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Parameterisation
-from consilience.optimizers.spaces import Space, make_space
+from consilience.optimizers.spaces import Space as Plain
+from consilience.optimizers.spaces import cluster, hierarchical, low_rank, make_space, screen, trust
 from consilience.optimizers.spsa import record_of
 
-_SPACES = get_args(Space)
+Space = Plain | Literal["low_rank", "hierarchical"]
+_SPACES = (*get_args(Plain), "low_rank", "hierarchical")
 _GRADIENT = ("adam", "adamw", "sgd")
 
 
@@ -101,6 +103,7 @@ class Search:
     learning_rate: float = 0.1
     start: Sequence[float] | None = None
     radius: float = 0.0
+    parts: int = 0
     seed: int = 0
     every: int = 10
     patience: int = 5
@@ -128,6 +131,8 @@ def mix(
     recalibration: int = 20,
     training: bool = False,
     radius: float = 0.0,
+    parts: int = 0,
+    keep: int = 0,
     seed: int = 0,
     watcher: Watcher | None = None,
     folder: Path | str | None = None,
@@ -136,9 +141,12 @@ def mix(
     """Mix experts into the model that loses least on a target.
 
     simplex: alpha = softmax(beta), from beta = 0; affine: sum alpha = 1 of any sign; task_vector: theta_0 + sum alpha_k
-    (theta_k - theta_0), free. ``spsa`` takes two evaluations a direction and no backward pass (GLUE);
-    ``sgd``, ``adam`` and ``adamw`` take the full gradient; ``cma`` evolves. Every optimizer fits every space and
-    granularity.
+    (theta_k - theta_0), free. For many experts, whose estimates are noisier: low_rank, coordinates along the directions
+    in which the experts differ most (from the mean, sum alpha = 1); hierarchical, a softmax inside clusters of like
+    experts times one across them; and ``keep``, which drops the worst beforehand.
+
+    ``spsa`` takes two evaluations a direction and no backward pass (GLUE); ``sgd``, ``adam`` and ``adamw`` take the
+    full gradient; ``cma`` evolves. Every optimizer fits every space and granularity.
 
     mu, the learning rate, the number of steps and the batch size of the paper are not known: the defaults are ours.
 
@@ -164,6 +172,9 @@ def mix(
         training: run the module in training mode (dropout), with equal random numbers for all points of a step.
         radius: greatest distance of the mixture from the experts' mean, in units of their own root mean square
             distance from it; 0: any.
+        parts: directions of low_rank, or clusters of hierarchical; 0: about the square root of the number of experts.
+        keep: how many experts to keep, those that alone lose least on the validation rows (or the first minibatch);
+            the others have coefficient 0 and no entry in the result; 0: all.
         seed: of minibatches, directions and noise.
         watcher: told of every step.
         folder: where the state is kept, from which an interrupted call goes on; None: nothing is kept.
@@ -177,18 +188,30 @@ def mix(
     """
     search = Search(
         space, optimizer, steps, learning_rate, None if start is None else [float(value) for value in start], radius,
-        seed, every, patience, settings,
+        parts, seed, every, patience, settings,
     )  # fmt: skip
     _check(search, base)
     held = target if isinstance(target, Target) else _target(target, measure, batch_size, holdout, seed)
     remote = isinstance(held.measure, RemoteScore)
-    bank = ExpertBank.of(experts, module, grouping=granularity, base=base if space == "task_vector" else None)
-    spectrum = Spectrum.of(bank)
-    loss = TargetLoss(
-        bank, module, held, seed=seed, bn=bn or ("recalibrate" if held.train is not None and not remote else "blend"),
-        training=training, recalibration=recalibration,
-    )  # fmt: skip
-    return mix_bank(bank, loss, search, spectrum=spectrum, watcher=watcher, folder=folder)
+    policy: Policy = bn or ("recalibrate" if held.train is not None and not remote else "blend")
+
+    def problem(chosen: Mapping[str, StateDict]) -> TargetLoss:
+        bank = ExpertBank.of(chosen, module, grouping=granularity, base=base if space == "task_vector" else None)
+        return TargetLoss(bank, module, held, seed=seed, bn=policy, training=training, recalibration=recalibration)
+
+    loss = problem(experts)
+    if keep:
+        names = [loss.bank.names[k] for k in screen(alone(loss), keep)]
+        loss = problem({name: experts[name] for name in names})
+    return mix_bank(loss.bank, loss, search, watcher=watcher, folder=folder)
+
+
+def alone(loss: TargetLoss) -> list[float]:
+    """Return what every expert loses alone [K]: on the validation rows, or where there are none on a minibatch."""
+    each = [loss.bank.table(row) for row in np.eye(len(loss.bank.names))]
+    if loss.target.validation is not None or isinstance(loss.target.measure, RemoteScore):
+        return [loss.validate(alpha) for alpha in each]
+    return [sum(loss.at([alpha], 0)[0].values()) for alpha in each]
 
 
 def mix_bank(
@@ -301,5 +324,12 @@ def _parameterisation(bank: ExpertBank, search: Search, spectrum: Spectrum) -> P
     start = [1.0 / experts] * experts if search.start is None else list(search.start)
     if len(start) != experts:
         raise InputError(f"start: {len(start)} coefficients for {experts} experts; give one each")
-    radius = search.radius * spectrum.spread
-    return make_space(search.space, bank.table(start), np.ones(bank.count, bool), gram=spectrum.metric, radius=radius)
+    radius, alpha, learned = search.radius * spectrum.spread, bank.table(start), np.ones(bank.count, bool)
+    if search.space not in ("low_rank", "hierarchical"):
+        return make_space(search.space, alpha, learned, gram=spectrum.metric, radius=radius)
+    gram = spectrum.metric.sum(0)
+    if search.space == "low_rank":
+        found: Parameterisation = low_rank(gram, search.parts or max(1, round(experts**0.5)), alpha, learned)
+    else:
+        found = hierarchical(cluster(gram, search.parts), alpha, learned)
+    return trust(found, spectrum.metric, radius) if radius else found
