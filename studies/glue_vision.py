@@ -19,6 +19,8 @@ DELTAS = (0.1, 0.5, 1.0)
 SEEDS = (0, 1, 2)
 #: How the mixtures are searched for; chosen on validation rows in cells whose id begins with "tried".
 SEARCH: dict[str, Any] = {"steps": 150, "learning_rate": 0.1, "mu": 0.1, "normalise": True, "schedule": "cosine"}
+#: Off the simplex what moves are weights, a tenth of the logits' scale.
+AFFINE: dict[str, Any] = {"learning_rate": 0.01, "mu": 0.02}
 BATCH = 128
 #: Minibatches that running statistics are estimated from: one pass over the target's training images.
 RECALIBRATION = 8
@@ -118,7 +120,7 @@ def _compared(made: Any, module: Any, bank: Any, loss: Any, setting: Mapping[str
 
     searched = {
         "glue": _searched(bank, loss, "simplex", "spsa", setting["seed"]),
-        "glue-affine": _searched(bank, loss, "affine", "spsa", setting["seed"]),
+        "glue-affine": _searched(bank, loss, "affine", "spsa", setting["seed"], AFFINE),
         # The plain gradient has no running scale: Adam's is its equivalent of the normalised step.
         "full-gradient": _searched(bank, loss, "simplex", "adam", setting["seed"]),
     }

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from studies.cells import Cell, Tables
-from studies.glue_vision import METHODS, SEARCH
+from studies.glue_vision import AFFINE, METHODS, SEARCH
 
 Key = tuple[str, str, str]
 #: Whom GLUE is compared with, and what the paper claims of it at most, in points of test accuracy after fine-tuning.
@@ -42,6 +42,7 @@ def page(cells: Sequence[Cell]) -> Tables:
             groups.setdefault((s["kind"], s["data"], f"{s['net']}, delta {s['delta']:g}" if "delta" in s else s["net"]),
                               []).append(cell)  # fmt: skip
     search = ", ".join(f"{key} {value}" for key, value in SEARCH.items())
+    search += "; affine: " + ", ".join(f"{key} {value}" for key, value in AFFINE.items())
     parts = [_HEAD.format(train="1,000", search=search)]
     skewed = {key: found for key, found in groups.items() if key[0] == "skewed"}
     pictures: dict[str, bytes] = {}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from consilience.checkpoints import open_checkpoint
     from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
     from consilience.errors import ConsilienceError, InputError, MachineError
+    from consilience.mixing import mix
     from consilience.recipe import Recipe, read_recipe
     from consilience.tasks import evaluate
     from consilience.training import fine_tune
@@ -27,6 +28,7 @@ _HOME = {
     "load_coefficients": "consilience.coefficients",
     "merge": "consilience.api",
     "merge_recipe": "consilience.api",
+    "mix": "consilience.mixing",
     "plan_recipe": "consilience.api",
     "open_checkpoint": "consilience.checkpoints",
     "ConsilienceError": "consilience.errors",
@@ -50,6 +52,7 @@ __all__ = [
     "load_coefficients",
     "merge",
     "merge_recipe",
+    "mix",
     "open_checkpoint",
     "plan_recipe",
     "read_recipe",
