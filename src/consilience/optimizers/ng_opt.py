@@ -50,6 +50,8 @@ class NgOpt:
         array = nevergrad.p.Array(init=start)
         if self.settings.bounds is not None:
             array.set_bounds(*self.settings.bounds)
+        # It may hand over to COBYLA in a thread of its own, which comments on small budgets.
+        warnings.filterwarnings("ignore", message="COBYLA", category=UserWarning)
         array.random_state = np.random.RandomState([_STREAM, self.seed])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it comments on its own choices
