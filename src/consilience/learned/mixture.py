@@ -1,4 +1,4 @@
-"""Learning a mixture on a labelled target: alignment's machinery with the target's loss in place of teachers."""
+"""Learning on a labelled target: alignment's machinery with the target's loss in place of teachers (glue, lorahub)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
