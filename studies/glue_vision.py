@@ -83,6 +83,8 @@ def _experiment(setting: Mapping[str, Any]) -> Any:
 
 def run(setting: dict[str, Any]) -> dict[str, Any]:
     """Mix the experts by every method and fine-tune every mixture; or, for a tried setting, search once."""
+    import torch
+
     from consilience.mixing.bank import ExpertBank
     from consilience.mixing.problem import TargetLoss
     from consilience.mixing.target import Target, Tensors, measure_of
@@ -90,7 +92,8 @@ def run(setting: dict[str, Any]) -> dict[str, Any]:
     if setting["kind"] == "unlike":
         return run_unlike(setting)
     made = _experiment(setting)
-    module = made.network()
+    # Convolutions on a CPU are up to a third faster with weights in this order.
+    module = made.network().to(memory_format=torch.channels_last)
     bank = ExpertBank.of(made.experts, module)
     target = Target(Tensors(*made.target.train), Tensors(*made.target.validation), measure_of("cross_entropy"), BATCH)
     loss = TargetLoss(bank, module, target, seed=setting["seed"], bn="recalibrate", recalibration=RECALIBRATION)
@@ -130,10 +133,13 @@ def _compared(made: Any, module: Any, bank: Any, loss: Any, setting: Mapping[str
         "sigma_max": [Spectrum.of(bank).sigma_max, Spectrum.of(bank).sigma_max_centred],
         "methods": {},
     }
+    # Methods often choose the same expert: what the same weights lead to is measured once.
+    measured: dict[tuple[float, ...], dict[str, Any]] = {}
     for name, alpha in weights.items():
-        state = loss.state(bank.table(alpha))
-        found = {"alpha": np.round(alpha, 5).tolist()}
-        result["methods"][name] = found | _tuned(made, module, state, setting)
+        key = tuple(alpha.tolist())
+        if key not in measured:
+            measured[key] = _tuned(made, module, loss.state(bank.table(alpha)), setting)
+        result["methods"][name] = {"alpha": np.round(alpha, 5).tolist()} | measured[key]
     result["methods"]["base"] = _tuned(made, module, made.base, setting)
     every = baselines.ensemble(bank, module, made.target.test)
     result["methods"]["ensemble"] = {"before": every.accuracy, "before_loss": every.loss}
