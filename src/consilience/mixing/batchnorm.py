@@ -37,18 +37,20 @@ def mode(module: nn.Module, policy: Policy, *, training: bool = False) -> Genera
     No buffer changes within, whatever the policy.
     """
     norms = batch_norms(module)
-    before = [(part, part.training) for part in module.modules()]
-    module.train(training)
-    for part in norms:
-        part.training = policy == "batch"
+    own = set(map(id, norms))
+    # Few are in the wrong mode, and setting an attribute of a module takes longer than reading it.
+    wrong = [part for part in module.modules() if part.training != (policy == "batch" if id(part) in own else training)]
+    for part in wrong:
+        part.training = not part.training
+    for part in norms if policy == "batch" else ():
         # Without running statistics a normalisation in training mode uses the batch's and updates nothing.
-        part.track_running_stats = policy != "batch"
+        part.track_running_stats = False
     try:
         yield
     finally:
-        for part, was in before:
-            part.training = was
-        for part in norms:
+        for part in wrong:
+            part.training = not part.training
+        for part in norms if policy == "batch" else ():
             part.track_running_stats = True
 
 

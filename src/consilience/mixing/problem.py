@@ -107,14 +107,14 @@ class TargetLoss:
             return [self._terms(self._remote(measure, point), point) for point in points]
         inputs, labels = self.target.batch(self.seed, step, self.device)
         found: list[Terms] = []
-        with mode(self.student.module, self.bn, training=self.training), torch.no_grad():
+        module, drawn = self.student.module, noise(self.seed, step, self.device)
+        with mode(module, self.bn, training=self.training), torch.no_grad(), drawn as again:
             for start in range(0, len(points), self.room.room):
                 some = points[start : start + self.room.room]
                 blends = self.bank.blends(some, self.room)
                 for row, point in enumerate(some):
-                    module = self.student.show(blends, row)
-                    with noise(self.seed, step, self.device):
-                        value = self._value(module, inputs, labels)
+                    again()
+                    value = self._value(self.student.show(blends, row), inputs, labels)
                     self.counts.forwards += 1
                     found.append(self._terms(value, point))
         return found

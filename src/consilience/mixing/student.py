@@ -21,7 +21,7 @@ class Student:
         memo: dict[int, nn.Parameter] = {
             id(value): nn.Parameter(empty) for value in module.parameters() if value.is_floating_point()
         }
-        self.module = copy.deepcopy(module, memo).to(bank.matrix.device, bank.matrix.dtype)
+        self.module = copy.deepcopy(module, memo).to(bank.matrix.device, bank.matrix.dtype).eval()
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         self._parameters = [(slot, parameters[slot.name]) for slot in bank.layout.parameters]

@@ -120,24 +120,29 @@ def draw(count: int, size: int, seed: int, step: int) -> list[int]:
 
 
 @contextmanager
-def noise(seed: int, step: int, device: torch.device | None = None) -> Generator[None]:
+def noise(seed: int, step: int, device: torch.device | None = None) -> Generator[Callable[[], None]]:
     """Seed torch's, numpy's and Python's generators by (seed, step), and put them back afterwards.
 
-    Whatever draws from them (dropout, augmentation, a data set's transforms) draws the same for both points of a step.
+    Whatever draws from them (dropout, augmentation, a data set's transforms) draws the same for both points of a step:
+    what is yielded, when called, seeds them again.
     """
     value = int(np.random.SeedSequence([_NOISE, seed, step]).generate_state(1, np.uint32)[0])
     # Not torch.manual_seed, which also keeps a note, with a stack trace, for every kind of device it has not met yet.
     generators = [torch.default_generator]
     if device is not None and device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
+
+    def again() -> None:
+        for generator in generators:
+            generator.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value)
+
     before = [generator.get_state() for generator in generators]
     state, legacy = random.getstate(), np.random.get_state()
-    for generator in generators:
-        generator.manual_seed(value)
-    random.seed(value)
-    np.random.seed(value)
+    again()
     try:
-        yield
+        yield again
     finally:
         for generator, was in zip(generators, before, strict=True):
             generator.set_state(was)
@@ -229,8 +234,12 @@ class Target:
     def batch(self, seed: int, step: int, device: torch.device | None = None) -> tuple[Any, Tensor]:
         """Return the minibatch of a step: (inputs, labels), on ``device``."""
         assert self.train is not None
+        chosen = draw(len(self.train), self.batch_size, seed, step)
+        if isinstance(self.train, Tensors) and self.augment is None:
+            inputs, labels = take(self.train, chosen)  # nothing is drawn, so nothing needs to be seeded
+            return place(inputs, device), labels.to(device)
         with noise(seed, step, device):
-            inputs, labels = take(self.train, draw(len(self.train), self.batch_size, seed, step))
+            inputs, labels = take(self.train, chosen)
             inputs = self.augment(inputs) if self.augment is not None else inputs
         return place(inputs, device), labels.to(device)
 
