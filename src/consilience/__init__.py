@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from consilience.errors import ConsilienceError, InputError, MachineError
     from consilience.mixing import mix
     from consilience.recipe import Recipe, read_recipe
+    from consilience.routing import build_routed, load_routed
     from consilience.tasks import evaluate
     from consilience.training import fine_tune
 
 _HOME = {
+    "build_routed": "consilience.routing",
+    "load_routed": "consilience.routing",
     "Coefficients": "consilience.coefficients",
     "fine_tune": "consilience.training",
     "learn": "consilience.api",
@@ -46,10 +49,12 @@ __all__ = [
     "InputError",
     "MachineError",
     "Recipe",
+    "build_routed",
     "evaluate",
     "fine_tune",
     "learn",
     "load_coefficients",
+    "load_routed",
     "merge",
     "merge_recipe",
     "mix",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from consilience.cli.route import route
 from consilience.errors import InputError, printable
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(route, name="route")
 
 MERGE_EPILOG = """Examples:
 

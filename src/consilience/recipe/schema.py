@@ -1,5 +1,6 @@
 """What to merge, as data. A mergekit ``models:`` recipe is a valid recipe."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -21,13 +22,13 @@ Reference = Annotated[str, Field(min_length=1)]
 _LATER = ("slices", "modules", "tokenizer", "chat_template")
 
 
-class _Closed(BaseModel):
+class Closed(BaseModel):
     """A mapping without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Filtered(_Closed):
+class Filtered(Closed):
     """A value for the tensors whose name matches ``filter`` (substring, glob with ``*`` or ``?``, or ``re:`` regex)."""
 
     filter: str | None = None
@@ -38,7 +39,7 @@ Texts = Annotated[list[Annotated[str, Strict()]], Strict(), Field(min_length=1)]
 Setting = Scalar | Numbers | Texts | Annotated[list[Filtered], Strict(), Field(min_length=1)]
 
 
-class DataPaths(_Closed):
+class DataPaths(Closed):
     """Files that belong to one expert; learned methods read them."""
 
     calibration: str | None = None
@@ -48,14 +49,14 @@ class DataPaths(_Closed):
     logs: str | None = None
 
 
-class Target(_Closed):
+class Target(Closed):
     """The labelled target data of methods that minimise a loss."""
 
     train: str | None = None
     validation: str | None = None
 
 
-class ModelEntry(_Closed):
+class ModelEntry(Closed):
     """One model of the merge."""
 
     model: Reference
@@ -64,7 +65,7 @@ class ModelEntry(_Closed):
     data: DataPaths | None = None
 
 
-class Recipe(_Closed):
+class Recipe(Closed):
     """A merge: method, base, models, parameters, output dtype, seed."""
 
     merge_method: str = Field(alias="method", default="")
@@ -98,15 +99,13 @@ def _place(location: tuple[int | str, ...]) -> str:
     return ".".join(part for part in shown if part not in ("bool", "float", "str", "constrained-float"))
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    if "data" in location[:-1]:
-        return list(DataPaths.model_fields)
-    if "target" in location[:-1]:
-        return list(Target.model_fields)
-    if location[0] == "models":
-        return list(ModelEntry.model_fields)
-    return [*Recipe.model_fields, "method"]
+def _known_keys(location: tuple[int | str, ...], parts: Mapping[str, type[Closed]]) -> list[str]:
+    inside = next((str(key) for key in reversed(location[:-1]) if key in parts), "")
+    return [name for field, info in parts[inside].model_fields.items() for name in (field, info.alias) if name]
 
+
+#: The mappings inside a merge's recipe, by the key that holds them.
+_PARTS: Mapping[str, type[Closed]] = {"": Recipe, "models": ModelEntry, "data": DataPaths, "target": Target}
 
 #: Pydantic's kinds of error in a user's words.
 _SAID = {
@@ -133,8 +132,12 @@ def _said(error: ErrorDetails) -> str:
     return f"{given!r} {said}" if error["type"].startswith("string_") and isinstance(given, str) and given else said
 
 
-def explain(error: ValidationError, where: str) -> InputError:
-    """Turn pydantic's report into one line that names the key and the mend."""
+def explain(error: ValidationError, where: str, parts: Mapping[str, type[Closed]] | None = None) -> InputError:
+    """Turn pydantic's report into one line that names the key and the mend.
+
+    ``parts`` has the model of each mapping inside the recipe by the key that holds it, the recipe's own under "".
+    """
+    parts = parts or _PARTS
     errors = error.errors(include_url=False)
     unknown = [e for e in errors if e["type"] == "extra_forbidden" and "parameters" not in e["loc"]]
     first = (unknown or errors)[0]
@@ -144,7 +147,7 @@ def explain(error: ValidationError, where: str) -> InputError:
         key = str(location[-1])
         if len(location) == 1 and key in _LATER:
             return InputError(f"{where}: {key!r} is not supported yet; use the 'models:' form")
-        known = _known_keys(location)
+        known = _known_keys(location, parts)
         return InputError(
             f"{where}: unknown key {place!r}{nearest(key, known) or '; remove it, or use one of ' + ', '.join(known)}"
         )

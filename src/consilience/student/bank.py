@@ -317,14 +317,58 @@ class Bank:
             out[tensor.name] = out[tensor.name] + total if tensor.name in out else total
         return out
 
+    def gram(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Return the inner products of ``theta_0, tau_1 ... tau_K`` [1 + K, 1 + K] of every tensor, in float64.
+
+        Raises:
+            InputError: a stored value is NaN or Inf.
+        """
+        size = 1 + len(self.experts)
+
+        def run(tensor: TensorPlan, segment: int) -> Any:
+            if low_rank.suits(tensor):
+                factors = low_rank.read_factors(tensor, self._worker().scratch, "cpu")
+                return low_rank.gram(factors, self._base_rows(tensor), len(self.experts))
+            total = np.zeros((size, size))
+            for start, stop, stack, base in self._blocks(tensor, segment):
+                rows = self._worker().scratch.array("gram", (size, stop - start), np.float64)
+                rows[0], rows[1:] = base, stack
+                total += rows @ rows.T
+            return total
+
+        counts = {name: 1 if low_rank.suits(tensor) else tensor.segments for name, tensor in self.tensors.items()}
+        jobs = [(self.tensors[name], segment) for name, count in counts.items() for segment in range(count)]
+        out = {name: np.zeros((size, size)) for name in self.tensors}
+        for (tensor, _), total in zip(jobs, self._each(jobs, run), strict=True):
+            out[tensor.name] += total
+        for name, total in out.items():
+            if not self.plan.allow_nonfinite and not np.isfinite(total).all():
+                raise InputError(_broken(name))
+        return out
+
+    def _base_rows(self, tensor: TensorPlan) -> Iterator[tuple[int, Any]]:
+        """Yield (first row, float32 values [n, columns]) of a tensor's base, which the next block overwrites."""
+        import torch
+
+        loader, (height, width) = self._worker().loader(tensor, first=False), _sides(tensor)
+        step = max(1, loader.size // max(1, width))
+        for first in range(0, height, step):
+            last = min(height, first + step)
+            yield first, torch.from_numpy(loader.base(first * width, last * width, None)).view(-1, width)
+
 
 def _broken(name: str) -> str:
     return f"tensor {name!r}: the base or an expert holds NaN or Inf; repair the model, or drop it"
 
 
+def _sides(tensor: TensorPlan) -> tuple[int, int]:
+    """Return how many rows and columns a tensor has in the form that factors multiply to: [rows, the rest]."""
+    return tensor.shape[0], tensor.numel // max(1, tensor.shape[0])
+
+
 def _matrix(tensor: TensorPlan, flat: Any) -> Any:
-    """Return a flat tensor as [rows, the rest], the form that factors multiply to."""
-    return flat.view(tensor.shape[0], -1)
+    """Return a flat tensor in the form that factors multiply to."""
+    return flat.view(_sides(tensor))
 
 
 def _stages(trimmed: Trimmed | None, experts: int) -> tuple[Trim | Elect, ...]:

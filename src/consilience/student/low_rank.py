@@ -2,12 +2,13 @@
 
     theta = theta_0 + [L_1 a_1, ..., L_K a_K] [R_1; ...; R_K]          L_k = s_k B_k, R_k = A_k
     < G, L_k R_k > over rows i = sum_i (G R_k^T)[i] . L_k[i]
+    < L_i R_i, L_j R_j > = sum( (L_i^T L_j) * (R_i R_j^T) )             [r_i, r_j] matrices only
 
 One matrix product of inner size sum_k r_k per tensor each way, where K products and K sums would read and write every
 element K times. Chunks are runs of whole rows but for the rows that hold a boundary, which are done piece by piece.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,3 +103,26 @@ def inner_products(factors: Factors, gradient: Any, starts: Sequence[int], stops
         columns[piece] += (factors.right[:, low:high] @ gradient[row, low:high]) * factors.left[row]
     out = torch.zeros(len(starts), experts, dtype=torch.float64, device=columns.device)
     return np.asarray(out.index_add_(1, factors.expert, columns).cpu().numpy())
+
+
+def gram(factors: Factors, base: Iterable[tuple[int, Any]], experts: int) -> Alpha:
+    """Return the inner products of ``theta_0, L_1 R_1, ..., L_K R_K``, [1 + K, 1 + K] in float64.
+
+    Args:
+        factors: of all experts.
+        base: theta_0 as (first row, float32 values [n, columns]), block by block.
+        experts: K.
+    """
+    import torch
+
+    own = torch.nn.functional.one_hot(factors.expert, experts).double()
+    left, right = factors.left.double(), factors.right.double()
+    out = torch.zeros(1 + experts, 1 + experts, dtype=torch.float64)
+    out[1:, 1:] = own.T @ ((left.T @ left) * (right @ right.T)) @ own
+    for first, rows in base:
+        flat = rows.flatten().double()
+        out[0, 0] += flat @ flat
+        met = (rows @ factors.right.T) * factors.left[first : first + len(rows)]
+        out[0, 1:] += met.sum(0, dtype=torch.float64) @ own
+    out[1:, 0] = out[0, 1:]
+    return out.numpy()

@@ -100,7 +100,12 @@ def _loader(config: Any) -> Any:
 
 
 def load_model(
-    folder: Path | str, *, adapter: Path | str | None = None, device: str = "cpu", trust_remote_code: bool = False
+    folder: Path | str,
+    *,
+    adapter: Path | str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
 ) -> Any:
     """Load a language model, or one of text and images, in float32, ready to evaluate.
 
@@ -113,6 +118,7 @@ def load_model(
         adapter: a PEFT adapter folder to put on top.
         device: a torch device.
         trust_remote_code: run the ``.py`` files of the folder (only for models you trust).
+        dtype: of the weights; "auto": as they are stored.
 
     Raises:
         InputError: the folder is no such model, its weights are missing, misshapen or incomplete, or the adapter does
@@ -129,7 +135,7 @@ def load_model(
         model, report = _loader(config).from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,

@@ -1,0 +1,145 @@
+"""A linear layer that adds a mixture of low-rank experts to its output, token by token.
+
+    y = W u + sum_k w_k(u) B_k A_k u          (the adapters' scales are in B)
+
+The A of all experts and the vectors that score them are rows of one matrix, and the B columns of another: a pass is two
+products and little else, whatever the number of experts, and no activation is gathered. Where the factors of all
+experts would cost more than a part of the base's own product, only those that some token uses are multiplied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consilience.routing.router import Router
+
+#: Up to this share of the base's product all experts are computed, beyond it only those that are used.
+DENSE_SHARE = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One expert at one module: ``a`` [r, in], ``b`` [out, r] with the adapter's scale in it."""
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+
+class Experts(nn.Module):
+    """All experts at one module, and the vectors that score them.
+
+    ``into`` [R + K, in] holds the A of all experts, then the K prototypes; ``out_of`` [R, out] the B, transposed.
+    An expert that leaves the module alone has no rows, and a prototype of 0: a neutral local logit.
+    """
+
+    into: Tensor
+    out_of: Tensor
+    owner: Tensor
+
+    def __init__(
+        self, name: str, factors: Sequence[Factors | None], prototypes: Tensor, like: Tensor, router: Router
+    ) -> None:
+        """Stack factors and prototypes [K, in] in the dtype and on the device of ``like``."""
+        super().__init__()
+        self.name, self.router, self.count = name, router, len(factors)
+        present = [one for one in factors if one is not None]
+        ranks = [0 if one is None else one.rank for one in factors]
+        self.edges = [sum(ranks[:k]) for k in range(len(ranks) + 1)]
+        into = torch.cat([*(one.a.to(like) for one in present), prototypes.to(like)])
+        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        self.register_buffer("into", into.contiguous(), persistent=False)
+        self.register_buffer("out_of", torch.cat([one.b.t().to(like) for one in present]).contiguous(), False)
+        self.register_buffer("owner", owner.to(like.device), persistent=False)
+        share = self.edges[-1] * (1 / self.into.shape[1] + 1 / self.out_of.shape[1])
+        self.dense = share <= DENSE_SHARE
+
+    def forward(self, u: Tensor, y: Tensor) -> Tensor:
+        """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""
+        shape = u.shape
+        tokens = u if u.ndim == 3 else self._sequences(u)
+        flat = tokens.reshape(-1, shape[-1])
+        found = y.reshape(-1, y.shape[-1])
+        if self.dense:
+            products = F.linear(flat, self.into)
+            weights = self._weights(products[:, self.edges[-1] :], tokens)
+            hidden = products[:, : self.edges[-1]] * weights.to(products.dtype).index_select(1, self.owner)
+            found = found.addmm_(hidden, self.out_of)
+        else:
+            weights = self._weights(F.linear(flat, self.into[self.edges[-1] :]), tokens)
+            found = self._sparse(flat, weights, found)
+        return found.view(y.shape)
+
+    def _sequences(self, u: Tensor) -> Tensor:
+        """Return tokens as [sequences, tokens, in]: some models flatten a batch."""
+        if u.ndim == 2:
+            bias = self.router.bias if self.router.fixed is None else self.router.fixed
+            count = 1 if bias is None or u.shape[0] % len(bias) else len(bias)
+            return u.reshape(count, -1, u.shape[-1])
+        return u.reshape(u.shape[0], -1, u.shape[-1]) if u.ndim > 3 else u[None, None]
+
+    def _weights(self, products: Tensor, tokens: Tensor) -> Tensor:
+        weights = self.router.weights(products.view(*tokens.shape[:-1], self.count), tokens)
+        if self.router.watchers:
+            self.router.watch(self.name, weights)
+        return weights.reshape(-1, self.count)
+
+    def _sparse(self, flat: Tensor, weights: Tensor, found: Tensor) -> Tensor:
+        """Add the experts that are used, each to the tokens that use it."""
+        for k in torch.nonzero(weights.amax(0)).flatten().tolist():
+            span = slice(self.edges[k], self.edges[k + 1])
+            if span.start == span.stop:
+                continue
+            own = weights[:, k]
+            rows = torch.nonzero(own).flatten()
+            if len(rows) == len(flat):
+                hidden = F.linear(flat, self.into[span]) * own[:, None].to(flat.dtype)
+                found = found.addmm_(hidden, self.out_of[span])
+                continue
+            hidden = F.linear(flat[rows], self.into[span]) * own[rows, None].to(flat.dtype)
+            found = found.index_add_(0, rows, hidden @ self.out_of[span])
+        return found
+
+
+class RoutedLinear(nn.Linear):
+    """A linear layer with experts; its own parameters are the layer's it was made from, under the same names."""
+
+    experts: Experts
+
+    @classmethod
+    def around(cls, linear: nn.Linear, experts: Experts) -> "RoutedLinear":
+        """Return a routed layer that shares a linear layer's parameters."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.in_features, made.out_features = linear.in_features, linear.out_features
+        made.weight, made.bias = linear.weight, linear.bias
+        made.experts = experts
+        return made.train(linear.training)
+
+    def plain(self) -> nn.Linear:
+        """Return the layer it was made from."""
+        made = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(made)
+        made.in_features, made.out_features = self.in_features, self.out_features
+        made.weight, made.bias = self.weight, self.bias
+        return made.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        return self.experts(input, F.linear(input, self.weight, self.bias))
+
+
+def routed(module: nn.Module, experts: Experts) -> Any:
+    """Return the routed form of a layer, or None if its kind has none."""
+    if isinstance(module, RoutedLinear):
+        module = module.plain()
+    # Subclasses compute something else (quantised layers unpack their weights), and what that is is not known here.
+    return RoutedLinear.around(module, experts) if type(module) is nn.Linear else None

@@ -1,0 +1,150 @@
+"""What all routed layers of a model share: the settings, the query each sequence belongs to, and who watches.
+
+A sequence's query fixes c, the similarity of its instruction to every expert's; a token's local logits are the layer's.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from consilience.errors import InputError
+from consilience.routing import scores
+from consilience.routing.settings import Settings
+
+#: Called with a layer's name and its weights [sequences, tokens, K] at every forward pass.
+Watcher = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """What instructions say of B queries: ``cosines`` [B, K], and the scale a of each query [B]."""
+
+    cosines: Tensor
+    scale: Tensor
+
+
+class Semantics(Protocol):
+    """The global router: from the queries' texts to their similarity to every expert."""
+
+    def __call__(self, queries: Sequence[str], settings: Settings) -> Similarity:
+        """Return the similarity of B queries."""
+        ...
+
+
+@dataclass(eq=False)
+class Router:
+    """The state that routed layers read.
+
+    Attributes:
+        experts: names of the K experts.
+        settings: how they are routed; may be replaced at any time.
+        bias: added to every token's local logits, [B, K], a row for each sequence; None: nothing.
+        fixed: weights [B, K] or [1, K] that replace routing; None: tokens are routed.
+        excluded: [K], true where an expert must not be used.
+        watchers: told of all weights.
+    """
+
+    experts: tuple[str, ...]
+    settings: Settings
+    bias: Tensor | None = None
+    fixed: Tensor | None = None
+    excluded: Tensor | None = None
+    watchers: list[Watcher] = field(default_factory=list[Watcher])
+
+    def index(self, name: str) -> int:
+        """Return an expert's number.
+
+        Raises:
+            InputError: there is no such expert.
+        """
+        if name not in self.experts:
+            raise InputError(f"expert {name!r}: there is none; the experts are {', '.join(self.experts)}")
+        return self.experts.index(name)
+
+    def instruct(self, similarity: Similarity | None) -> None:
+        """Set what the instructions of the next sequences say; None: nothing."""
+        if similarity is None:
+            self.bias = None
+            return
+        cosines = similarity.cosines.float()
+        if self.settings.standardise:
+            cosines = scores.standardised(cosines)
+        self.bias = similarity.scale.float()[:, None] * cosines
+
+    def weights(self, products: Tensor, u: Tensor) -> Tensor:
+        """Return weights [sequences, tokens, K] of activations u [sequences, tokens, d] and their products [.., K]."""
+        if self.fixed is not None:
+            return self._rows(self.fixed, u).to(torch.float32).expand(*u.shape[:-1], len(self.experts))
+        settings = self.settings
+        if settings.local == "none":
+            logits = products.new_zeros(products.shape, dtype=torch.float32)
+        else:
+            logits = scores.local_logits(settings, products, u)
+            if settings.standardise:
+                logits = scores.standardised(logits)
+        if self.bias is not None:
+            logits = logits + self._rows(self.bias, u)
+        if self.excluded is not None:
+            logits = logits.masked_fill(self.excluded.to(logits.device), -torch.inf)
+        return scores.weights(settings, logits)
+
+    def _rows(self, values: Tensor, u: Tensor) -> Tensor:
+        """Return values [B, K] as [sequences, 1, K]: beams and returned samples of a query follow one another."""
+        if values.device != u.device:
+            values = values.to(u.device)
+        if len(values) not in (1, len(u)):
+            times, rest = divmod(len(u), len(values))
+            if rest:
+                raise InputError(
+                    f"routing: {len(values)} queries are set and the batch has {len(u)} sequences; give one a sequence"
+                )
+            values = values.repeat_interleave(times, 0)
+        return values[:, None, :]
+
+    def watch(self, name: str, weights: Tensor) -> None:
+        """Tell the watchers."""
+        for watcher in self.watchers:
+            watcher(name, weights)
+
+    @contextmanager
+    def only(self, weights: Tensor | Sequence[float]) -> Generator[None]:
+        """Use fixed weights [K] or [B, K] within, instead of routing: one expert's, or a mixture's."""
+        before = self.fixed
+        values = torch.as_tensor(weights, dtype=torch.float32)
+        self.fixed = values[None] if values.ndim == 1 else values
+        try:
+            yield
+        finally:
+            self.fixed = before
+
+    @contextmanager
+    def without(self, *names: str) -> Generator[None]:
+        """Leave experts out within: their logits are -inf.
+
+        Raises:
+            InputError: no such expert, or none would be left.
+        """
+        before = self.excluded
+        mask = torch.zeros(len(self.experts), dtype=torch.bool) if before is None else before.clone()
+        for name in names:
+            mask[self.index(name)] = True
+        if bool(mask.all()):
+            raise InputError("routing: every expert is left out; keep one")
+        self.excluded = mask
+        try:
+            yield
+        finally:
+            self.excluded = before
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Generator[None]:
+        """Tell ``watcher`` of every layer's weights within."""
+        self.watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self.watchers.remove(watcher)

@@ -1,0 +1,87 @@
+"""How tokens are routed, as data."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from consilience.errors import InputError, nearest
+
+Local = Literal["phatgoose", "arrow", "average", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a token's local logits s and its query's similarities c become weights.
+
+        z_k = s_k + a c_k,    w = softmax(z) over all experts, the top k kept and divided by their sum
+
+    Attributes:
+        local: what s is: "phatgoose" (learned gates), "arrow" (the experts' own directions), "average" (mean
+            activations), or "none" (0).
+        scale: a, the weight of instructions against local logits; 0 leaves instructions out; "adaptive" chooses it for
+            every query between 0 and ``most_scale``. GLIDER's code has 100 for tasks the experts were trained on, else
+            3.
+        most_scale: the largest a that "adaptive" gives.
+        standardise: divide s and c, less their means, by their standard deviations over the experts, so that a has no
+            unit. The published systems do not.
+        top_k: experts that a token may use; 0: all.
+        top_p: instead of ``top_k``, the fewest experts whose probabilities sum to at least this; 0: not used.
+        temperature: of "arrow" and "average", whose logits are divided by it.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    local: Local = "phatgoose"
+    scale: float | Literal["adaptive"] = 0.0
+    most_scale: float = 100.0
+    standardise: bool = False
+    top_k: int = 2
+    top_p: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.local not in get_args(Local):
+            known = list(get_args(Local))
+            raise InputError(f"local: {self.local!r} is not one of {', '.join(known)}{nearest(str(self.local), known)}")
+        if self.scale != "adaptive" and not (_number(self.scale) and float(self.scale) >= 0):
+            raise InputError(f"scale: {self.scale!r} must be a number of at least 0, or adaptive")
+        if not (_number(self.most_scale) and self.most_scale >= 0):
+            raise InputError(f"most_scale: {self.most_scale!r} must be a number of at least 0")
+        if not (_number(self.top_k) and float(self.top_k).is_integer() and self.top_k >= 0):
+            raise InputError(f"top_k: {self.top_k!r} must be a whole number of at least 0 (0: all experts)")
+        if not (_number(self.top_p) and 0 <= self.top_p <= 1):
+            raise InputError(f"top_p: {self.top_p!r} must lie in [0, 1] (0: top_k is used)")
+        if not (_number(self.temperature) and self.temperature > 0):
+            raise InputError(f"temperature: {self.temperature!r} must be a number above 0")
+        if self.standardise not in (True, False):
+            raise InputError(f"standardise: {self.standardise!r} must be true or false")
+
+    @property
+    def instructed(self) -> bool:
+        """Whether queries' instructions count."""
+        return self.scale == "adaptive" or self.scale > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], where: str) -> "Settings":
+        """Return settings from plain values.
+
+        Raises:
+            InputError: a key is unknown, or a value is out of its range.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise InputError(f"{where}: unknown key {key!r}{nearest(key, known) or '; use ' + ', '.join(known)}")
+        try:
+            return cls(**value)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

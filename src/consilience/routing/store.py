@@ -1,0 +1,267 @@
+"""A routed model on disk: a folder that names its base and holds its experts, each in a folder of its own.
+
+    OUT/consilience/routing.json                  base, settings, experts in order, how instructions are made
+    OUT/consilience/experts/NAME/                 the adapter, as PEFT reads it
+    OUT/consilience/experts/NAME/vectors.safetensors      KIND/MODULE -> [in]: gates, directions, mean activations
+    OUT/consilience/instructions.safetensors      embeddings [K, E], and what the embedder keeps
+
+The base is not copied: it is found by its path, or by its reference, and is checked to be the one that was built on.
+Files of one expert never change because another comes or goes.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from consilience.checkpoints.json_files import read_object
+from consilience.checkpoints.open import WEIGHT_SUFFIXES, open_checkpoint
+from consilience.checkpoints.reference import resolve
+from consilience.engine.output import OURS, write_json
+from consilience.errors import InputError, nearest
+from consilience.routing.expert import Expert, read_factors, read_tensor
+from consilience.routing.settings import Settings
+
+FORMAT = 1
+ROUTING, EXPERTS, VECTORS, INSTRUCTIONS = "routing.json", "experts", "vectors.safetensors", "instructions.safetensors"
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
+_KEYS = ("format", "base", "settings", "experts", "instructions", "records")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a routed model stands on: ``path`` when it was built, the ``reference`` that was given, and what it holds.
+
+    ``files`` has the bytes of every weight file, ``config`` a hash of ``config.json``.
+    """
+
+    path: str
+    reference: str
+    files: dict[str, int]
+    config: str
+
+    @classmethod
+    def of(cls, folder: Path, reference: str) -> "Base":
+        """Describe a base folder."""
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if _weights(path)}
+        return cls(str(folder.absolute()), reference, sizes, _digest(folder / "config.json"))
+
+
+def _weights(path: Path) -> bool:
+    return path.is_file() and path.name.endswith(WEIGHT_SUFFIXES)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``routing.json`` says. ``instructions`` are the global router's own values, ``records`` how it was built."""
+
+    base: Base
+    settings: Settings
+    experts: tuple[str, ...]
+    instructions: dict[str, Any] | None = None
+    records: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "format": FORMAT,
+            "base": vars(self.base),
+            "settings": self.settings.to_dict(),
+            "experts": list(self.experts),
+            "instructions": self.instructions,
+            "records": self.records,
+        }
+
+
+def is_routed(folder: Path) -> bool:
+    """Whether a folder holds a routed model."""
+    return (folder / OURS / ROUTING).is_file()
+
+
+def read_description(folder: Path) -> Description:
+    """Read ``routing.json``.
+
+    Raises:
+        InputError: there is none, or it is not what this version writes.
+    """
+    path = folder / OURS / ROUTING
+    if not path.is_file():
+        raise InputError(f"{folder}: holds no {OURS}/{ROUTING}; give a folder that 'consilience route build' made")
+    value = read_object(path)
+    if value.get("format") != FORMAT:
+        raise InputError(f"{path}: format {value.get('format')!r} is not {FORMAT}; build it again with this version")
+    for key in value:
+        if key not in _KEYS:
+            raise InputError(f"{path}: unknown key {key!r}{nearest(key, _KEYS)}; restore the file")
+    base, experts, settings = (value.get(key) for key in ("base", "experts", "settings"))
+    if not _is_base(base) or not _are_names(experts) or not isinstance(settings, dict):
+        raise InputError(f"{path}: base, experts or settings are missing or not what they should be; restore the file")
+    known = Settings.from_dict(cast(dict[str, Any], settings), str(path))
+    records, instructions = value.get("records"), value.get("instructions")
+    return Description(Base(**cast(dict[str, Any], base)), known, tuple(cast(list[str], experts)), instructions,
+                       records or {})  # fmt: skip
+
+
+def _is_base(value: Any) -> bool:
+    texts = ("path", "reference", "config")
+    return (
+        isinstance(value, dict)
+        and sorted(cast(dict[str, Any], value)) == ["config", "files", "path", "reference"]
+        and all(isinstance(value[key], str) for key in texts)
+        and isinstance(value["files"], dict)
+    )
+
+
+def _are_names(value: Any) -> bool:
+    """Whether these are names of experts, none of which leads out of the folder."""
+    return (
+        isinstance(value, list)
+        and bool(cast(list[Any], value))
+        and all(is_name(name) for name in cast(list[Any], value))
+        and len(set(cast(list[Any], value))) == len(cast(list[Any], value))
+    )
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value is an expert's name that may stand for a folder."""
+    return isinstance(value, str) and 0 < len(value) <= 100 and not any(c in "/\\." or ord(c) < 32 for c in value)
+
+
+def find_base(described: Base, folder: Path, given: str | None = None) -> Path:
+    """Return the folder of the base that a routed model in ``folder`` stands on; ``given`` is the user's own word.
+
+    Raises:
+        InputError: it is not found, or is another model.
+    """
+    if given is not None:
+        place = resolve(given).model
+    elif Path(described.path).is_dir():
+        place = Path(described.path)
+    else:
+        beside = folder.absolute().parent / Path(described.path).name
+        place = beside if beside.is_dir() else _referenced(described, folder)
+    if not (place / "config.json").is_file():
+        raise InputError(f"{place}: holds no config.json; name the base with --base")
+    other = Base.of(place, described.reference)
+    if other.files != described.files or other.config != described.config:
+        raise InputError(
+            f"{place}: is not the base that {folder} was built on (its files differ); name that base with --base"
+        )
+    return place
+
+
+def _referenced(described: Base, folder: Path) -> Path:
+    try:
+        return resolve(described.reference, folder).model
+    except InputError:
+        raise InputError(
+            f"{folder}: its base {described.path} is not there any more; name where it is with --base"
+        ) from None
+
+
+def expert_folder(folder: Path, name: str) -> Path:
+    """Return the folder of an expert."""
+    return folder / OURS / EXPERTS / name
+
+
+def write_expert(folder: Path, name: str, adapter: Path, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copy an adapter into a routed model's folder, and write its vectors beside it."""
+    place = expert_folder(folder, name)
+    place.mkdir(parents=True)
+    for file in _ADAPTER:
+        if (adapter / file).is_file():
+            shutil.copyfile(adapter / file, place / file)
+    write_vectors(place, vectors)
+
+
+def write_vectors(place: Path, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write an expert's vectors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    values = {f"{kind}/{module}": v.contiguous() for kind, own in vectors.items() for module, v in own.items()}
+    temporary = place / f"{VECTORS}.new"
+    save_file(values, temporary)
+    os.replace(temporary, place / VECTORS)
+
+
+def read_expert(folder: Path, name: str) -> Expert:
+    """Read an expert's factors and vectors.
+
+    Raises:
+        InputError: its folder is missing or malformed.
+    """
+    place = expert_folder(folder, name)
+    if not place.is_dir():
+        raise InputError(f"{place}: is missing; restore it, or build the routed model again")
+    return Expert(name, read_factors(place), read_vectors(place))
+
+
+def read_vectors(place: Path) -> dict[str, dict[str, Tensor]]:
+    """Read an expert's vectors by kind and module.
+
+    Raises:
+        InputError: the file is missing, or holds something else.
+    """
+    path = place / VECTORS
+    if not path.is_file():
+        raise InputError(f"{path}: is missing; restore it, or build the routed model again")
+    checkpoint = open_checkpoint(path)
+    found: dict[str, dict[str, Tensor]] = {}
+    try:
+        for name, tensor in checkpoint.tensors.items():
+            kind, slash, module = name.partition("/")
+            if not slash or len(tensor.shape) != 1 or not tensor.dtype.mergeable:
+                raise InputError(f"{path}: tensor {name!r} is not a vector of a module; restore the file")
+            found.setdefault(kind, {})[module] = read_tensor(checkpoint, tensor)
+    finally:
+        checkpoint.storage.close()
+    return found
+
+
+def write_description(folder: Path, description: Description) -> None:
+    """Write ``routing.json``, whole or not at all."""
+    place = folder / OURS / ROUTING
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f"{ROUTING}.new")
+    write_json(temporary, description.to_dict())
+    os.replace(temporary, place)
+
+
+def write_instructions(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what the global router keeps in tensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    place = folder / OURS / INSTRUCTIONS
+    temporary = place.with_name(f"{INSTRUCTIONS}.new")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    os.replace(temporary, place)
+
+
+def read_instructions(folder: Path) -> dict[str, Tensor]:
+    """Read what the global router keeps in tensors.
+
+    Raises:
+        InputError: the file is missing or malformed.
+    """
+    path = folder / OURS / INSTRUCTIONS
+    if not path.is_file():
+        raise InputError(f"{path}: is missing; restore it, or build the routed model again")
+    checkpoint = open_checkpoint(path)
+    try:
+        return {name: read_tensor(checkpoint, tensor) for name, tensor in checkpoint.tensors.items()}
+    finally:
+        checkpoint.storage.close()
+
+
+def names_of(experts: Sequence[Expert]) -> tuple[str, ...]:
+    """Return the experts' names."""
+    return tuple(expert.name for expert in experts)
