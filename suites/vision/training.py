@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consilience.errors import MachineError
+from consilience.mixing.fine_tune import cosine
 from consilience.training.progress import Listener
 
 BATCH = 128
@@ -49,10 +50,7 @@ def schedule_for(kind: str, *, base: bool, epochs: int | None = None) -> Schedul
 
 def rate(step: int, steps: int, peak: float) -> float:
     """Return the learning rate of a step, counted from 0: a linear rise over a tenth of them, then half a cosine."""
-    rise = max(1, round(0.1 * steps))
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    return cosine(step, steps, max(1, round(0.1 * steps)), peak)
 
 
 def batches(count: int, size: int, epochs: int, seed: Sequence[int]) -> list[Tensor]:

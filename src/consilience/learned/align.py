@@ -10,6 +10,7 @@ from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.learned.loop import Learned, Stopping, descend, schedule
 from consilience.learned.problem import Problem
+from consilience.learned.ranking import Ranking, make_ranking
 from consilience.learned.run import Data, Run, Workshop, groups_of, open_workshop, provenance
 from consilience.objectives.objective import Objective
 from consilience.optimizers.anchor import Anchor
@@ -67,6 +68,7 @@ class AlignmentSettings:
     tune_mu: bool = False
     most_directions: int = 0
     bounds: tuple[float, float] | None = None
+    score: Any = "loss"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "AlignmentSettings":
@@ -148,10 +150,7 @@ def learn_alignment(
         teachers=bool(settings.logit_weight or settings.hidden_weight),
     )  # fmt: skip
     try:
-        objective = settings.objective(shop.reader.layers)
-        _check_labels(shop, objective)
-        problem = shop.problem(objective)
-        learned = minimise(run, shop, problem, optimizer, settings, start)
+        learned = minimise(run, shop, _problem(shop, settings), optimizer, settings, start)
     finally:
         shop.close()
     facts = report(run, shop, settings, learned, time.perf_counter() - begun, parameters)
@@ -183,7 +182,12 @@ def optimizer_of(start: Coefficients, settings: AlignmentSettings, seed: int, an
 
 
 def minimise(
-    run: Run, shop: Workshop, problem: Problem, optimizer: Optimizer, settings: Any, start: Coefficients
+    run: Run,
+    shop: Workshop,
+    problem: Problem | Ranking,
+    optimizer: Optimizer,
+    settings: Any,
+    start: Coefficients,
 ) -> Learned:
     """Run the loop, with early stopping where rows are held out."""
     experts = [shop.samples[i].expert for i in shop.learn]
@@ -203,6 +207,7 @@ def minimise(
         repr(settings),
         run.seed,
         [s.digest for s in shop.samples],
+        [(s.row.choices, s.row.gold) for s in shop.samples],  # what is ranked is encoded anew every time
         start.alpha.tolist(),
         [(g.name, g.tensors, g.chunks, g.learned) for g in start.groups],
         repr(start.trimmed),
@@ -214,6 +219,14 @@ def minimise(
             optimizer, loss, settings.steps, stopping=stopping, folder=run.folder, identity=identity,
             watcher=run.watcher, scalars=scalars,
         )  # fmt: skip
+
+
+def _problem(shop: Workshop, settings: AlignmentSettings) -> Problem | Ranking:
+    if settings.score == "accuracy":
+        return make_ranking(shop, settings.samples)
+    objective = settings.objective(shop.reader.layers)
+    _check_labels(shop, objective)
+    return shop.problem(objective)
 
 
 def _check_labels(shop: Workshop, objective: Objective) -> None:

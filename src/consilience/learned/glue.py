@@ -12,6 +12,7 @@ from consilience.learned.settings import (
     Patience,
     Population,
     Samples,
+    Score,
     Sigma,
     Tokens,
 )
@@ -35,6 +36,7 @@ def glue(
         "convex weights (the paper); weights of any sign that sum to 1; or free coefficients of task vectors",
     ],
     exclude: Exclude,
+    score: Score,
     positions: Annotated[
         Literal["all", "response"], Default("response"), "positions that go through the head; labelled ones count"
     ],
@@ -87,7 +89,7 @@ def glue(
     """Learn the mixture of experts from which fine-tuning on a target starts best, without a backward pass.
 
     theta(alpha) = theta_0 + sum_k alpha_k tau_k  ( = sum_k alpha_k theta_k where the alpha_k sum to 1)
-    minimise over alpha = softmax(beta)  - log p(response | prompt) on the target's rows
+    minimise over alpha = softmax(beta)  - log p(response | prompt) on the target's rows, or the share ranked wrongly
 
     Two evaluations of the same rows, at beta + mu u and beta - mu u, give the step's slope along a random u. Known
     disagreement: the paper perturbs alpha in one place and updates beta in another; ``perturb`` has both readings. Its

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from consilience.coefficients import Coefficients
-from consilience.learned.settings import Exclude, Population, Samples, Sigma, Tokens
+from consilience.learned.settings import Exclude, Population, Samples, Score, Sigma, Tokens
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
 
 
@@ -21,6 +21,7 @@ def lorahub(
         Literal["global", "block", "tensor"], Default("global"), "one coefficient per expert (the paper), or finer"
     ],
     exclude: Exclude,
+    score: Score,
     samples: Samples,
     optimizer: Annotated[Literal["ngopt", "cma"], Default("ngopt"), "ngopt: nevergrad's (the paper); cma: CMA-ES"],
     steps: Annotated[int, Default(40), Range(0), "evaluations (ngopt), or generations (cma)"],
@@ -32,7 +33,7 @@ def lorahub(
     """Search the coefficients of experts that make a new task's few labelled rows likely.
 
     theta = theta_0 + sum_k w_k tau_k,    w in [-bound, bound]^K
-    minimise   - log p(response | prompt) + penalty * mean_k |w_k - alphabar_k|
+    minimise   - log p(response | prompt), or the share ranked wrongly,  + penalty * mean_k |w_k - alphabar_k|
 
     Known disagreement: the paper multiplies factors apart, (sum_k w_k A_k)(sum_k w_k B_k), which has cross terms
     between experts; here every expert's own product is weighted, so that full experts fit too.

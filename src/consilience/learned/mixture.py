@@ -1,4 +1,4 @@
-"""Learning on a labelled target: alignment's machinery with the target's loss in place of teachers (glue, lorahub)."""
+"""Learning on a labelled target: alignment's machinery with the target's score for teachers (glue, lorahub)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +9,9 @@ import numpy as np
 from consilience.coefficients import Coefficients
 from consilience.errors import InputError
 from consilience.learned.align import AlignmentSettings, learn_alignment
+from consilience.learned.ranking import check_score
 from consilience.learned.run import Run
+from consilience.learned.spectrum import spectrum
 
 #: What ``expert_merging`` has and a target's loss alone does without.
 _WITHOUT: dict[str, Any] = {
@@ -29,8 +31,9 @@ def learn_mixture(run: Run, values: Mapping[str, Any]) -> Coefficients:
         values: the parameters of ``glue``.
 
     Raises:
-        InputError: no start weight is above 0, or on the simplex one is not.
+        InputError: no start weight is above 0, or on the simplex one is not, or see ``check_score``.
     """
+    check_score(run, values)
     weights = np.asarray(values["alphabar"], np.float64)
     if not weights.sum() > 0 or (values["space"] == "simplex" and not weights.all()):
         raise InputError("alphabar: start weights must be above 0; leave it out to start at the mean of the experts")
@@ -48,15 +51,17 @@ def learn_mixture(run: Run, values: Mapping[str, Any]) -> Coefficients:
     )
     found = learn_alignment(run, settings.start(run), settings, parameters=values)
     total = found.alpha.sum(0)
-    return replace(found, facts=found.facts | {"sum": [float(total.min()), float(total.max())]})
+    facts = {"sum": [float(total.min()), float(total.max())], **spectrum(run, found.groups)}
+    return replace(found, facts=found.facts | facts)
 
 
 def learn_search(run: Run, values: Mapping[str, Any]) -> Coefficients:
     """Search the coefficients that ``lorahub`` asks for.
 
     Raises:
-        InputError: ``alphabar`` lies outside the bounds.
+        InputError: ``alphabar`` lies outside the bounds, or see ``check_score``.
     """
+    check_score(run, values)
     bound = float(values["bound"])
     if not all(abs(value) <= bound for value in values["alphabar"]):
         raise InputError(f"alphabar: the search starts outside [-{bound:g}, {bound:g}]; raise bound, or start inside")

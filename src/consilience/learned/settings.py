@@ -36,6 +36,11 @@ ResponseTokens = Annotated[int, Default(64), Range(1), "most tokens of a generat
 Positions = Annotated[
     Literal["all", "response"], Default("all"), "compare all tokens, or where a response is predicted"
 ]
+Score = Annotated[
+    Literal["loss", "accuracy"],
+    Default("loss"),
+    "loss: of the target's responses; accuracy: share of rows whose labelled choice is ranked first (no gradient)",
+]
 Mu = Annotated[float, Default(0.05), Range(1e-6), "spsa: half the distance between its two points"]
 Directions = Annotated[int, Default(1), Range(1), "spsa: directions averaged in a step, two evaluations each"]
 Sigma = Annotated[float, Default(0.1), Range(1e-6), "cma: standard deviation of the first generation"]

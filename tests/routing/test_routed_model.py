@@ -1,0 +1,276 @@
+"""A routed model as a whole: what it computes, and that it is used as any transformers model is."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from routed_models import ByLetter, linears, make_expert, make_experts, merge_into, routed_llama, routed_t5
+from tiny_models import make_llama, make_t5, make_tokenizer
+from torch import Tensor
+
+from consilience.errors import InputError
+from consilience.routing.arrow import direction
+from consilience.routing.expert import Expert
+from consilience.routing.install import install
+from consilience.routing.layer import Factors, RoutedLinear
+from consilience.routing.model import Routing
+from consilience.routing.settings import Settings
+
+IDS = torch.tensor([[5, 9, 40, 77, 120, 33], [8, 8, 61, 200, 3, 17]])
+
+
+def logits(model: Any, ids: Tensor = IDS, **more: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, **more).logits
+
+
+def recorded(model: Any, run: Any) -> dict[str, Tensor]:
+    """Every layer's weights in one pass."""
+    found: dict[str, Tensor] = {}
+    with model.routing.watched(lambda name, weights: found.__setitem__(name, weights)):
+        run()
+    return found
+
+
+@pytest.mark.parametrize("local", ["phatgoose", "arrow", "average", "none"])
+def test_experts_without_effect_leave_the_base(local: Any) -> None:
+    model, plain = make_llama(), make_llama()
+    experts = [
+        Expert(e.name, {m: Factors(f.a, 0 * f.b) for m, f in e.factors.items()}, e.vectors) for e in make_experts(model)
+    ]
+    install(model, experts, Settings(local))
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_one_expert_is_its_merge() -> None:
+    model, merged = make_llama(), make_llama()
+    expert = make_expert(model, "only", 3)
+    merge_into(merged, [expert], [1.0])
+    install(model, [expert], Settings("phatgoose"))
+    assert torch.allclose(logits(model), logits(merged), atol=1e-4, rtol=1e-4)
+
+
+def test_fixed_weights_are_a_merge_of_products() -> None:
+    model, merged = routed_llama(Settings("arrow")), make_llama()
+    merge_into(merged, make_experts(make_llama()), [0.2, 0.5, 0.3])
+    with model.routing.only([0.2, 0.5, 0.3]):
+        assert torch.allclose(logits(model), logits(merged), atol=1e-4, rtol=1e-4)
+    with model.routing.plain():
+        assert torch.equal(logits(model), logits(make_llama()))
+
+
+def test_each_sequence_may_have_weights_of_its_own() -> None:
+    model = routed_llama(Settings("arrow"))
+    with model.routing.only(torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])):
+        found = logits(model)
+    for row, name in enumerate(("e1", "e0")):
+        with model.routing.only(name):
+            assert torch.allclose(found[row], logits(model)[row], atol=1e-5)
+
+
+def test_without_instructions_similarities_do_not_count() -> None:
+    model = routed_llama(Settings("phatgoose", scale=0.0))
+    assert model.routing.asked.semantics.asked == []
+    plain = make_llama()
+    install(plain, make_experts(plain), Settings("phatgoose"))
+    assert torch.equal(logits(model), logits(plain))
+    assert model.routing.asked.semantics.asked == []
+
+
+def test_a_large_scale_sends_every_token_to_the_most_similar() -> None:
+    model = routed_llama(Settings("phatgoose", scale=1e6, top_k=1))
+    with model.routing.queries(["cccab", "bb a"]):
+        weights = recorded(model, lambda: logits(model))
+    assert len(weights) == len(linears(make_llama(), ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")))
+    for one in weights.values():
+        assert (one[0].argmax(-1) == 2).all()
+        assert (one[1].argmax(-1) == 1).all()
+        assert torch.allclose(one.amax(-1), torch.ones(2, 6), atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_at_most_k_experts_a_token(k: int) -> None:
+    model = routed_llama(Settings("phatgoose", top_k=k))
+    for one in recorded(model, lambda: logits(model)).values():
+        assert ((one > 0).sum(-1) == k).all()
+        assert torch.allclose(one.sum(-1), torch.ones(2, 6), atol=1e-4)
+
+
+def test_the_order_of_the_experts_does_not_matter() -> None:
+    one, other = make_llama(), make_llama()
+    experts = make_experts(one)
+    install(one, experts, Settings("phatgoose"))
+    install(other, experts[::-1], Settings("phatgoose"))
+    assert torch.allclose(logits(one), logits(other), atol=1e-5)
+
+
+def test_a_new_expert_that_is_left_out_changes_nothing() -> None:
+    model = routed_llama(Settings("phatgoose"))
+    before, kept = logits(model), model.routing.experts
+    model.routing.replace([*kept, make_expert(make_llama(), "new", 99)], ByLetter(4))
+    with model.routing.without("new"):
+        assert torch.allclose(logits(model), before, atol=1e-5)
+    assert not torch.allclose(logits(model), before, atol=1e-3)
+    model.routing.replace(kept, ByLetter(3))
+    assert torch.equal(logits(model), before)
+
+
+def test_few_and_many_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = routed_llama(Settings("phatgoose"))
+    monkeypatch.setattr("consilience.routing.layer.DENSE_SHARE", -1.0)
+    sparse = routed_llama(Settings("phatgoose"))
+    stacks = [[m.experts.dense for m in model.modules() if isinstance(m, RoutedLinear)] for model in (dense, sparse)]
+    assert any(stacks[0])
+    assert not any(stacks[1])
+    assert torch.allclose(logits(dense), logits(sparse), atol=1e-5)
+
+
+def test_a_layer_goes_back_when_nobody_adapts_it() -> None:
+    model = routed_llama(Settings("phatgoose"))
+    model.routing.replace([make_expert(make_llama(), "q", 5, targets=("q_proj",))], ByLetter(1))
+    names = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, RoutedLinear)}
+    assert names == {"q_proj"}
+    assert set(make_llama().state_dict()) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_batches_mix_tasks(beams: int) -> None:
+    model, tokenizer = routed_llama(Settings("phatgoose", scale=60.0)), make_tokenizer()
+    texts = ["aaaa", "bbbbbb bb", "the cat sat on the mat cccc"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    together = model.generate(**batch, **settings)[:, -5:]
+    assert model.routing.asked.semantics.asked == texts
+    for row, text in enumerate(texts):
+        alone = model.generate(**tokenizer([text], return_tensors="pt"), **settings)[:, -5:]
+        assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
+    assert model.routing.router.bias is None
+
+
+def test_the_cache_changes_nothing() -> None:
+    model, ids = routed_llama(Settings("phatgoose", scale=30.0)), IDS[:1]
+    runs = [model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*runs)
+
+
+def test_a_pass_without_generate_reads_its_query() -> None:
+    model, tokenizer = routed_llama(Settings("phatgoose", scale=50.0)), make_tokenizer()
+    batch = tokenizer(["aab", "ccccccc"], return_tensors="pt", padding=True)
+    found = logits(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert model.routing.asked.semantics.asked == ["aab", "ccccccc"]
+    with model.routing.queries(["aab", "ccccccc"]):
+        assert torch.equal(found, logits(model, batch["input_ids"], attention_mask=batch["attention_mask"]))
+
+
+def test_answers_do_not_route_themselves() -> None:
+    model, tokenizer = routed_llama(Settings("phatgoose", scale=50.0)), make_tokenizer()
+    ids = tokenizer(["aabcc"], return_tensors="pt").input_ids
+    size = len(tokenizer("aab").input_ids)
+    labels = ids.clone()
+    labels[:, :size] = -100
+    logits(model, ids, labels=labels)
+    assert model.routing.asked.semantics.asked[-1].startswith("aab")
+    assert "c" not in model.routing.asked.semantics.asked[-1]
+    with model.routing.expecting({tuple(ids[0].tolist()): "given"}):
+        logits(model, ids)
+    assert model.routing.asked.semantics.asked[-1] == "given"
+
+
+def test_the_chat_template_is_not_the_query() -> None:
+    model, tokenizer = routed_llama(Settings("phatgoose", scale=50.0)), make_tokenizer()
+    turns = [{"role": "user", "content": "a b\nc"}]
+    batch = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    model.generate(**batch, max_new_tokens=2, do_sample=False)
+    assert model.routing.asked.semantics.asked == ["a b\nc"]
+
+
+def test_an_encoder_s_inputs_are_the_query() -> None:
+    model, tokenizer = routed_t5(Settings("phatgoose", scale=50.0)), make_tokenizer()
+    batch = tokenizer(["aaaa", "bb"], return_tensors="pt", padding=True)
+    together = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    assert model.routing.asked.semantics.asked == ["aaaa", "bb"]
+    alone = model.generate(**tokenizer(["bb"], return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert torch.equal(together[1, : alone.shape[1]], alone[0])
+    logits(model, batch["input_ids"], attention_mask=batch["attention_mask"], labels=IDS)
+    assert model.routing.asked.semantics.asked[-2:] == ["aaaa", "bb"]
+
+
+def test_t5_with_one_expert_is_its_merge() -> None:
+    model, merged = make_t5(), make_t5()
+    expert = make_expert(model, "only", 3, targets=("q", "v", "o", "wi", "wo"))
+    merge_into(merged, [expert], [1.0])
+    install(model, [expert], Settings("phatgoose"))
+    found = [logits(one, IDS, decoder_input_ids=IDS[:, :3]) for one in (model, merged)]
+    assert torch.allclose(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_are_models_of_their_own() -> None:
+    model = routed_llama(Settings("phatgoose", scale=5.0))
+    other = copy.deepcopy(model)
+    other.routing.set(scale=0.0)
+    assert model.routing.settings.scale == 5.0
+    assert other.routing.model is other
+    assert torch.equal(model.generate(IDS, max_new_tokens=3), copy.deepcopy(model).generate(IDS, max_new_tokens=3))
+
+
+def test_pipelines_work() -> None:
+    from transformers import pipeline
+
+    model = routed_llama(Settings("phatgoose", scale=5.0))
+    made = pipeline("text-generation", model=model, tokenizer=make_tokenizer())
+    answers = made(["aa", "bb b"], max_new_tokens=3, do_sample=False, batch_size=2)
+    assert [len(answer) for answer in answers] == [1, 1]
+
+
+def test_bfloat16_is_near() -> None:
+    model = routed_llama(Settings("phatgoose"))
+    found = logits(copy.deepcopy(model).to(torch.bfloat16)).float()
+    expected = logits(model)
+    assert (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_settings_change_the_local_router() -> None:
+    model, other = routed_llama(Settings("phatgoose")), routed_llama(Settings("arrow"))
+    model.routing.set(local="arrow")
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_arrow_is_the_largest_direction() -> None:
+    expert = make_expert(make_llama(), "x", 4)
+    for factors in expert.factors.values():
+        _, _, rows = torch.linalg.svd((factors.b @ factors.a).double())
+        assert abs(float(direction(factors).double() @ rows[0])) == pytest.approx(1, abs=1e-6)
+    assert not direction(Factors(torch.ones(2, 4), torch.zeros(3, 2))).any()
+
+
+def bad(change: Any) -> Any:
+    model = make_llama()
+    expert = make_expert(model, "x", 1)
+    return model, change(expert)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda e: Expert("x", {"model.layers.7.self_attn.q_proj": Factors(torch.ones(1, 32), torch.ones(32, 1))}, {}),
+         "which the base has not"),
+        (lambda e: Expert("x", {"model.layers.0.self_attn.q_proj": Factors(torch.ones(1, 8), torch.ones(32, 1))}, {}),
+         "8 inputs"),
+        (lambda e: Expert("x", {"model.norm": Factors(torch.ones(1, 8), torch.ones(32, 1))}, {}), "LlamaRMSNorm"),
+        (lambda e: Expert("x", e.factors, {}), "has no phatgoose vectors"),
+        (lambda e: Expert("x", {}, {}), "adapts nothing"),
+    ],
+)  # fmt: skip
+def test_misfits_are_named_and_nothing_changes(change: Any, said: str) -> None:
+    model, expert = bad(change)
+    with pytest.raises(InputError, match=said):
+        install(model, [expert], Settings("phatgoose"))
+    assert not any(isinstance(module, RoutedLinear) for module in model.modules())
+
+
+def test_a_model_without_instructions_says_so() -> None:
+    model = make_llama()
+    with pytest.raises(InputError, match="built without"):
+        Routing(model, make_experts(model), Settings("arrow", scale=1.0), make_tokenizer())
+    assert not any(isinstance(module, RoutedLinear) for module in model.modules())
