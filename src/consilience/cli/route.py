@@ -102,3 +102,122 @@ def generate(
             answers = sample(model, model.tokenizer, prompts, max_new_tokens)
     for prompt, answer in zip(prompts, answers, strict=True):
         typer.echo(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if as_json else answer)
+
+
+@route.command("eval")
+def evaluate(
+    folder: Folder,
+    tasks: Annotated[list[str], typer.Argument(metavar="TASKS", help="JSONL files, as PATH or NAME=PATH.")],
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Also measure: base, uniform, own, or an expert (repeatable).")
+    ] = None,
+    settings: Setting = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 32,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Use the first rows of each task only.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score the first tokens of each row only.")] = None,
+    products: Annotated[str, typer.Option("--dtype", help="float32, or bfloat16 (2-3 times as fast).")] = "float32",
+    base: BaseOption = None,
+    device: Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="A list of JSON objects.")] = False,
+) -> None:
+    """Measure a routed model on held-out rows: every row is routed by its prompt, never by its task's name.
+
+    Example: consilience route eval routed/ code=code.jsonl math=math.jsonl --beside own --beside base
+    """
+    from rich.console import Console
+
+    from consilience.routing.evaluation import evaluate_routed
+    from consilience.tasks import render
+
+    if products not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {products!r}: use float32 or bfloat16")
+    model = loaded(folder, base, device, "float32", settings)
+    found = evaluate_routed(
+        model,
+        tasks,
+        beside=beside or (),
+        batch_size=batch_size,
+        max_examples=max_examples,
+        max_tokens=max_tokens,
+        dtype=products,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        typer.echo("[" + ",\n".join(one.to_json() for one in found) + "]")
+        return
+    Console().print(render(found))
+
+
+@route.command()
+def collapse(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASKS", help="JSONL files, as PATH or NAME=PATH.")],
+    held_out: Annotated[
+        list[str] | None, typer.Option("--eval", metavar="NAME=FILE", help="Measure on these rows (repeatable).")
+    ] = None,
+    settings: Setting = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Use the first rows of each task only.")] = None,
+    base: BaseOption = None,
+    device: Device = "cpu",
+    force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no tables.")] = False,
+) -> None:
+    """Distil a routed model to one checkpoint: every module's mean weights on prompts become its coefficients.
+
+    Example: consilience route collapse routed/ merged/ code=code.jsonl math=math.jsonl --set top_k=0
+    """
+    from rich.console import Console
+
+    from consilience.routing.collapse import collapse as distil
+    from consilience.tasks import render
+
+    found = distil(
+        folder,
+        tasks,
+        out,
+        model=loaded(folder, base, device, "float32", settings),
+        held_out=held_out or (),
+        base=base,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        force=force,
+        progress=not quiet and sys.stderr.isatty(),
+    )
+    if not quiet:
+        typer.echo(f"{out}: one model of {len(found.coefficients.experts)} experts, verified")
+        Console().print(render(found.evaluations))
+
+
+@route.command("explain")
+def explain_answer(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model is asked.")],
+    answer: Annotated[str | None, typer.Option(help="Explain this answer instead of the model's own.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a page with a map of all weights.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 32,
+    settings: Setting = None,
+    base: BaseOption = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with all weights.")] = False,
+) -> None:
+    """Say which expert took which token at which layer, for one prompt and its answer.
+
+    Example: consilience route explain routed/ "Translate to Spanish: Good day." --html routing.html
+    """
+    from consilience.routing.explain import explain
+
+    if html is not None and html.is_dir():
+        raise InputError(f"--html {html}: is a folder; name a file in it")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise InputError(f"--html {html}: there is no folder {html.parent}; make it first")
+    model = loaded(folder, base, device, dtype, settings)
+    found = explain(model, prompt, max_new_tokens=max_new_tokens, answer=answer)
+    typer.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found.to_text(), nl=as_json)
+    if html is not None:
+        html.write_text(found.to_html(), encoding="utf-8")
+        typer.echo(f"{html}: open it in a browser", err=True)

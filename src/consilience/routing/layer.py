@@ -72,7 +72,7 @@ class Experts(nn.Module):
             products = F.linear(flat, self.into)
             weights = self._weights(products[:, self.edges[-1] :], tokens)
             hidden = products[:, : self.edges[-1]] * weights.to(products.dtype).index_select(1, self.owner)
-            found = found.addmm_(hidden, self.out_of)
+            found = found.addmm_(hidden.to(found.dtype), self.out_of.to(found.dtype))
         else:
             weights = self._weights(F.linear(flat, self.into[self.edges[-1] :]), tokens)
             found = self._sparse(flat, weights, found)
@@ -102,10 +102,10 @@ class Experts(nn.Module):
             rows = torch.nonzero(own).flatten()
             if len(rows) == len(flat):
                 hidden = F.linear(flat, self.into[span]) * own[:, None].to(flat.dtype)
-                found = found.addmm_(hidden, self.out_of[span])
+                found = found.addmm_(hidden.to(found.dtype), self.out_of[span].to(found.dtype))
                 continue
             hidden = F.linear(flat[rows], self.into[span]) * own[rows, None].to(flat.dtype)
-            found = found.index_add_(0, rows, hidden @ self.out_of[span])
+            found = found.index_add_(0, rows, (hidden @ self.out_of[span]).to(found.dtype))
         return found
 
 
