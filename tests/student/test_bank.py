@@ -129,7 +129,7 @@ def indices(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def check(zoo: Zoo, experts: Sequence[str], bank: Bank, groups: Sequence[Group], dtype: torch.dtype) -> None:
-    """Both passes and the norms against dense float64."""
+    """Both passes, the norms and the inner products against dense float64."""
     exact = dtype in (torch.float32, torch.float64)
     rtol = 1e-12 if exact else 2e-5
     generator = np.random.default_rng(1)
@@ -140,13 +140,16 @@ def check(zoo: Zoo, experts: Sequence[str], bank: Bank, groups: Sequence[Group],
     gradients = {name: torch.from_numpy(generator.normal(size=len(value))) for name, value in weights.items()}
     slopes = bank.products(gradients)
     expected = np.zeros_like(alpha)
-    norms = bank.l1()
+    norms, grams = bank.l1(), bank.gram()
+    assert set(grams) == set(weights)
     assert set(weights) == {name for name in where if np.abs(zoo.stack(name, experts)).any() or name in norms}
     for name, value in weights.items():
         taus = zoo.stack(name, experts)
         blend = zoo.base[name].ravel() + (alpha[:, where[name]] * taus).sum(0)
         np.testing.assert_allclose(value.numpy(), blend, rtol=rtol, atol=rtol * 10, err_msg=name)
         np.testing.assert_allclose(norms[name], np.abs(taus).sum(1), rtol=rtol, atol=rtol, err_msg=name)
+        stack = np.concatenate([zoo.base[name].reshape(1, -1), taus])
+        np.testing.assert_allclose(grams[name], stack @ stack.T, rtol=rtol, atol=rtol * 100, err_msg=name)
         each = taus * gradients[name].numpy()
         for k in range(len(experts)):
             np.add.at(expected[k], where[name], each[k])
@@ -200,7 +203,7 @@ def test_segments_and_threads_change_no_byte(
         weights = {name: torch.empty(tensor.numel) for name, tensor in bank.tensors.items()}
         bank.blend(alpha, weights)
         slopes = bank.products({n: torch.sin(torch.arange(len(v), dtype=torch.float32)) for n, v in weights.items()})
-        norms = b"".join(v.tobytes() for v in bank.l1().values())
+        norms = b"".join(v.tobytes() for part in (bank.l1(), bank.gram()) for v in part.values())
         found.append((b"".join(w.numpy().tobytes() for w in weights.values()), slopes.tobytes(), norms))
         bank.close()
         plan.close()
