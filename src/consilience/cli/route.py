@@ -66,10 +66,54 @@ def build(
     """Build a routed model from a base and LoRA adapters. An interrupted build continues."""
     from consilience.routing import build_routed
 
-    made = build_routed(recipe, out, force=force, device=device, trust_remote_code=trust_remote_code)
+    progress = not quiet and sys.stderr.isatty()
+    made = build_routed(recipe, out, force=force, device=device, trust_remote_code=trust_remote_code, progress=progress)
     if not quiet:
         names = ", ".join(made.experts)
         typer.echo(f"{out}: {len(made.experts)} experts ({names}), local router {made.settings.local}")
+
+
+@route.command()
+def add(
+    folder: Folder,
+    expert: Annotated[str, typer.Argument(metavar="NAME=ADAPTER", help="The new expert's name and its PEFT adapter.")],
+    data: Annotated[Path | None, typer.Option(help="The expert's own rows (JSONL).")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What it does, in one sentence.")] = None,
+    base: BaseOption = None,
+    device: Device = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
+) -> None:
+    """Add an expert to a routed model; nothing of the others changes.
+
+    Example: consilience route add routed/ law=adapters/law --data law.jsonl
+    """
+    from consilience.cli.app import parse_assignment
+    from consilience.routing.change import add_expert
+
+    name, adapter = parse_assignment(expert, "-e")
+    progress = not quiet and sys.stderr.isatty()
+    made = add_expert(
+        folder, name, adapter, data=data, instruction=instruction, base=base, device=device, progress=progress
+    )
+    if not quiet:
+        typer.echo(f"{folder}: {len(made.experts)} experts ({', '.join(made.experts)})")
+
+
+@route.command()
+def remove(
+    folder: Folder,
+    expert: Annotated[str, typer.Argument(metavar="NAME", help="The expert that goes.")],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No summary.")] = False,
+) -> None:
+    """Remove an expert from a routed model, with its files; nothing of the others changes.
+
+    Example: consilience route remove routed/ law
+    """
+    from consilience.routing.change import remove_expert
+
+    made = remove_expert(folder, expert)
+    if not quiet:
+        typer.echo(f"{folder}: {len(made.experts)} experts ({', '.join(made.experts)})")
 
 
 @route.command()
@@ -221,3 +265,26 @@ def explain_answer(
     if html is not None:
         html.write_text(found.to_html(), encoding="utf-8")
         typer.echo(f"{html}: open it in a browser", err=True)
+
+
+@route.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model that the expert was tuned from.")],
+    expert: Annotated[str, typer.Argument(help="A fine-tuned model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Largest rank of a layer.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of every layer's update to keep, in (0, 1].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the factors: bfloat16, float32 (default: the base's).")] = None,
+    force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
+) -> None:
+    """Write the low-rank part of a fully fine-tuned model as a LoRA adapter, to route or merge it. Interruptible.
+
+    Example: consilience route extract base/ tuned/ adapters/tuned --rank 16
+    """
+    from consilience.routing.extract import extract as extracted
+
+    progress = not quiet and sys.stderr.isatty()
+    found = extracted(base, expert, out, rank=rank, energy=energy, dtype=dtype, force=force, progress=progress)
+    if not quiet:
+        typer.echo(f"{out}: {found}")

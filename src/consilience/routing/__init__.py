@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from consilience.routing.build import load_routed
+    from consilience.routing.load import load_routed
     from consilience.routing.model import Routing
     from consilience.routing.settings import Settings
     from consilience.routing.store import Description
 
-_HOME = {"Description": "store", "Routing": "model", "Settings": "settings", "load_routed": "build"}
+_HOME = {"Description": "store", "Routing": "model", "Settings": "settings", "load_routed": "load"}
 
 __all__ = ["Description", "Routing", "Settings", "build_routed", "load_routed"]
 
@@ -29,6 +29,7 @@ def build_routed(
     force: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    progress: bool = False,
 ) -> "Description":
     """Build a routed model's folder from a recipe: a YAML file, or the same as plain values.
 
@@ -39,7 +40,12 @@ def build_routed(
     from consilience.routing.build import build
     from consilience.routing.recipe import parse_route_recipe, read_route_recipe
 
-    more: dict[str, Any] = {"force": force, "device": device, "trust_remote_code": trust_remote_code}
+    more: dict[str, Any] = {
+        "force": force,
+        "device": device,
+        "progress": progress,
+        "trust_remote_code": trust_remote_code,
+    }
     if isinstance(recipe, Mapping):
         return build(parse_route_recipe(dict(recipe), "recipe"), out, where="recipe", **more)
     path = Path(recipe)

@@ -1,12 +1,12 @@
-"""Build a routed model's folder from a recipe, and load it."""
+"""Build a routed model's folder from a recipe: its experts, the vectors they are recognised by, their instructions."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from consilience.checkpoints.adapter import is_adapter
@@ -17,11 +17,24 @@ from consilience.errors import InputError
 from consilience.routing import store
 from consilience.routing.arrow import directions
 from consilience.routing.expert import Expert, read_factors
+from consilience.routing.gate_settings import GateSettings
 from consilience.routing.install import check_fit
-from consilience.routing.model import Routing
+from consilience.routing.progress import listening
+from consilience.routing.queries import Texts
 from consilience.routing.recipe import RoutedEntry, RouteRecipe
+from consilience.routing.semantics import Instructions, InstructionSettings
+from consilience.routing.semantics import Source as Described
+from consilience.routing.settings import Settings
+from consilience.routing.values import read_settings
+from consilience.tasks.encoding import encode
 from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
+from consilience.tasks.readout import decoder_start
+from consilience.tasks.rows import Task, read_rows
+from consilience.training.data import Examples
 from consilience.training.place import check_out, claimed, delivery
+
+#: Prompts of each expert that its instruction is made of.
+EXAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,56 @@ class Source:
     entry: RoutedEntry
     root: Path | None
 
-    def file(self, key: str) -> Path | None:
-        """Return the file that the recipe names as ``data.KEY``."""
-        value = None if self.entry.data is None else getattr(self.entry.data, key)
-        return None if value is None else resolve_file(value, self.root)
+    def task(self, *, labelled: bool) -> Task | None:
+        """Read the expert's rows: ``data.train``, or where answers are not needed ``data.calibration``.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        data = self.entry.data
+        value = None if data is None else data.train or (None if labelled else data.calibration)
+        if value is None:
+            return None
+        path = resolve_file(value, self.root)
+        return Task(self.name, read_rows(path), path)
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The base while a routed model is built on it: loaded when it is first needed."""
+
+    folder: Path
+    device: str
+    trust_remote_code: bool
+    loaded: list[tuple[Any, Any]] = field(default_factory=list[tuple[Any, Any]])
+
+    def __call__(self) -> tuple[Any, Any]:
+        """Return the model, in the dtype it is stored in and frozen, and its tokenizer."""
+        if not self.loaded:
+            settings: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+            tokenizer = load_tokenizer(self.folder, **settings)
+            model = load_model(self.folder, device=self.device, dtype="auto", **settings).requires_grad_(False)
+            self.loaded.append((model, tokenizer))
+        return self.loaded[0]
+
+    def examples(self, task: Task) -> Examples:
+        """Return a task's rows as the model is given them; of choices, the right one."""
+        model, tokenizer = self()
+        config = model.config
+        encodes = bool(getattr(config, "is_encoder_decoder", False))
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        start, context = decoder_start(model) if encodes else None, getattr(text, "max_position_embeddings", None)
+        found = encode(task, tokenizer, decoder_start=start, context=context)
+        return Examples(task, tuple(one for one in found if one.candidate in (None, task.rows[one.row].gold)))
+
+    def prompts(self, task: Task) -> tuple[str, ...]:
+        """Return the queries that a task's first rows are."""
+        first = Task(task.name, task.rows[:EXAMPLES], task.path)
+        if all(row.prompt is not None for row in first.rows):
+            return tuple(str(row.prompt) for row in first.rows)
+        texts = Texts.of(self()[1])
+        found = self.examples(first).sequences
+        return tuple(texts(one.inputs[: one.positions[0] + 1] if one.targets else one.inputs) for one in found)
 
 
 def sources_of(recipe: RouteRecipe, root: Path | None, where: str) -> list[Source]:
@@ -46,16 +105,25 @@ def sources_of(recipe: RouteRecipe, root: Path | None, where: str) -> list[Sourc
         InputError: an expert is no adapter, or two have one name.
     """
     names = expert_names([(entry.model, entry.name) for entry in recipe.models], where)
-    found: list[Source] = []
-    for name, entry in zip(names, recipe.models, strict=True):
-        if not store.is_name(name):
-            raise InputError(f"{where}: expert {name!r} cannot name a folder; give it a name: without / \\ or .")
-        place = resolve(entry.model, root)
-        folder = place.adapter or place.model
-        if not folder.is_dir() or not is_adapter(folder):
-            raise InputError(f"{where}: expert {name!r}: {entry.model} is no PEFT adapter (no adapter_config.json)")
-        found.append(Source(name, folder, entry, root))
-    return found
+    return [source_of(name, entry, root, where) for name, entry in zip(names, recipe.models, strict=True)]
+
+
+def source_of(name: str, entry: RoutedEntry, root: Path | None, where: str) -> Source:
+    """Return one expert.
+
+    Raises:
+        InputError: it is no adapter, or its name cannot name a folder.
+    """
+    if not store.is_name(name):
+        raise InputError(f"{where}: expert {name!r} cannot name a folder; give it a name: without / \\ or .")
+    place = resolve(entry.model, root)
+    folder = place.adapter or place.model
+    if not folder.is_dir() or not is_adapter(folder):
+        raise InputError(
+            f"{where}: expert {name!r}: {entry.model} is no PEFT adapter (no adapter_config.json); make one of a "
+            "fine-tuned model with: consilience route extract BASE MODEL OUT"
+        )
+    return Source(name, folder, entry, root)
 
 
 def build(
@@ -67,6 +135,7 @@ def build(
     force: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    progress: bool = False,
 ) -> store.Description:
     """Build a routed model from a base and its adapters.
 
@@ -80,6 +149,7 @@ def build(
         force: replace what stands at ``out``.
         device: where the base runs, if gates, mean activations or instructions need it.
         trust_remote_code: run ``.py`` files that come with the base.
+        progress: show bars.
 
     Raises:
         InputError: the recipe, an adapter or a row is wrong; nothing is left behind.
@@ -87,62 +157,120 @@ def build(
     """
     require_transformers("routing")
     settings, out = recipe.settings(where), Path(out)
-    base = resolve(recipe.base_model, root).model
-    check_folder(base)
+    gates = read_settings(GateSettings, recipe.gates | {"seed": recipe.seed}, f"{where}: gates")
+    told = _instruction_settings(recipe, settings, root, where)
+    folder = resolve(recipe.base_model, root).model
+    check_folder(folder)
     sources = sources_of(recipe, root, where)
-    check_out(out, [base, *(source.adapter for source in sources)], force)
-    described = store.Base.of(base, recipe.base_model)
+    check_out(out, [folder, *(source.adapter for source in sources)], force)
+    described = store.Base.of(folder, recipe.base_model)
     plan = json.loads(json.dumps({"base": asdict(described), "recipe": recipe.model_dump()}))
-    with claimed(partial_path(out.absolute()), plan):
+    base, partial = Base(folder, device, trust_remote_code), partial_path(out.absolute())
+    with claimed(partial, plan):
         experts = [Expert(source.name, read_factors(source.adapter)) for source in sources]
-        vectors = _vectors(experts)
-        model = load_model(base, device=device, trust_remote_code=trust_remote_code, dtype="auto")
         for expert in experts:
-            check_fit(model, expert)
-        description = store.Description(described, settings, store.names_of(experts))
-        with delivery(partial_path(out.absolute()), out) as result:
-            for source, own in zip(sources, vectors, strict=True):
-                store.write_expert(result, source.name, source.adapter, own)
+            check_fit(base()[0], expert)
+        work = Work(base, settings, gates, partial / "gates", progress)
+        made = [work.vectors(source, expert, where) for source, expert in zip(sources, experts, strict=True)]
+        instructions = None if told is None else instruct(base, told, sources, progress)
+        records = {"gates": {source.name: one for source, (_, one) in zip(sources, made, strict=True) if one}}
+        description = store.Description(described, settings, store.names_of(experts), records=records)
+        with delivery(partial, out) as result:
+            for source, (vectors, _) in zip(sources, made, strict=True):
+                store.write_expert(result, source.name, source.adapter, vectors)
+            if instructions is not None:
+                name = store.write_instructions(result, instructions.tensors())
+                description = replace(description, instructions=instructions.to_dict(), tensors=name)
             store.write_description(result, description)
     return description
 
 
-def _vectors(experts: Sequence[Expert]) -> list[Mapping[str, Mapping[str, Tensor]]]:
-    return [{"arrow": directions(expert.factors)} for expert in experts]
+@dataclass(frozen=True)
+class Work:
+    """How an expert's vectors are made; ``state`` keeps unfinished trainings."""
+
+    base: Base
+    settings: Settings
+    gates: GateSettings
+    state: Path
+    progress: bool
+
+    def vectors(
+        self, source: Source, expert: Expert, where: str
+    ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
+        """Return an expert's vectors by kind, and how its gates were trained; Arrow's need nothing and always come.
+
+        Raises:
+            InputError: the local router needs rows that the recipe does not name.
+        """
+        found: dict[str, Mapping[str, Tensor]] = {"arrow": directions(expert.factors)}
+        if self.settings.local not in ("phatgoose", "average"):
+            return found, None
+        task = source.task(labelled=True)
+        if task is None:
+            raise InputError(
+                f"{where}: expert {source.name!r}: {self.settings.local} learns from the expert's own rows; "
+                "give it data: {train: FILE.jsonl}, or use local: arrow"
+            )
+        examples = [self.base.examples(task)]
+        if self.settings.local == "average":
+            from consilience.routing.average import average_activations
+
+            model = self.base()[0]
+            means = average_activations(model, source.name, expert.factors, examples, progress=self.progress)
+            return found | {"average": means}, None
+        from consilience.routing.gate_training import train_gates
+
+        with _quiet(source.name, self.progress) as shown:
+            trained, record = train_gates(
+                self.base()[0], source.name, expert.factors, examples, self.gates, self.state, shown
+            )
+        return found | {"phatgoose": trained}, record.to_dict()
 
 
-def load_routed(
-    folder: Path | str,
-    *,
-    base: str | None = None,
-    device: str = "cpu",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> Any:
-    """Load a routed model: a ``transformers`` model with ``routing`` (``consilience.routing.model.Routing``) on top.
+@contextmanager
+def _quiet(name: str, progress: bool) -> Generator[bool]:
+    """Say whose gates are trained where progress is shown."""
+    if progress:
+        from rich.console import Console
 
-    ``generate``, batches of mixed tasks, caches and pipelines work as with the base. ``model.tokenizer`` is the base's.
+        Console(stderr=True).print(f"gates of {name}", highlight=False)
+    yield progress
 
-    Args:
-        folder: what ``consilience route build`` made.
-        base: where the base is, if it has moved.
-        device: a torch device.
-        dtype: of the weights, such as "float32"; "auto": as the base's are stored.
-        trust_remote_code: run ``.py`` files that come with the base.
+
+def _instruction_settings(
+    recipe: RouteRecipe, settings: Settings, root: Path | None, where: str
+) -> InstructionSettings | None:
+    if recipe.instructions is None:
+        if settings.instructed:
+            raise InputError(
+                f"{where}: scale: {settings.scale!r} makes instructions count, and the recipe does not say how "
+                "they are made; add instructions: {describer: none, embedder: base}, or use scale: 0"
+            )
+        return None
+    return InstructionSettings.from_plain(recipe.instructions, f"{where}: instructions").located(root)
+
+
+def instruct(base: Base, settings: InstructionSettings, sources: list[Source], progress: bool) -> Instructions:
+    """Describe and embed what experts do.
 
     Raises:
-        InputError: the folder is malformed, or its base is not there or another model.
-        MachineError: not enough memory.
+        InputError: an expert has neither a text nor data.
     """
-    require_transformers("routing")
-    folder = Path(folder)
-    description = store.read_description(folder)
-    place = store.find_base(description.base, folder, base)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype {dtype!r}: use auto, float32, bfloat16 or float16")
-    tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
-    model = load_model(place, device=device, trust_remote_code=trust_remote_code, dtype=dtype).requires_grad_(False)
-    experts = [store.read_expert(folder, name) for name in description.experts]
-    Routing(model, experts, description.settings, tokenizer)
-    model.tokenizer = tokenizer
-    return model
+    model, tokenizer = base() if runs_base(settings) else (None, None)
+    known = [described(base, source) for source in sources]
+    with listening("instructions", progress) as listener:
+        return Instructions.build(settings, known, model, tokenizer, lambda done, total, _: listener(done, total))
+
+
+def runs_base(settings: InstructionSettings) -> bool:
+    """Whether describer or embedder run the base itself."""
+    describer = settings.describer
+    return settings.embedder.kind == "base" or (describer.kind == "model" and not describer.model)
+
+
+def described(base: Base, source: Source) -> Described:
+    """Return what is known of an expert in words."""
+    task, card = source.task(labelled=False), source.adapter / "README.md"
+    examples = () if task is None else base.prompts(task)
+    return Described(source.name, source.entry.instruction, card if card.is_file() else None, examples)

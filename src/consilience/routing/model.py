@@ -86,6 +86,17 @@ class Routing:
         """Be the base alone within."""
         return self.router.only(torch.zeros(len(self.names)))
 
+    @contextmanager
+    def silent(self) -> Generator[None]:
+        """Be the base alone within, unseen by watchers; what else is set comes back afterwards."""
+        watchers, held = self.router.watchers, self.asked.held
+        self.router.watchers, self.asked.held = [], True
+        try:
+            with self.plain():
+                yield
+        finally:
+            self.router.watchers, self.asked.held = watchers, held
+
     def without(self, *names: str) -> AbstractContextManager[None]:
         """Leave experts out within."""
         return self.router.without(*names)

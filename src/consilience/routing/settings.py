@@ -1,10 +1,11 @@
 """How tokens are routed, as data."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from consilience.errors import InputError, nearest
+from consilience.routing.values import read_settings
 
 Local = Literal["phatgoose", "arrow", "average", "none"]
 
@@ -73,14 +74,7 @@ class Settings:
         Raises:
             InputError: a key is unknown, or a value is out of its range.
         """
-        known = [field.name for field in fields(cls)]
-        for key in value:
-            if key not in known:
-                raise InputError(f"{where}: unknown key {key!r}{nearest(key, known) or '; use ' + ', '.join(known)}")
-        try:
-            return cls(**value)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+        return read_settings(cls, value, where)
 
 
 def _number(value: Any) -> bool:

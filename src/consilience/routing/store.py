@@ -3,14 +3,15 @@
     OUT/consilience/routing.json                  base, settings, experts in order, how instructions are made
     OUT/consilience/experts/NAME/                 the adapter, as PEFT reads it
     OUT/consilience/experts/NAME/vectors.safetensors      KIND/MODULE -> [in]: gates, directions, mean activations
-    OUT/consilience/instructions.safetensors      embeddings [K, E], and what the embedder keeps
+    OUT/consilience/instructions-HASH.safetensors      embeddings [K, E], and what the embedder keeps
 
 The base is not copied: it is found by its path, or by its reference, and is checked to be the one that was built on.
-Files of one expert never change because another comes or goes.
+Files of one expert never change because another comes or goes; what changes is ``routing.json``, in one step.
 """
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +29,10 @@ from consilience.routing.expert import Expert, read_factors, read_tensor
 from consilience.routing.settings import Settings
 
 FORMAT = 1
-ROUTING, EXPERTS, VECTORS, INSTRUCTIONS = "routing.json", "experts", "vectors.safetensors", "instructions.safetensors"
+ROUTING, EXPERTS, VECTORS = "routing.json", "experts", "vectors.safetensors"
+_TENSORS = re.compile(r"instructions-[0-9a-f]{16}\.safetensors")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
-_KEYS = ("format", "base", "settings", "experts", "instructions", "records")
+_KEYS = ("format", "base", "settings", "experts", "instructions", "tensors", "records")
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,17 @@ def _digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """What ``routing.json`` says. ``instructions`` are the global router's own values, ``records`` how it was built."""
+    """What ``routing.json`` says.
+
+    ``instructions`` are the global router's own values, ``tensors`` is the file of its tensors, ``records`` say how the
+    model was built.
+    """
 
     base: Base
     settings: Settings
     experts: tuple[str, ...]
     instructions: dict[str, Any] | None = None
+    tensors: str | None = None
     records: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +85,7 @@ class Description:
             "settings": self.settings.to_dict(),
             "experts": list(self.experts),
             "instructions": self.instructions,
+            "tensors": self.tensors,
             "records": self.records,
         }
 
@@ -106,9 +114,12 @@ def read_description(folder: Path) -> Description:
     if not _is_base(base) or not _are_names(experts) or not isinstance(settings, dict):
         raise InputError(f"{path}: base, experts or settings are missing or not what they should be; restore the file")
     known = Settings.from_dict(cast(dict[str, Any], settings), str(path))
-    records, instructions = value.get("records"), value.get("instructions")
-    return Description(Base(**cast(dict[str, Any], base)), known, tuple(cast(list[str], experts)), instructions,
-                       records or {})  # fmt: skip
+    records, instructions, tensors = (value.get(key) for key in ("records", "instructions", "tensors"))
+    named = isinstance(tensors, str) and _TENSORS.fullmatch(tensors) is not None
+    if (instructions is None) != (tensors is None) or not (tensors is None or named):
+        raise InputError(f"{path}: tensors {tensors!r} is not the name of a file of instructions; restore the file")
+    names = tuple(cast(list[str], experts))
+    return Description(Base(**cast(dict[str, Any], base)), known, names, instructions, tensors, records or {})
 
 
 def _is_base(value: Any) -> bool:
@@ -236,23 +247,27 @@ def write_description(folder: Path, description: Description) -> None:
     os.replace(temporary, place)
 
 
-def write_instructions(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write what the global router keeps in tensors, whole or not at all."""
-    from safetensors.torch import save_file
+def write_instructions(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write what the global router keeps in tensors, and return the file's name, which its content decides."""
+    from safetensors.torch import save
 
-    place = folder / OURS / INSTRUCTIONS
-    temporary = place.with_name(f"{INSTRUCTIONS}.new")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    data = save({name: value.contiguous() for name, value in tensors.items()})
+    name = f"instructions-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    place = folder / OURS / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f"{name}.new")
+    temporary.write_bytes(data)
     os.replace(temporary, place)
+    return name
 
 
-def read_instructions(folder: Path) -> dict[str, Tensor]:
+def read_instructions(folder: Path, name: str) -> dict[str, Tensor]:
     """Read what the global router keeps in tensors.
 
     Raises:
         InputError: the file is missing or malformed.
     """
-    path = folder / OURS / INSTRUCTIONS
+    path = folder / OURS / name
     if not path.is_file():
         raise InputError(f"{path}: is missing; restore it, or build the routed model again")
     checkpoint = open_checkpoint(path)
