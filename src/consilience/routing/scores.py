@@ -4,7 +4,7 @@ Shapes: activations u [..., d], prototypes v [K, d], logits and weights [..., K]
 
     phatgoose   s_k = LN(u) . LN(v_k) / sqrt(d)           LN without gain or bias: sqrt(d) cos(centred u, centred v)
     arrow       s_k = |v_k . u| / T                       v_k: top right singular vector of B_k A_k
-    average     s_k = v_k . u / (T sqrt(d))               v_k: mean activation on the expert's own data
+    average     s_k = v_k . u / (T sqrt(d))               v_k: mean activation on the expert's own rows, of length 1
 
 Sources: PHATGOOSE (arXiv:2402.05859), Arrow (arXiv:2405.11157), GLIDER (arXiv:2410.07172) and its code. Known
 disagreements: GLIDER's code divides Arrow's products by 10, PHATGOOSE's by 10 sqrt(d), mttl's by its temperature, 1;
