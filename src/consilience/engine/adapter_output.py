@@ -15,26 +15,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from consilience.checkpoints.dtypes import DTYPES, DType
-from consilience.checkpoints.safetensors_file import encode_header
 from consilience.engine import output
+from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora_config, write_tensors
 from consilience.engine.block import Loader, Scratch
 from consilience.engine.card import licences, render_card
-from consilience.engine.kernels import encode as enc
 from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint, versions
+from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import recipe_text
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import Listener, Silent, Streamer
 from consilience.errors import InputError
 from consilience.methods.program import WeightedSum
-
-Array = npt.NDArray[np.float64]
-#: A dense update is factorised through a random projection (Halko et al. 2011) of this many extra columns, refined by
-#: this many power iterations, unless its smaller side is not much larger than that.
-OVERSAMPLE, POWER = 16, 2
 
 
 @dataclass(frozen=True)
@@ -91,37 +85,6 @@ def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
     return np.concatenate(lefts, 1), np.concatenate(rights, 0)
 
 
-def truncate(left: Array, right: Array, rank: int) -> tuple[Array, Array, float, float]:
-    """Return the best rank-``rank`` factors of ``left @ right`` through its core, the energy kept and the total."""
-    q_left, r_left = np.linalg.qr(left)
-    q_right, r_right = np.linalg.qr(right.T)
-    u, s, vt = np.linalg.svd(r_left @ r_right.T)
-    keep = min(rank, len(s))
-    root = np.sqrt(s[:keep])
-    energy = s**2
-    return (
-        q_left @ (u[:, :keep] * root),
-        (root[:, None] * vt[:keep]) @ q_right.T,
-        float(energy[:keep].sum()),
-        float(energy.sum()),
-    )
-
-
-def factorise(delta: Array, rank: int) -> tuple[Array, Array, float, float]:
-    """Return rank-``rank`` factors of a dense update, the energy kept and the total."""
-    total = float(np.square(delta).sum())
-    if min(delta.shape) > 4 * (rank + OVERSAMPLE):
-        probe = np.random.default_rng(0).standard_normal((delta.shape[1], rank + OVERSAMPLE))
-        basis = np.linalg.qr(delta @ probe)[0]
-        for _ in range(POWER):
-            basis = np.linalg.qr(delta @ np.linalg.qr(delta.T @ basis)[0])[0]
-        left, right, kept, _ = truncate(basis, basis.T @ delta, rank)
-        return left, right, kept, total
-    u, s, vt = np.linalg.svd(delta, full_matrices=False)
-    root = np.sqrt(s[:rank])
-    return u[:, :rank] * root, root[:, None] * vt[:rank], float(np.square(s[:rank]).sum()), total
-
-
 def dense_update(plan: Plan, tensor: TensorPlan, threads: int | None) -> Array:
     """Return the merged update of one tensor, [rows, columns], by running its program in float64."""
     alone = replace(tensor, index=0, out_dtype=DTYPES["F64"], wide=True)
@@ -140,36 +103,23 @@ def _factors(plan: Plan, tensor: TensorPlan, kind: Literal["cat", "svd"], rank: 
     assert program is not None
     if isinstance(program.combine, WeightedSum) and not program.stages and program.statistics == "none":
         left, right = stacked(tensor)
-        kept = total = 1.0
-        if kind == "svd":
-            left, right, kept, total = truncate(left, right, rank)
+        found = truncate(left, right, rank) if kind == "svd" else LowRank(left, right, 1.0, 1.0)
     elif kind == "cat":
         raise InputError(
             f"--as-adapter cat: method {plan.method.name!r} is not a weighted sum of the adapters; use svd with --rank"
         )
     else:
-        left, right, kept, total = factorise(dense_update(plan, tensor, threads), rank)
-    a, b = (left.T, right.T) if pair.transposed else (right, left)
-    return _Factors(tensor.name, a, b, kept, total, embedding)
-
-
-def _encode(values: Array, dtype: DType) -> Any:
-    raw = np.empty(values.size * dtype.itemsize, np.uint8)
-    enc.encode(np.ascontiguousarray(values).reshape(-1), dtype, raw)
-    return raw
+        found = sketch(dense_update(plan, tensor, threads), rank)
+    a, b = (found.b.T, found.a.T) if pair.transposed else (found.a, found.b)
+    return _Factors(tensor.name, a, b, found.kept, found.total, embedding)
 
 
 def _write_weights(plan: Plan, path: Path, found: list[_Factors], dtype: DType) -> None:
-    tensors: list[tuple[str, Array]] = []
+    tensors: list[tuple[str, Array, DType]] = []
     for f in found:
-        stem = "base_model.model." + called(plan, f.target).removesuffix(".weight")
-        middle, end = (".lora_embedding_", "") if f.embedding else (".lora_", ".weight")
-        tensors += [(f"{stem}{middle}A{end}", f.a), (f"{stem}{middle}B{end}", f.b)]
-    header, _ = encode_header([(name, dtype, values.shape) for name, values in tensors], {"format": "pt"})
-    with open(path, "wb") as file:
-        file.write(header)
-        for _, values in tensors:
-            file.write(_encode(values, dtype).data)
+        names = factor_names(called(plan, f.target).removesuffix(".weight"), f.embedding)
+        tensors += [(name, values, dtype) for name, values in zip(names, (f.a, f.b), strict=True)]
+    write_tensors(path, tensors)
 
 
 def called(plan: Plan, target: str) -> str:
@@ -181,34 +131,15 @@ def called(plan: Plan, target: str) -> str:
 def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
     """Return the merged adapter's PEFT config: the experts' own where they agree, ``alpha = r`` so that scale = 1."""
     configs = [e.adapter.config for e in plan.experts if e.adapter is not None]
-    most = max(set(ranks.values()), key=list(ranks.values()).count)
-    own = {module: called(plan, f"{module}.weight").removesuffix(".weight") for module in ranks}
-    others = {own[module]: rank for module, rank in ranks.items() if rank != most}
     named = [c.get("base_model_name_or_path") for c in configs]
-    return {
-        "peft_type": "LORA",
-        "task_type": configs[0].get("task_type"),
-        "base_model_name_or_path": named[0] if len(set(named)) == 1 else plan.recipe.base_model,
-        "inference_mode": True,
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks})
-        if _suffixes_suffice(plan, ranks)
-        else sorted(own.values()),
-        "bias": "none",
-        "fan_in_fan_out": bool(configs[0].get("fan_in_fan_out")),
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-    }
-
-
-def _suffixes_suffice(plan: Plan, ranks: dict[str, int]) -> bool:
-    """Whether naming modules by their last part adapts exactly these modules."""
-    suffixes = {module.rsplit(".", 1)[-1] for module in ranks}
-    weights = (t.name.removesuffix(".weight") for t in plan.tensors if t.name.endswith(".weight"))
-    return all(module in ranks for module in weights if module.rsplit(".", 1)[-1] in suffixes)
+    weights = [called(plan, t.name).removesuffix(".weight") for t in plan.tensors if t.name.endswith(".weight")]
+    return lora_config(
+        {called(plan, f"{module}.weight").removesuffix(".weight"): rank for module, rank in ranks.items()},
+        weights,
+        base=named[0] if len(set(named)) == 1 else plan.recipe.base_model,
+        task_type=configs[0].get("task_type"),
+        fan_in_fan_out=bool(configs[0].get("fan_in_fan_out")),
+    )
 
 
 def write_adapter(
@@ -248,8 +179,8 @@ def write_adapter(
         ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
         (partial / output.OURS).mkdir(parents=True)
         dtype = DTYPES[plan.recipe.output_dtype or "F32"]
-        _write_weights(plan, partial / "adapter_model.safetensors", found, dtype)
-        output.write_json(partial / "adapter_config.json", adapter_config(plan, ranks))
+        _write_weights(plan, partial / WEIGHTS, found, dtype)
+        output.write_json(partial / CONFIG, adapter_config(plan, ranks))
         kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
         notes = [*plan.alignment.notes, *licences(plan)[1]]
         _write_papers(partial, plan, out, kind, notes)

@@ -83,7 +83,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def _loader(config: Any) -> Any:
+def loader_of(config: Any) -> Any:
     """Return the auto class of a config: the one of image-text models where these are what its weights are of."""
     import transformers
 
@@ -132,7 +132,7 @@ def load_model(
 
     with quiet(), explained(str(folder), "does not load as a language model"):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        model, report = _loader(config).from_pretrained(
+        model, report = loader_of(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),

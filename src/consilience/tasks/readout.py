@@ -70,7 +70,8 @@ def readout(model: Any, probe: Encoded) -> Readout:
 
     inputs = padded([probe], model, PROBE_TOKENS)[0]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or transforms_logits(model.config):
+    # A head of another kind may need to know which sequence a state is of, which states by themselves do not say.
+    if head is None or type(head) is not torch.nn.Linear or transforms_logits(model.config):
         return Readout(model, None, model(**inputs, use_cache=False).logits.shape[-1])
     states, logits = caught(model, head, inputs, short=False)
     if states is not None and states.ndim == 3 and states.shape[:2] == logits.shape[:2]:

@@ -1,0 +1,287 @@
+"""A full fine-tune as a LoRA adapter: the best low-rank part of every linear layer's task vector.
+
+    tau = theta_k - theta_0 ~ B A,    energy kept = ||B A||^2 / ||tau||^2 = sum_{i <= r} s_i^2 / sum_i s_i^2
+
+So a model whose weights were all trained joins a routed model, or a merge of adapters, as any adapter does. What LoRA
+does not hold (embeddings, the output layer, norms, biases) is left out, and how much of the update that is, is said.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from consilience.api import build_recipe, plan_recipe
+from consilience.checkpoints.dtypes import ALIASES, DTYPES
+from consilience.checkpoints.safetensors_file import read_header
+from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, gather, lora_config, write_tensors
+from consilience.engine.block import Loader, NonFinite, Scratch
+from consilience.engine.card import hub_name, licences
+from consilience.engine.lineage import versions
+from consilience.engine.low_rank import Array, factorise
+from consilience.engine.output import partial_path, write_json
+from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.stream import check_ties
+from consilience.errors import InputError, MachineError, nearest
+from consilience.methods.program import Program, WeightedSum
+from consilience.routing.linear import Layout, layout
+from consilience.routing.progress import Listener, listening
+from consilience.tasks.load import check_folder, require_transformers
+from consilience.training.place import check_out, claimed, delivery
+
+RECORD = "extraction.json"
+_TASK_VECTOR = Program("task_vectors", WeightedSum((1.0,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One linear layer: its tensor, its module, and what of ||tau||^2 = ``total`` factors of rank ``rank`` keep."""
+
+    tensor: str
+    module: str
+    rank: int
+    kept: float
+    total: float
+
+    @property
+    def energy(self) -> float:
+        """The share that is kept."""
+        return self.kept / self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A changed tensor that is not in the adapter, its kind, and its ||tau||^2."""
+
+    tensor: str
+    kind: str
+    total: float
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What was extracted and what was left out."""
+
+    base: str
+    expert: str
+    layers: tuple[Layer, ...]
+    rest: tuple[Rest, ...]
+
+    @property
+    def energy(self) -> float:
+        """The share of the linear layers' ||tau||^2 that is kept."""
+        return math.fsum(layer.kept for layer in self.layers) / math.fsum(layer.total for layer in self.layers)
+
+    @property
+    def left_out(self) -> dict[str, float]:
+        """The share of the whole ||tau||^2 that lies in each kind of tensor without factors, the largest first."""
+        whole = math.fsum(one.total for one in (*self.layers, *self.rest))
+        kinds = dict.fromkeys(one.kind for one in self.rest)
+        shares = {kind: math.fsum(one.total for one in self.rest if one.kind == kind) / whole for kind in kinds}
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+    def __str__(self) -> str:
+        ranks = [layer.rank for layer in self.layers]
+        of = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+        text = f"{len(self.layers)} linear layers, {of}, {self.energy:.1%} of their update's energy kept"
+        if not self.rest:
+            return text
+        kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in self.left_out.items())
+        return f"{text}; left out, of the whole update: {kinds}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "format": 1,
+            "base": self.base,
+            "expert": self.expert,
+            "energy": self.energy,
+            "left_out": self.left_out,
+            "layers": [asdict(layer) | {"energy": layer.energy} for layer in self.layers],
+            "rest": [asdict(one) for one in self.rest],
+            "versions": versions(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    rank: int | None
+    energy: float | None
+    dtype: str | None
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.energy is None:
+            raise InputError("rank, energy: neither is given; give the rank of every layer, or the energy to keep")
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank: {self.rank} must be at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise InputError(f"energy: {self.energy} must lie in (0, 1]; it is the share to keep")
+        if self.dtype is not None and self.dtype not in ALIASES:
+            raise InputError(
+                f"dtype: {self.dtype!r} is not one of {', '.join(ALIASES)}{nearest(self.dtype, [*ALIASES])}"
+            )
+
+
+def extract(
+    base: Path | str,
+    expert: Path | str,
+    out: Path | str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: bool | Listener = False,
+    trust_remote_code: bool = False,
+) -> Extraction:
+    """Write the low-rank part of a fine-tuned model's update as a PEFT adapter with alpha = r.
+
+    Models are read a tensor at a time; neither is ever in memory. An interrupted run goes on where it stopped.
+
+    Args:
+        base: the model the expert was tuned from: a Hugging Face folder or a hub reference.
+        expert: the fine-tuned model: the same.
+        out: the folder to write; ``extraction.json`` in it has every layer's rank and energy.
+        rank: the largest rank of a layer; None: as ``energy`` asks.
+        energy: the share of every layer's ||tau||^2 to keep, in (0, 1], so far as ``rank`` allows; None: every layer
+            has rank ``rank``.
+        dtype: of the factors: float32, bfloat16, ...; None: the base's own.
+        force: replace what stands at ``out``.
+        progress: True for a bar on standard error, or a function called with (tensors done, tensors in all).
+        trust_remote_code: run ``.py`` files that come with the base.
+
+    Raises:
+        InputError: the models do not fit together, no linear layer differs, or a setting is out of its range; nothing
+            is left behind.
+        MachineError: the disk is full or failed; the same call continues.
+    """
+    wanted, out = _Wanted(rank, energy, dtype), Path(out)
+    require_transformers("extraction")
+    if str(base) == str(expert):
+        raise InputError(f"{expert}: is the base itself; name the model that was tuned from it")
+    plan = plan_recipe(build_recipe("task_arithmetic", str(base), {"expert": str(expert)}, {}))
+    try:
+        folders = [_base_folder(plan), plan.experts[0].folder]
+        check_out(out, [folder for folder in folders if folder is not None], force)
+        check_ties(plan)
+        known = layout(_base_folder(plan), {t.name: t.shape for t in plan.tensors}, trust_remote_code=trust_remote_code)
+        facts = {"digest": plan.digest, **asdict(wanted)}
+        partial = partial_path(out.absolute())
+        with claimed(partial, facts), listening("extracting", progress) as listener:
+            work = partial / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+            with _written(out):
+                work.mkdir(exist_ok=True)
+                found = _factorised(plan, known, wanted, work, listener)
+            with delivery(partial, out) as result:
+                _write(result, out.name, plan, known, found, work)
+        return found
+    finally:
+        plan.close()
+
+
+def _base_folder(plan: Plan) -> Path:
+    assert plan.base is not None
+    folder = plan.base.folder
+    if folder is None:
+        raise InputError(f"{plan.base.reference}: is a lone file; give the base's folder, with its config.json")
+    check_folder(folder)
+    return folder
+
+
+@contextmanager
+def _written(out: Path) -> Generator[None]:
+    """Say in one line that the disk failed."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{out}: cannot be written ({error}); mend it, then run this again") from error
+
+
+def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, listener: Listener) -> Extraction:
+    """Leave a file of factors in ``work`` for every linear layer that changed, and measure the other tensors."""
+    layers: list[Layer] = []
+    rest: list[Rest] = []
+    changed = [t for t in plan.tensors if t.program is not None and t.name not in plan.alignment.ties]
+    for done, tensor in enumerate(changed, 1):
+        if tensor.name in known.linear:
+            part = _part(work, tensor)
+            if not part.is_file():
+                _factorise(tensor, known.linear[tensor.name], wanted, part)
+            if part.is_file():
+                layers.append(_layer(tensor, known.linear[tensor.name], part))
+        else:
+            total = math.fsum(float(block @ block) for _, block in _blocks(tensor))
+            rest += [Rest(tensor.name, known.kinds[tensor.name], total)] if total else []
+        listener(done, len(changed))
+    base, expert = plan.recipe.base_model or "", plan.experts[0].reference
+    if not layers:
+        raise InputError(f"{expert}: no linear layer differs from {base}, so there is nothing to extract")
+    return Extraction(base, expert, tuple(layers), tuple(rest))
+
+
+def _part(work: Path, tensor: TensorPlan) -> Path:
+    return work / f"{tensor.index:05d}.safetensors"
+
+
+def _blocks(tensor: TensorPlan) -> Iterator[tuple[int, Array]]:
+    """Yield a task vector in float64, piece by piece, each with its first element's place; the memory is reused."""
+    alone = replace(tensor, wide=True, program=_TASK_VECTOR)
+    loader = Loader(Scratch(), alone, check=True)
+    try:
+        for start in range(0, tensor.numel, loader.size):
+            yield start, loader.load(start, min(start + loader.size, tensor.numel))[0][0]
+    except NonFinite as error:
+        raise InputError(f"{error.who}: tensor {error.name!r} holds NaN or Inf; repair the model") from None
+
+
+def _factorise(tensor: TensorPlan, module: str, wanted: _Wanted, part: Path) -> None:
+    """Write the factors of a layer, unless it is unchanged."""
+    delta = np.empty(tensor.numel)
+    for start, block in _blocks(tensor):
+        delta[start : start + block.size] = block
+    if not delta.any():
+        return
+    found = factorise(delta.reshape(tensor.shape), wanted.rank, wanted.energy)
+    dtype = tensor.out_dtype if wanted.dtype is None else DTYPES[ALIASES[wanted.dtype]]
+    a, b = factor_names(module)
+    unfinished = part.with_suffix(".new")
+    write_tensors(
+        unfinished, [(a, found.a, dtype), (b, found.b, dtype)], kept=repr(found.kept), total=repr(found.total)
+    )
+    os.replace(unfinished, part)
+
+
+def _layer(tensor: TensorPlan, module: str, part: Path) -> Layer:
+    entries, facts = read_header(part)
+    rank = entries[factor_names(module)[0]].shape[0]
+    return Layer(tensor.name, module, rank, float(facts["kept"]), float(facts["total"]))
+
+
+def _write(result: Path, title: str, plan: Plan, known: Layout, found: Extraction, work: Path) -> None:
+    named = {tensor.name: tensor for tensor in plan.tensors}
+    gather([_part(work, named[layer.tensor]) for layer in found.layers], result / WEIGHTS)
+    ranks = {layer.module: layer.rank for layer in found.layers}
+    config = lora_config(ranks, known.modules, base=found.base, task_type=known.task_type)
+    write_json(result / CONFIG, config)
+    write_json(result / RECORD, found.to_dict())
+    (result / "README.md").write_text(_card(title, plan, found), encoding="utf-8")
+
+
+def _card(title: str, plan: Plan, found: Extraction) -> str:
+    assert plan.base is not None
+    agreed, warnings = licences(plan)
+    matter: dict[str, Any] = {"base_model": hub_name(plan.base), "base_model_relation": "adapter"}
+    matter |= {"library_name": "peft", "tags": ["lora", "consilience"]}
+    matter |= {"license": agreed} if agreed else {"license": "other"} if warnings else {}
+    lines = ["---", yaml.safe_dump(matter, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
+    lines += [f"The low-rank part of the update of {hub_name(plan.experts[0])}: {found}.", ""]
+    lines += [f"**Warning:** {warning}." for warning in warnings]
+    return "\n".join([*lines, f"Every layer's rank and energy are in `{RECORD}`.", ""])
