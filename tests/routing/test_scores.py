@@ -27,7 +27,8 @@ def phatgoose(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def logits(settings: Settings, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return scores.local_logits(settings, u @ scores.prototypes(settings.local, v).T, u)
+    scale = scores.inverse_deviation(u) if settings.local == "phatgoose" else None
+    return scores.local_logits(settings, u @ scores.prototypes(settings.local, v).T, scale)
 
 
 @given(Shapes)
@@ -70,8 +71,11 @@ def test_top_k_is_a_convex_combination_of_at_most_k(shape: tuple[int, int, int],
     assert ((found > 0).sum(-1) <= (k or experts)).all()
     kept = z.topk(min(k or experts, experts), -1)
     other = torch.zeros_like(z).scatter(-1, kept.indices, kept.values.softmax(-1))
-    # The published epsilon is relative to the sum of what is kept, which is 1 / K at least.
-    assert torch.allclose(found, other, atol=2e-6 * experts)
+    assert torch.allclose(found, other, atol=1e-6)
+    # As published: softmax first, and 1e-6 added to the sum of what is kept, which is 1 / K at least.
+    published = z.softmax(-1).gather(-1, kept.indices)
+    published = published / (published.sum(-1, keepdim=True) + 1e-6)
+    assert torch.allclose(found.gather(-1, kept.indices), published, atol=2e-6 * experts)
 
 
 @given(Shapes, st.floats(-20, 20))

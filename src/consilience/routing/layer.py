@@ -62,7 +62,7 @@ class Experts(nn.Module):
         share = self.edges[-1] * (1 / self.into.shape[1] + 1 / self.out_of.shape[1])
         self.dense = share <= DENSE_SHARE
 
-    def forward(self, u: Tensor, y: Tensor) -> Tensor:
+    def add(self, u: Tensor, y: Tensor) -> Tensor:
         """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""
         shape = u.shape
         tokens = u if u.ndim == 3 else self._sequences(u)
@@ -134,7 +134,7 @@ class RoutedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        return self.experts(input, F.linear(input, self.weight, self.bias))
+        return self.experts.add(input, F.linear(input, self.weight, self.bias))
 
 
 def routed(module: nn.Module, experts: Experts) -> Any:

@@ -3,6 +3,7 @@
 A sequence's query fixes c, the similarity of its instruction to every expert's; a token's local logits are the layer's.
 """
 
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Router:
     fixed: Tensor | None = None
     excluded: Tensor | None = None
     watchers: list[Watcher] = field(default_factory=list[Watcher])
+    _last: "tuple[weakref.ref[Tensor], int | None, Tensor] | None" = field(default=None, init=False)
 
     def index(self, name: str) -> int:
         """Return an expert's number.
@@ -83,7 +85,8 @@ class Router:
         if settings.local == "none":
             logits = products.new_zeros(products.shape, dtype=torch.float32)
         else:
-            logits = scores.local_logits(settings, products, u)
+            scale = self._inverse_deviation(u) if settings.local == "phatgoose" else None
+            logits = scores.local_logits(settings, products, scale)
             if settings.standardise:
                 logits = scores.standardised(logits)
         if self.bias is not None:
@@ -91,6 +94,15 @@ class Router:
         if self.excluded is not None:
             logits = logits.masked_fill(self.excluded.to(logits.device), -torch.inf)
         return scores.weights(settings, logits)
+
+    def _inverse_deviation(self, u: Tensor) -> Tensor:
+        """Return the activations' inverse deviation; modules that read the same activations share it."""
+        version = None if u.is_inference() else u._version
+        if self._last is not None and self._last[0]() is u and self._last[1] == version:
+            return self._last[2]
+        found = scores.inverse_deviation(u)
+        self._last = (weakref.ref(u), version, found)
+        return found
 
     def _rows(self, values: Tensor, u: Tensor) -> Tensor:
         """Return values [B, K] as [sequences, 1, K]: beams and returned samples of a query follow one another."""
