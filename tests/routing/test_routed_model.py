@@ -13,7 +13,7 @@ from consilience.errors import InputError
 from consilience.routing.arrow import direction
 from consilience.routing.expert import Expert
 from consilience.routing.install import install
-from consilience.routing.layer import Factors, RoutedLinear
+from consilience.routing.layer import Experts, Factors, RoutedLinear
 from consilience.routing.model import Routing
 from consilience.routing.settings import Settings
 
@@ -124,6 +124,29 @@ def test_few_and_many_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(stacks[0])
     assert not any(stacks[1])
     assert torch.allclose(logits(dense), logits(sparse), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_read_only_their_experts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    experts = [make_expert(model, f"e{k}", k) for k in range(9)]
+    install(model.to(dtype), experts, Settings("phatgoose"))
+    for ids in (IDS[:1, :1], IDS[:, :1]):
+        gathered: list[int] = []
+        original = Experts._gathered  # pyright: ignore[reportPrivateUsage]
+
+        def spied(self: Experts, *args: Any, into: list[int] = gathered, of: Any = original) -> None:
+            into.append(1)
+            of(self, *args)
+
+        monkeypatch.setattr(Experts, "_gathered", spied)
+        few = logits(model, ids)
+        assert gathered
+        monkeypatch.setattr(Experts, "_gathered", original)
+        with monkeypatch.context() as patch:
+            patch.setattr("consilience.routing.layer.FEW", 1000)
+            tolerance = 1e-4 if dtype == torch.float32 else 0.1
+            assert torch.allclose(few, logits(model, ids), atol=tolerance, rtol=tolerance)
 
 
 def test_a_layer_goes_back_when_nobody_adapts_it() -> None:

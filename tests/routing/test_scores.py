@@ -65,7 +65,7 @@ def test_arrow_ignores_the_sign_of_its_vectors() -> None:
 def test_top_k_is_a_convex_combination_of_at_most_k(shape: tuple[int, int, int], k: int) -> None:
     experts, _, seed = shape
     z = 3 * drawn(seed, 7, experts).float()
-    found = scores.top_k_weights(z, k)
+    found = scores.weights(Settings(top_k=k), z)
     assert (found >= 0).all()
     assert torch.allclose(found.sum(-1), torch.ones(7), atol=1e-4)
     assert ((found > 0).sum(-1) <= (k or experts)).all()
@@ -101,8 +101,8 @@ def test_two_copies_with_half_the_odds_are_one_expert(shape: tuple[int, int, int
     experts, width, seed = shape
     z, outputs = drawn(seed, 7, experts), drawn(seed + 1, experts, width)
     halved = torch.cat([z[:, :1] - math.log(2), z[:, 1:], z[:, :1] - math.log(2)], -1)
-    mixed = scores.top_k_weights(halved, 0) @ torch.cat([outputs, outputs[:1]])
-    assert torch.allclose(mixed, scores.top_k_weights(z, 0) @ outputs, atol=1e-5)
+    mixed = scores.weights(Settings(top_k=0), halved) @ torch.cat([outputs, outputs[:1]])
+    assert torch.allclose(mixed, scores.weights(Settings(top_k=0), z) @ outputs, atol=1e-5)
 
 
 @given(st.integers(1, 6), st.floats(0.01, 1), st.integers(0, 1000))

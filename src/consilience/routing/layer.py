@@ -4,7 +4,8 @@
 
 The A of all experts and the vectors that score them are rows of one matrix, and the B columns of another: a pass is two
 products and little else, whatever the number of experts, and no activation is gathered. Where the factors of all
-experts would cost more than a part of the base's own product, only those that some token uses are multiplied.
+experts would cost more than a part of the base's own product, only those that some token uses are multiplied; where
+there are few tokens, as when a sequence is generated, only theirs are read.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from consilience.routing import scores
 from consilience.routing.router import Router
 
 #: Up to this share of the base's product all experts are computed, beyond it only those that are used.
 DENSE_SHARE = 0.5
+#: Up to one in so many experts used by all tokens together, only theirs are read: what a step of a generation takes.
+FEW = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,29 +58,39 @@ class Experts(nn.Module):
         present = [one for one in factors if one is not None]
         ranks = [0 if one is None else one.rank for one in factors]
         self.edges = [sum(ranks[:k]) for k in range(len(ranks) + 1)]
+        self.total, self.rank = self.edges[-1], ranks[0] if len(set(ranks)) == 1 else 0
         into = torch.cat([*(one.a.to(like) for one in present), prototypes.to(like)])
         owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
         self.register_buffer("into", into.contiguous(), persistent=False)
         self.register_buffer("out_of", torch.cat([one.b.t().to(like) for one in present]).contiguous(), False)
         self.register_buffer("owner", owner.to(like.device), persistent=False)
-        share = self.edges[-1] * (1 / self.into.shape[1] + 1 / self.out_of.shape[1])
+        share = self.total * (1 / self.into.shape[1] + 1 / self.out_of.shape[1])
         self.dense = share <= DENSE_SHARE
 
     def add(self, u: Tensor, y: Tensor) -> Tensor:
         """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""
-        shape = u.shape
         tokens = u if u.ndim == 3 else self._sequences(u)
-        flat = tokens.reshape(-1, shape[-1])
-        found = y.reshape(-1, y.shape[-1])
-        if self.dense:
+        flat, found = tokens.reshape(-1, u.shape[-1]), y.view(-1, y.shape[-1])
+        few = self.rank > 0 and FEW * len(flat) * max(1, self.router.settings.top_k) <= self.count
+        if self.dense and not few:
             products = F.linear(flat, self.into)
-            weights = self._weights(products[:, self.edges[-1] :], tokens)
-            hidden = products[:, : self.edges[-1]] * weights.to(products.dtype).index_select(1, self.owner)
-            found = found.addmm_(hidden.to(found.dtype), self.out_of.to(found.dtype))
+            scored, hidden = products[:, self.total :], products[:, : self.total]
         else:
-            weights = self._weights(F.linear(flat, self.into[self.edges[-1] :]), tokens)
-            found = self._sparse(flat, weights, found)
-        return found.view(y.shape)
+            scored, hidden = F.linear(flat, self.into[self.total :]), None
+        values, where = self.router.choose(scored.view(*tokens.shape[:-1], self.count), tokens)
+        weights = None
+        if where is None or not few or self.router.watchers:
+            weights = values if where is None else scores.spread(values, where, self.count)
+            if self.router.watchers:
+                self.router.watch(self.name, weights)
+            weights = weights.reshape(-1, self.count)
+        if few and where is not None:
+            self._gathered(flat, values.view(len(flat), -1), where.view(len(flat), -1), found)
+        elif hidden is not None and weights is not None:
+            found.addmm_(self._weighted(hidden, weights).to(found.dtype), self.out_of.to(found.dtype))
+        elif weights is not None:
+            self._sparse(flat, weights, found)
+        return y
 
     def _sequences(self, u: Tensor) -> Tensor:
         """Return tokens as [sequences, tokens, in]: some models flatten a batch."""
@@ -86,13 +100,23 @@ class Experts(nn.Module):
             return u.reshape(count, -1, u.shape[-1])
         return u.reshape(u.shape[0], -1, u.shape[-1]) if u.ndim > 3 else u[None, None]
 
-    def _weights(self, products: Tensor, tokens: Tensor) -> Tensor:
-        weights = self.router.weights(products.view(*tokens.shape[:-1], self.count), tokens)
-        if self.router.watchers:
-            self.router.watch(self.name, weights)
-        return weights.reshape(-1, self.count)
+    def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """Multiply A u of all experts [T, R] by their weights [T, K]."""
+        weights = weights.to(hidden.dtype)
+        if not self.rank:
+            return hidden * weights.index_select(1, self.owner)
+        return (hidden.unflatten(1, (self.count, self.rank)) * weights[:, :, None]).flatten(1)
 
-    def _sparse(self, flat: Tensor, weights: Tensor, found: Tensor) -> Tensor:
+    def _gathered(self, flat: Tensor, values: Tensor, where: Tensor, found: Tensor) -> None:
+        """Add to each of few tokens the factors of its own experts [T, k]: nothing else is read."""
+        count, k = where.shape
+        chosen = where.flatten()
+        a = self.into[: self.total].view(self.count, -1).index_select(0, chosen).view(count, k * self.rank, -1)
+        b = self.out_of.view(self.count, -1).index_select(0, chosen).view(count, k * self.rank, -1)
+        hidden = torch.bmm(a, flat[:, :, None]).view(count, k, self.rank) * values[:, :, None].to(flat.dtype)
+        found[:, None].baddbmm_(hidden.view(count, 1, -1).to(found.dtype), b.to(found.dtype))
+
+    def _sparse(self, flat: Tensor, weights: Tensor, found: Tensor) -> None:
         """Add the experts that are used, each to the tokens that use it."""
         for k in torch.nonzero(weights.amax(0)).flatten().tolist():
             span = slice(self.edges[k], self.edges[k + 1])
@@ -102,11 +126,10 @@ class Experts(nn.Module):
             rows = torch.nonzero(own).flatten()
             if len(rows) == len(flat):
                 hidden = F.linear(flat, self.into[span]) * own[:, None].to(flat.dtype)
-                found = found.addmm_(hidden.to(found.dtype), self.out_of[span].to(found.dtype))
+                found.addmm_(hidden.to(found.dtype), self.out_of[span].to(found.dtype))
                 continue
             hidden = F.linear(flat[rows], self.into[span]) * own[rows, None].to(flat.dtype)
-            found = found.index_add_(0, rows, (hidden @ self.out_of[span]).to(found.dtype))
-        return found
+            found.index_add_(0, rows, (hidden @ self.out_of[span]).to(found.dtype))
 
 
 class RoutedLinear(nn.Linear):

@@ -77,10 +77,16 @@ class Router:
             cosines = scores.standardised(cosines)
         self.bias = similarity.scale.float()[:, None] * cosines
 
-    def weights(self, products: Tensor, u: Tensor) -> Tensor:
-        """Return weights [sequences, tokens, K] of activations u [sequences, tokens, d] and their products [.., K]."""
+    def choose(self, products: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weights of activations u [sequences, tokens, d] and their products with the prototypes [.., K].
+
+        Either of all experts, [.., K] and None, or of the k that a token uses, [.., k], and whose they are, [.., k].
+        """
         if self.fixed is not None:
-            return self._rows(self.fixed, u).to(torch.float32).expand(*u.shape[:-1], len(self.experts))
+            return self._rows(self.fixed, u).to(torch.float32).expand(*u.shape[:-1], len(self.experts)), None
+        return scores.choose(self.settings, self._logits(products, u))
+
+    def _logits(self, products: Tensor, u: Tensor) -> Tensor:
         settings = self.settings
         if settings.local == "none":
             logits = products.new_zeros(products.shape, dtype=torch.float32)
@@ -93,7 +99,7 @@ class Router:
             logits = logits + self._rows(self.bias, u)
         if self.excluded is not None:
             logits = logits.masked_fill(self.excluded.to(logits.device), -torch.inf)
-        return scores.weights(settings, logits)
+        return logits
 
     def _inverse_deviation(self, u: Tensor) -> Tensor:
         """Return the activations' inverse deviation; modules that read the same activations share it."""

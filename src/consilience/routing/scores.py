@@ -63,15 +63,19 @@ def standardised(values: Tensor) -> Tensor:
     return torch.where(deviation > 0, centred / torch.where(deviation > 0, deviation, 1.0), 0.0)
 
 
-def top_k_weights(logits: Tensor, k: int) -> Tensor:
-    """Return softmax(z), its k largest kept and divided by their sum: the softmax of the k largest; 0: all.
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the weights [..., k] of the k largest logits, softmax(z) divided by their sum, and whose they are.
 
-    The published code adds 1e-6 to the sum, which lowers weights by 1e-6 K at most.
+    That is the softmax of the k largest. The published code adds 1e-6 to the sum, which lowers weights by 1e-6 K at
+    most.
     """
-    if k == 0 or k >= logits.shape[-1]:
-        return logits.softmax(-1)
     kept, where = logits.topk(k, -1)
-    return torch.zeros_like(logits).scatter_(-1, where, kept.softmax(-1))
+    return kept.softmax(-1), where
+
+
+def spread(values: Tensor, where: Tensor, experts: int) -> Tensor:
+    """Return weights [..., K] of the weights [..., k] of some experts; the others have 0."""
+    return values.new_zeros(*values.shape[:-1], experts).scatter_(-1, where, values)
 
 
 def top_p_weights(logits: Tensor, p: float) -> Tensor:
@@ -84,6 +88,16 @@ def top_p_weights(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(dropped, -math.inf).softmax(-1)
 
 
+def choose(settings: Settings, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the weights of all experts, [..., K] and None, or of the k that are used, [..., k], and whose they are."""
+    if settings.top_p:
+        return top_p_weights(logits, settings.top_p), None
+    if 0 < settings.top_k < logits.shape[-1]:
+        return top_k(logits, settings.top_k)
+    return logits.softmax(-1), None
+
+
 def weights(settings: Settings, logits: Tensor) -> Tensor:
     """Return the experts' weights of logits z [..., K]: not negative, summing to 1."""
-    return top_p_weights(logits, settings.top_p) if settings.top_p else top_k_weights(logits, settings.top_k)
+    values, where = choose(settings, logits)
+    return values if where is None else spread(values, where, logits.shape[-1])
