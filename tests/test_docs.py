@@ -79,6 +79,16 @@ def test_the_glue_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) ->
 
 
 @pytest.mark.real
+def test_the_routing_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
+    (tmp_path / "suites").symlink_to(ROOT / "suites")
+    (tmp_path / "base").symlink_to(real_base)
+    run_page(DOCS / "tutorial-glider.md", tmp_path)
+    assert (tmp_path / "routing.html").read_text().startswith("<!")
+    assert (tmp_path / "collapsed" / "model.safetensors").is_file()
+    assert not (tmp_path / "gated" / "consilience" / "experts" / "translate").exists()
+
+
+@pytest.mark.real
 def test_the_learning_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
     (tmp_path / "suites").symlink_to(ROOT / "suites")
     (tmp_path / "base").symlink_to(real_base)

@@ -7,9 +7,9 @@ import torch
 from tiny_models import make_llama, make_t5, make_tokenizer
 from torch import Tensor, nn
 
-from consilience.routing.arrow import directions
 from consilience.routing.expert import Expert
 from consilience.routing.layer import Factors
+from consilience.routing.local.arrow import directions
 from consilience.routing.model import Routing
 from consilience.routing.router import Similarity
 from consilience.routing.settings import Settings

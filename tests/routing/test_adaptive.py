@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from consilience.errors import InputError
-from consilience.routing.adaptive import NARROWEST, WIDEST, Adaptive, bisect, fit_adaptive
+from consilience.routing.instructions.adaptive import NARROWEST, WIDEST, Adaptive, bisect, fit_adaptive
 
 COSINES = st.lists(st.floats(-1, 1), min_size=1, max_size=12)
 

@@ -11,8 +11,8 @@ from own_tasks import MAKE, TARGETS, nats, own_expert, own_tasks
 from routed_models import make_experts, merge_into
 
 from consilience.errors import InputError
-from consilience.routing.average import Mean, average_activations
 from consilience.routing.install import install
+from consilience.routing.local.average import Mean, average_activations
 from consilience.routing.settings import Settings
 
 kinds = pytest.mark.parametrize("kind", ["llama", "t5"])

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from consilience.errors import InputError
-from consilience.routing.card import LONGEST, card_sentences, sentences
+from consilience.routing.instructions.card import LONGEST, card_sentences, sentences
 from suites.language import DOMAINS, adapter_path
 
 CARD = """---

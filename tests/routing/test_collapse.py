@@ -17,7 +17,7 @@ from consilience.api import merge_recipe
 from consilience.coefficients import load_coefficients
 from consilience.errors import InputError
 from consilience.routing import build_routed, load_routed
-from consilience.routing.collapse import collapse
+from consilience.routing.conversion.collapse import collapse
 from consilience.routing.layer import RoutedLinear
 from consilience.routing.model import Routing
 from consilience.routing.settings import Settings
@@ -174,12 +174,12 @@ def stopping(*_: Any, **__: Any) -> Any:
 
 def test_an_interrupted_run_goes_on(routed: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr("consilience.routing.collapse.evaluate", stopping)
+        broken.setattr("consilience.routing.conversion.collapse.evaluate", stopping)
         with pytest.raises(KeyboardInterrupt):
             collapse(routed, [rows], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as broken:
-        broken.setattr("consilience.routing.collapse.run_merge", stopping)
+        broken.setattr("consilience.routing.conversion.collapse.run_merge", stopping)
         collapse(routed, [rows], tmp_path / "out")
     collapse(routed, [rows], tmp_path / "whole")
     for name in ("model.safetensors", "consilience/coefficients.safetensors"):
@@ -218,7 +218,7 @@ def test_a_module_that_sees_nothing_is_named(
     model = load_routed(routed, dtype="float32")
     lost = "model.layers.1.mlp.down_proj"
     layer = layers(model)[lost]
-    monkeypatch.setattr(layer.experts, "forward", lambda _u, y: y)
+    monkeypatch.setattr(layer.experts, "add", lambda _u, y: y)
     with pytest.raises(InputError, match=lost):
         collapse(routed, [rows], tmp_path / "out", model=model)
     assert list(tmp_path.iterdir()) == []

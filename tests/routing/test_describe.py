@@ -9,7 +9,7 @@ import pytest
 from tiny_models import make_llama, make_tokenizer
 
 from consilience.errors import InputError
-from consilience.routing.describe import (
+from consilience.routing.instructions.describe import (
     Describer,
     DescriberSettings,
     Source,
@@ -19,7 +19,7 @@ from consilience.routing.describe import (
     make_describer,
     request,
 )
-from consilience.routing.endpoint import Endpoint
+from consilience.routing.instructions.endpoint import Endpoint
 from consilience.tasks.generate import sample
 from suites.language import DOMAINS, adapter_path
 

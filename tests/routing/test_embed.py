@@ -15,7 +15,7 @@ from tiny_models import make_llama, make_t5, make_tokenizer, shake
 from torch import Tensor
 
 from consilience.errors import InputError
-from consilience.routing.embed import (
+from consilience.routing.instructions.embed import (
     Embedder,
     EmbedderSettings,
     Encoder,
@@ -26,8 +26,8 @@ from consilience.routing.embed import (
     mean_states,
     remembered,
 )
-from consilience.routing.tfidf import TfIdf, terms
-from consilience.routing.unit import unit
+from consilience.routing.instructions.tfidf import TfIdf, terms
+from consilience.routing.instructions.unit import unit
 
 TEXTS = ["the cat sat on the mat", "is the sentiment positive or negative?", "def f(x): return x + 1", "yes"]
 WORDS = st.lists(st.sampled_from(["a", "b", "C", "ß", "1", "x-y", "  ", "\n"]), max_size=8).map(" ".join)

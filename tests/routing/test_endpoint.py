@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from consilience.errors import InputError, MachineError
-from consilience.routing import endpoint
-from consilience.routing.endpoint import Endpoint, check_url
+from consilience.routing.instructions import endpoint
+from consilience.routing.instructions.endpoint import Endpoint, check_url
 
 KEY = "CONSILIENCE_TEST_KEY"
 

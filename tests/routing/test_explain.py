@@ -19,10 +19,10 @@ from tiny_models import make_llama, make_tokenizer
 from consilience.__main__ import run
 from consilience.errors import InputError
 from consilience.routing import build_routed, load_routed
-from consilience.routing.explain import explain
-from consilience.routing.explain_text import columns
-from consilience.routing.explain_tokens import Role, Token, pieces, prompt_tokens
-from consilience.routing.explanation import Explanation, Layer, Part
+from consilience.routing.explaining.explain import explain
+from consilience.routing.explaining.explain_text import columns
+from consilience.routing.explaining.explain_tokens import Role, Token, pieces, prompt_tokens
+from consilience.routing.explaining.explanation import Explanation, Layer, Part
 from consilience.routing.settings import Settings
 from consilience.tasks.generate import sample
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from consilience.__main__ import run
 from consilience.engine.low_rank import factorise, sketch
 from consilience.errors import InputError
+from consilience.routing.conversion.extract import extract
+from consilience.routing.conversion.linear import layout
 from consilience.routing.expert import Expert, read_factors
-from consilience.routing.extract import extract
 from consilience.routing.install import install
-from consilience.routing.linear import layout
 from consilience.routing.settings import Settings
 from consilience.tasks.load import load_model
 from tests.student.tiny import llava, save_family
@@ -196,7 +196,9 @@ def test_an_interrupted_run_goes_on(models: Path, tmp_path: Path, monkeypatch: p
         extract(models / "base", models / "expert", tmp_path / "out", rank=2, progress=stop)
     assert not (tmp_path / "out").exists()
     counted: list[int] = []
-    monkeypatch.setattr("consilience.routing.extract.factorise", lambda *args: counted.append(1) or factorise(*args))
+    monkeypatch.setattr(
+        "consilience.routing.conversion.extract.factorise", lambda *args: counted.append(1) or factorise(*args)
+    )
     assert extract(models / "base", models / "expert", tmp_path / "out", rank=2) == whole
     assert 0 < len(counted) < 13
     for name in ("adapter_model.safetensors", "adapter_config.json", "extraction.json"):

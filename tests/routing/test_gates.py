@@ -17,13 +17,13 @@ from routed_models import make_experts, merge_into
 from torch import Tensor, nn
 
 from consilience.errors import InputError, MachineError
-from consilience.routing.answers import answer_losses
 from consilience.routing.expert import Expert
-from consilience.routing.gate_settings import GateSettings
-from consilience.routing.gate_training import GateRecord, train_gates
-from consilience.routing.gates import GatedLinear, gated
 from consilience.routing.install import install
 from consilience.routing.layer import Factors
+from consilience.routing.local.answers import answer_losses
+from consilience.routing.local.gate_settings import GateSettings
+from consilience.routing.local.gate_training import GateRecord, train_gates
+from consilience.routing.local.gates import GatedLinear, gated
 from consilience.routing.settings import Settings
 from consilience.training.data import Examples
 from consilience.training.losses import batch_loss

@@ -11,9 +11,9 @@ from tiny_models import make_llama, make_tokenizer
 
 import consilience as cs
 from consilience.errors import InputError
-from consilience.routing.change import add_expert, remove_expert
+from consilience.routing.folder.change import add_expert, remove_expert
+from consilience.routing.folder.store import Base, Description, read_description
 from consilience.routing.settings import Settings
-from consilience.routing.store import Base, Description, read_description
 
 PROMPTS = {
     "e0": ["the cat sat", "the cat sat on the mat", "a cat and a mat"],
@@ -181,7 +181,8 @@ def test_an_adapter_of_another_base_is_refused_before_work(zoo: Path, tmp_path: 
 
 def test_gates_need_rows(zoo: Path, tmp_path: Path) -> None:
     recipe = recipe_of(zoo) | {"routing": {"local": "phatgoose"}}
-    del recipe["models"][1]["data"]
+    models: Any = recipe["models"]
+    del models[1]["data"]
     with pytest.raises(InputError, match=r"expert 'e1': phatgoose learns .* data: \{train: FILE.jsonl\}"):
         cs.build_routed(recipe, tmp_path / "out")
 

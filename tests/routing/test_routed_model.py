@@ -10,10 +10,10 @@ from tiny_models import make_llama, make_t5, make_tokenizer
 from torch import Tensor
 
 from consilience.errors import InputError
-from consilience.routing.arrow import direction
 from consilience.routing.expert import Expert
 from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors, RoutedLinear
+from consilience.routing.local.arrow import direction
 from consilience.routing.model import Routing
 from consilience.routing.settings import Settings
 

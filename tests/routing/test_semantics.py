@@ -16,10 +16,10 @@ from tiny_models import make_llama, make_tokenizer
 from torch import Tensor
 
 from consilience.errors import InputError
-from consilience.routing.adaptive import Adaptive, fit_adaptive
-from consilience.routing.describe import DescriberSettings
+from consilience.routing.instructions.adaptive import Adaptive, fit_adaptive
+from consilience.routing.instructions.describe import DescriberSettings
+from consilience.routing.instructions.semantics import Instructions, InstructionSettings, Source
 from consilience.routing.model import Routing
-from consilience.routing.semantics import Instructions, InstructionSettings, Source
 from consilience.routing.settings import Settings
 from consilience.tasks.rows import read_rows
 from suites.language import DOMAINS, adapter_path, calibration_path, heldout_path
@@ -145,7 +145,7 @@ def test_experts_are_left_out_as_if_they_had_never_been_there(monkeypatch: pytes
         fitted.append((inside, outside))
         return fit_adaptive(inside, outside)
 
-    monkeypatch.setattr("consilience.routing.held_in.fit_adaptive", recording)
+    monkeypatch.setattr("consilience.routing.instructions.held_in.fit_adaptive", recording)
     whole = Instructions.build(replace(TFIDF, held_in=3), SOURCES)
     [(inside, outside)] = fitted
     expected: list[Tensor] = []
@@ -320,7 +320,7 @@ def test_what_a_writer_says_is_what_is_compared(monkeypatch: pytest.MonkeyPatch)
 
         return write
 
-    monkeypatch.setattr("consilience.routing.describe.local_writer", local_writer)
+    monkeypatch.setattr("consilience.routing.instructions.describe.local_writer", local_writer)
     settings = InstructionSettings.from_plain({"describer": {"kind": "model", "examples": 2}, "embedder": "tfidf"}, "x")
     built = Instructions.build(settings, SOURCES, object(), object())
     assert [one.text for one in built.instructions] == ["sort it.", "rhyme it.", "spell it."]

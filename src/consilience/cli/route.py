@@ -88,7 +88,7 @@ def add(
     Example: consilience route add routed/ law=adapters/law --data law.jsonl
     """
     from consilience.cli.app import parse_assignment
-    from consilience.routing.change import add_expert
+    from consilience.routing.folder.change import add_expert
 
     name, adapter = parse_assignment(expert, "-e")
     progress = not quiet and sys.stderr.isatty()
@@ -109,7 +109,7 @@ def remove(
 
     Example: consilience route remove routed/ law
     """
-    from consilience.routing.change import remove_expert
+    from consilience.routing.folder.change import remove_expert
 
     made = remove_expert(folder, expert)
     if not quiet:
@@ -214,7 +214,7 @@ def collapse(
     """
     from rich.console import Console
 
-    from consilience.routing.collapse import collapse as distil
+    from consilience.routing.conversion.collapse import collapse as distil
     from consilience.tasks import render
 
     found = distil(
@@ -253,7 +253,7 @@ def explain_answer(
 
     Example: consilience route explain routed/ "Translate to Spanish: Good day." --html routing.html
     """
-    from consilience.routing.explain import explain
+    from consilience.routing.explaining.explain import explain
 
     if html is not None and html.is_dir():
         raise InputError(f"--html {html}: is a folder; name a file in it")
@@ -282,7 +282,7 @@ def extract(
 
     Example: consilience route extract base/ tuned/ adapters/tuned --rank 16
     """
-    from consilience.routing.extract import extract as extracted
+    from consilience.routing.conversion.extract import extract as extracted
 
     progress = not quiet and sys.stderr.isatty()
     found = extracted(base, expert, out, rank=rank, energy=energy, dtype=dtype, force=force, progress=progress)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from consilience.routing.load import load_routed
+    from consilience.routing.folder.load import load_routed
+    from consilience.routing.folder.store import Description
     from consilience.routing.model import Routing
     from consilience.routing.settings import Settings
-    from consilience.routing.store import Description
 
-_HOME = {"Description": "store", "Routing": "model", "Settings": "settings", "load_routed": "load"}
+_HOME = {"Description": "folder.store", "Routing": "model", "Settings": "settings", "load_routed": "folder.load"}
 
 __all__ = ["Description", "Routing", "Settings", "build_routed", "load_routed"]
 
@@ -37,8 +37,8 @@ def build_routed(
         InputError: the recipe, an adapter or a row is wrong; nothing is left behind.
         MachineError: memory or disk ran out; the same call continues.
     """
-    from consilience.routing.build import build
-    from consilience.routing.recipe import parse_route_recipe, read_route_recipe
+    from consilience.routing.folder.build import build
+    from consilience.routing.folder.recipe import parse_route_recipe, read_route_recipe
 
     more: dict[str, Any] = {
         "force": force,

@@ -3,8 +3,8 @@
 What a row is routed by is its prompt: never its answer, and never its task's name.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,7 @@ def evaluate_routed(
     for name, use in uses:
         parts: list[Evaluation] = []
         for task in named:
-            with use(task):
+            with use(task), _learning(model):
                 parts.append(
                     evaluate(
                         model,
@@ -75,6 +75,19 @@ def evaluate_routed(
                 )
         found.append(replace(parts[0], results=tuple(result for part in parts for result in part.results)))
     return found
+
+
+@contextmanager
+def _learning(model: Any) -> Generator[None]:
+    """Let parameters require gradients within: autocast keeps the bfloat16 copy of a weight for such alone."""
+    before = [(one, one.requires_grad) for one in model.parameters()]
+    for one, _ in before:
+        one.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for one, was in before:
+            one.requires_grad_(was)
 
 
 def _use(routing: Routing, name: str, tasks: Sequence[Task]) -> Use:

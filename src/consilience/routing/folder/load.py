@@ -9,9 +9,9 @@ import torch
 
 from consilience.engine.output import OURS
 from consilience.errors import InputError
-from consilience.routing import store
+from consilience.routing.folder import store
+from consilience.routing.instructions.semantics import Instructions
 from consilience.routing.model import Routing
-from consilience.routing.semantics import Instructions
 from consilience.tasks.load import load_model, load_tokenizer, require_transformers
 
 

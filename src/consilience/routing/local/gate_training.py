@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from consilience.errors import InputError, MachineError
-from consilience.routing.answers import answer_losses
 from consilience.routing.expert import Expert
-from consilience.routing.gate_settings import GateSettings
-from consilience.routing.gates import GatedLinear, gated
 from consilience.routing.layer import Factors
-from consilience.routing.own_rows import check_rows, some_rows
+from consilience.routing.local.answers import answer_losses
+from consilience.routing.local.gate_settings import GateSettings
+from consilience.routing.local.gates import GatedLinear, gated
+from consilience.routing.local.own_rows import check_rows, some_rows
 from consilience.tasks.encoding import Encoded
 from consilience.training.data import Examples
 from consilience.training.losses import batch_loss

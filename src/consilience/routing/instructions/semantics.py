@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from consilience.errors import InputError, nearest
-from consilience.routing.adaptive import Adaptive
-from consilience.routing.describe import (
+from consilience.routing.expert import Instruction
+from consilience.routing.instructions.adaptive import Adaptive
+from consilience.routing.instructions.describe import (
     Describer,
     DescriberSettings,
     Plain,
@@ -31,12 +32,11 @@ from consilience.routing.describe import (
     make_describer,
     refusal,
 )
-from consilience.routing.embed import Embedder, EmbedderSettings, load_embedder, make_embedder
-from consilience.routing.expert import Instruction
-from consilience.routing.held_in import HeldIn, leave_experts_out
+from consilience.routing.instructions.embed import Embedder, EmbedderSettings, load_embedder, make_embedder
+from consilience.routing.instructions.held_in import HeldIn, leave_experts_out
+from consilience.routing.instructions.told import Told
 from consilience.routing.router import Similarity
 from consilience.routing.settings import Settings
-from consilience.routing.told import Told
 from consilience.routing.values import check_whole, read_settings
 
 __all__ = ["InstructionSettings", "Instructions", "Latency", "Lookup", "Source"]

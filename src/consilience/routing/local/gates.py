@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consilience.routing.borrowed import borrowed
 from consilience.routing.expert import Expert
 from consilience.routing.install import check_fit
 from consilience.routing.layer import Factors
+from consilience.routing.local.borrowed import borrowed
 
 
 class GatedLinear(nn.Linear):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from consilience.coefficients.listing import Place, fold_kinds, place_of, short_kinds
 from consilience.errors import InputError
-from consilience.routing.explain_tokens import Token, answer_tokens, prompt_tokens
-from consilience.routing.explanation import Explanation, Layer, Part
+from consilience.routing.explaining.explain_tokens import Token, answer_tokens, prompt_tokens
+from consilience.routing.explaining.explanation import Explanation, Layer, Part
 from consilience.routing.model import Routing
 
 #: A layer's name and its weights [tokens, K].

@@ -12,13 +12,13 @@ from torch import Tensor
 from consilience.engine.output import OURS
 from consilience.errors import InputError
 from consilience.recipe.schema import DataPaths
-from consilience.routing import store
-from consilience.routing.build import Base, Work, described, source_of
 from consilience.routing.expert import Expert, read_factors
-from consilience.routing.gate_settings import GateSettings
+from consilience.routing.folder import store
+from consilience.routing.folder.build import Base, Work, described, source_of
+from consilience.routing.folder.load import read_semantics
+from consilience.routing.folder.recipe import RoutedEntry
 from consilience.routing.install import check_fit
-from consilience.routing.load import read_semantics
-from consilience.routing.recipe import RoutedEntry
+from consilience.routing.local.gate_settings import GateSettings
 from consilience.tasks.load import require_transformers
 
 

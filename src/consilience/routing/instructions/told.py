@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from consilience.errors import InputError
-from consilience.routing.describe import Source
-from consilience.routing.embed import Embedder
-from consilience.routing.unit import unit
+from consilience.routing.instructions.describe import Source
+from consilience.routing.instructions.embed import Embedder
+from consilience.routing.instructions.unit import unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError
-from consilience.routing.describe import Plain
-from consilience.routing.tfidf import TfIdf
-from consilience.routing.unit import unit
+from consilience.routing.instructions.describe import Plain
+from consilience.routing.instructions.tfidf import TfIdf
+from consilience.routing.instructions.unit import unit
 from consilience.routing.values import check_choice, check_text, check_whole, read_settings
 
 Kind = Literal["base", "model", "tfidf"]

@@ -14,16 +14,16 @@ from consilience.checkpoints.reference import resolve
 from consilience.engine.output import partial_path
 from consilience.engine.plan import expert_names, resolve_file
 from consilience.errors import InputError
-from consilience.routing import store
-from consilience.routing.arrow import directions
 from consilience.routing.expert import Expert, read_factors
-from consilience.routing.gate_settings import GateSettings
+from consilience.routing.folder import store
+from consilience.routing.folder.recipe import RoutedEntry, RouteRecipe
 from consilience.routing.install import check_fit
+from consilience.routing.instructions.semantics import Instructions, InstructionSettings
+from consilience.routing.instructions.semantics import Source as Described
+from consilience.routing.local.arrow import directions
+from consilience.routing.local.gate_settings import GateSettings
 from consilience.routing.progress import listening
 from consilience.routing.queries import Texts
-from consilience.routing.recipe import RoutedEntry, RouteRecipe
-from consilience.routing.semantics import Instructions, InstructionSettings
-from consilience.routing.semantics import Source as Described
 from consilience.routing.settings import Settings
 from consilience.routing.values import read_settings
 from consilience.tasks.encoding import encode
@@ -214,12 +214,12 @@ class Work:
             )
         examples = [self.base.examples(task)]
         if self.settings.local == "average":
-            from consilience.routing.average import average_activations
+            from consilience.routing.local.average import average_activations
 
             model = self.base()[0]
             means = average_activations(model, source.name, expert.factors, examples, progress=self.progress)
             return found | {"average": means}, None
-        from consilience.routing.gate_training import train_gates
+        from consilience.routing.local.gate_training import train_gates
 
         with _quiet(source.name, self.progress) as shown:
             trained, record = train_gates(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consilience.routing.adaptive import Adaptive, fit_adaptive
-from consilience.routing.describe import Describer
-from consilience.routing.embed import Embedder
-from consilience.routing.told import Told
-from consilience.routing.unit import unit
+from consilience.routing.instructions.adaptive import Adaptive, fit_adaptive
+from consilience.routing.instructions.describe import Describer
+from consilience.routing.instructions.embed import Embedder
+from consilience.routing.instructions.told import Told
+from consilience.routing.instructions.unit import unit
 
 #: At most so many experts are left out in turn.
 _LEFT_OUT = 32

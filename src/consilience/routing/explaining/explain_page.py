@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from consilience.routing.explain_text import sentences
+from consilience.routing.explaining.explain_text import sentences
 
 if TYPE_CHECKING:
-    from consilience.routing.explain_tokens import Token
-    from consilience.routing.explanation import Explanation, Part, Shares
+    from consilience.routing.explaining.explain_tokens import Token
+    from consilience.routing.explaining.explanation import Explanation, Part, Shares
 
 #: Experts with a colour of their own (Okabe and Ito's, which colour-blind readers tell apart); the others are grey.
 COLOURS = 7
@@ -87,7 +87,7 @@ def _packed(part: "Part") -> str:
 
 @lru_cache(maxsize=1)
 def _template() -> str:
-    return (files("consilience.routing") / "explain_page.html").read_text(encoding="utf-8")
+    return (files("consilience.routing.explaining") / "explain_page.html").read_text(encoding="utf-8")
 
 
 def _embedded(value: Any) -> str:

@@ -11,7 +11,7 @@ from consilience.coefficients.listing import count
 from consilience.errors import printable
 
 if TYPE_CHECKING:
-    from consilience.routing.explanation import Explanation, Part, Shares
+    from consilience.routing.explaining.explanation import Explanation, Part, Shares
 
 WIDTH = 100
 _BAR, _NAME = 28, 24

@@ -8,8 +8,8 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from consilience.routing import explain_page, explain_text
-from consilience.routing.explain_tokens import Role, Token
+from consilience.routing.explaining import explain_page, explain_text
+from consilience.routing.explaining.explain_tokens import Role, Token
 from consilience.routing.settings import Settings
 
 FORMAT = 1

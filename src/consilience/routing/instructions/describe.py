@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from consilience.errors import InputError
-from consilience.routing.card import card_sentences, sentences
-from consilience.routing.endpoint import Endpoint, check_url
+from consilience.routing.instructions.card import card_sentences, sentences
+from consilience.routing.instructions.endpoint import Endpoint, check_url
 from consilience.routing.values import check_above, check_choice, check_text, check_whole, read_settings
 
 Kind = Literal["none", "template", "model", "endpoint"]

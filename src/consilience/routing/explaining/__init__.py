@@ -1,0 +1,1 @@
+"""Which expert took which token, as text, JSON and a page."""

@@ -1,0 +1,1 @@
+"""Routed models on disk: recipes, building, loading, adding and removing experts."""

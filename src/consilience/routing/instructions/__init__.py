@@ -1,0 +1,1 @@
+"""The global router: what queries ask for and experts do, in words and vectors."""

@@ -1,0 +1,1 @@
+"""Local routers: how a token's activation recognises an expert."""
