@@ -30,6 +30,7 @@ bench: setup
 	$(PY) -m benchmarks.merge
 	$(PY) -m benchmarks.coefficient_step
 	$(PY) -m benchmarks.glue_step
+	$(PY) -m benchmarks.routed_forward
 
 results: setup
 	$(PY) -m studies.cells

@@ -16,6 +16,7 @@ from benchmarks.routed_sides import (
     INSTRUCTED,
     NETS,
     SIDES,
+    Agreement,
     Case,
     Found,
     Load,
