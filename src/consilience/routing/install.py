@@ -1,6 +1,7 @@
 """Put experts into a loaded model: its linear layers are replaced in place, and everything else stays as it is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from consilience.errors import InputError, nearest
 from consilience.routing import scores
 from consilience.routing.expert import Expert
-from consilience.routing.layer import Experts, RoutedLinear, routed
+from consilience.routing.layer import Experts, Factors, RoutedLinear, routed
 from consilience.routing.router import Router
 from consilience.routing.settings import Settings
 
@@ -46,6 +47,19 @@ def install(model: nn.Module, experts: Sequence[Expert], settings: Settings) -> 
     for name in changed:
         _replace(model, name, _layer(name, found[name], experts, router))
     return router
+
+
+def installed(model: nn.Module, experts: Sequence[Expert]) -> list[Expert]:
+    """Return experts whose factors are those that the model holds: views, so that nothing is kept twice."""
+    factors: list[dict[str, Factors]] = [{} for _ in experts]
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedLinear):
+            stack = module.experts
+            for k, own in enumerate(factors):
+                span = slice(stack.edges[k], stack.edges[k + 1])
+                if span.stop > span.start:
+                    own[name] = Factors(stack.into[span], stack.out_of[span].t())
+    return [replace(expert, factors=own) for expert, own in zip(experts, factors, strict=True)]
 
 
 def _layer(name: str, module: nn.Module, experts: Sequence[Expert], router: Router) -> nn.Module:

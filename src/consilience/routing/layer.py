@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from consilience.routing import scores
 from consilience.routing.router import Router
 
-#: Up to this share of the base's product all experts are computed, beyond it only those that are used.
+#: Up to this share of the base's product all experts are computed, beyond it only those that are used. In half
+#: precision a product takes so little and a call so long, on a CPU too, that computing all of them is the quicker.
 DENSE_SHARE = 0.5
 #: Up to one in so many experts used by all tokens together, only theirs are read: what a step of a generation takes.
 FEW = 2
@@ -65,7 +66,7 @@ class Experts(nn.Module):
         self.register_buffer("out_of", torch.cat([one.b.t().to(like) for one in present]).contiguous(), False)
         self.register_buffer("owner", owner.to(like.device), persistent=False)
         share = self.total * (1 / self.into.shape[1] + 1 / self.out_of.shape[1])
-        self.dense = share <= DENSE_SHARE
+        self.dense = share <= DENSE_SHARE or self.into.element_size() < 4
 
     def add(self, u: Tensor, y: Tensor) -> Tensor:
         """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""
@@ -113,6 +114,10 @@ class Experts(nn.Module):
         chosen = where.flatten()
         a = self.into[: self.total].view(self.count, -1).index_select(0, chosen).view(count, k * self.rank, -1)
         b = self.out_of.view(self.count, -1).index_select(0, chosen).view(count, k * self.rank, -1)
+        if count == 1:
+            own = F.linear(flat, a[0]).view(k, self.rank) * values.view(k, 1).to(flat.dtype)
+            found.addmm_(own.view(1, -1).to(found.dtype), b[0].to(found.dtype))
+            return
         hidden = torch.bmm(a, flat[:, :, None]).view(count, k, self.rank) * values[:, :, None].to(flat.dtype)
         found[:, None].baddbmm_(hidden.view(count, 1, -1).to(found.dtype), b.to(found.dtype))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consilience.errors import InputError
 from consilience.routing.expert import Expert
-from consilience.routing.install import install
+from consilience.routing.install import install, installed
 from consilience.routing.queries import Queries, Texts
 from consilience.routing.router import Router, Semantics, Watcher
 from consilience.routing.settings import Settings
@@ -37,8 +37,9 @@ class Routing:
             InputError: an expert does not fit the model, or instructions count and there are none.
         """
         _check(settings, semantics)
-        self.model, self.experts = model, tuple(experts)
+        self.model = model
         self.router: Router = install(model, experts, settings)
+        self.experts = tuple(installed(model, experts))
         encodes = bool(getattr(model.config, "is_encoder_decoder", False))
         self.asked = Queries(self.router, Texts.of(tokenizer), semantics, encodes)
         model.register_forward_pre_hook(self.asked.before_forward, with_kwargs=True)
@@ -122,11 +123,12 @@ class Routing:
             InputError: an expert does not fit; nothing has changed then.
         """
         self._reinstall(experts, self.settings)
-        self.experts, self.asked.semantics = tuple(experts), semantics
+        self.asked.semantics = semantics
 
     def _reinstall(self, experts: Sequence[Expert], settings: Settings) -> None:
         watchers = self.router.watchers
         self.router = install(self.model, experts, settings)
+        self.experts = tuple(installed(self.model, experts))
         self.router.watchers = watchers
         self.asked.router = self.router
 
