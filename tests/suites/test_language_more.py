@@ -29,7 +29,6 @@ from suites.language import (
     heldout_path,
     spam,
     stringops,
-    train_path,
 )
 from suites.language import data as language
 from suites.language.gym import import_bare
@@ -76,14 +75,33 @@ def test_no_prompt_is_in_two_places_of_any_domain() -> None:
 
 
 @each_domain
-def test_training_rows_hold_no_held_out_row(domain: str) -> None:
-    if not train_path(domain).is_file():
-        pytest.skip("the training rows are not in the cache")
-    train = language.read_jsonl(train_path(domain))
+def test_training_rows_hold_no_held_out_row(domain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if a newer source calls the committed rows by other keys, whose hashes put them anywhere."""
     held_out = _heldout(domain)
+    kinds: dict[str, Any] = {"choices": ("spam", "not spam"), "label": 0} if domain == "spam" else {}
+    renamed = [
+        language.Row(f"renamed {n}", row["prompt"], row["response"], row.get("choices"), row.get("label"))
+        for n, row in enumerate(held_out)
+    ]
+    new = [language.Row(f"new {n}", f"new prompt {n}", f"answer {n}", **kinds) for n in range(200)]
+    unguarded = {row.prompt for row in language.split(domain, [*renamed, *new]).train}
+    assert unguarded & {row["prompt"] for row in held_out}
+    monkeypatch.setitem(language.SOURCES, domain, lambda _work: iter([*renamed, *new]))
+    monkeypatch.setattr(language, "train_path", lambda name: tmp_path / f"{name}.jsonl")
+    train = language.train_rows(domain)
+    assert len(train) > 20
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
-    if domain == "glosses":
-        assert not {row["response"] for row in train} & {row["response"] for row in held_out}
+
+
+def test_no_answer_of_a_held_out_gloss_is_trained_on() -> None:
+    """A definition is its row's key, so its hash keeps every row with it in one split."""
+    for name in SPLITS:
+        rows = language.read_jsonl(heldout_path("glosses", name))
+        found = language.split(
+            "glosses", [language.Row(row["response"], row["prompt"], row["response"]) for row in rows]
+        )
+        assert {row.response for row in getattr(found, name)} == {row["response"] for row in rows}
+        assert not found.train
 
 
 def _value(node: ast.expr) -> int:
