@@ -13,7 +13,6 @@ import ast
 import html
 import re
 import struct
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -44,6 +43,7 @@ from suites.language.rows import (
 )
 from suites.language.spam import spam_rows
 from suites.language.stringops import stringops_rows
+from suites.packages import debian_package
 
 SENTIMENT_CHOICES = ("negative", "positive")
 
@@ -174,7 +174,7 @@ def translate_rows(work: Path) -> Iterator[Row]:
     """English to Spanish verses of the New Testament: World English Bible to Reina-Valera 1909."""
     sides: list[dict[str, list[str]]] = []
     for package in SWORD:
-        root = _debian_package(package, work / package)
+        root = debian_package(package, work / package)
         folder = next((root / "usr/share/sword/modules/texts/ztext").iterdir())
         sides.append(chapters(read_ztext(folder, "nt")))
     for _reference, english, spanish in align(*sides):
@@ -182,19 +182,6 @@ def translate_rows(work: Path) -> Iterator[Row]:
             continue
         # Verse texts recur (in parallel Gospels), hence the text rather than the reference is the key.
         yield Row(plain(english), f"Translate into Spanish: {english}", spanish)
-
-
-def _debian_package(package: str, work: Path) -> Path:
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(["apt-get", "download", "--quiet", package], cwd=work, capture_output=True, text=True)
-        files = sorted(work.glob("*.deb"))
-        if done.returncode != 0 or len(files) != 1:
-            raise FetchError(f"cannot fetch Debian's {package} with apt-get; run apt-get update or check the network")
-        subprocess.run(["dpkg", "-x", str(files[0]), str(work / "root")], check=True, capture_output=True)
-    except FileNotFoundError as error:
-        raise FetchError(f"{error.filename} is not here: the translate rows need Debian's apt-get and dpkg") from None
-    return work / "root"
 
 
 # ----------------------------------------------------------------------------------------------------------------- code

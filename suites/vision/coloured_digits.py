@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from consilience.errors import InputError
+from suites.packages import fetched
 from suites.vision import CACHE, fetch
 from suites.vision.images import DataSet, Images, images_of
 
@@ -101,7 +102,7 @@ def load(train: int = TRAIN, test: int = TEST, cache: Path | None = None) -> Dat
     Raises:
         MachineError: the package captcha cannot be fetched.
     """
-    place = fetch.fetched(f"coloured-digits-{train}-{test}", lambda work: _draw_all(work, train, test, cache), cache)
+    place = fetched(f"coloured-digits-{train}-{test}", lambda work: _draw_all(work, train, test, cache), cache or CACHE)
     return DataSet("coloured-digits", CLASSES, _read(place / "train.safetensors"), _read(place / "test.safetensors"))
 
 

@@ -14,8 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from consilience.errors import ConsilienceError, InputError
-from consilience.training.progress import Listener
+from consilience.progress import LossListener, listening_to_loss
+from suites.packages import locked
 from suites.vision import CACHE, data, domains, nets
 from suites.vision.domains import Domains, Sizes
-from suites.vision.fetch import locked
 from suites.vision.images import DataSet, Images
 from suites.vision.training import Schedule, accuracy, schedule_for, train
 
@@ -170,19 +169,6 @@ def _target(images: DataSet, who: Domains, spec: nets.NetSpec) -> Target:
     return Target(*((spec.inputs(part.images), part.labels) for part in parts))
 
 
-@contextmanager
-def _bar(name: str, *, shown: bool) -> Generator[Listener]:
-    """Give the function to call after every step: a bar on standard error, or nothing."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    loss = TextColumn("loss {task.fields[loss]:.3f}")
-    columns = (TextColumn("{task.description:10s}"), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        row = bar.add_task(name, total=None, loss=float("nan"))
-        yield lambda done, total, loss: bar.update(row, completed=done, total=total, loss=loss)
-
-
 class _Trainer:
     """Trains the networks of one setting, or takes them from their place."""
 
@@ -195,11 +181,11 @@ class _Trainer:
         """Return the weights of one network, trained on ``rows`` from ``start``, if it is not kept already."""
         folder = self.place / name
         if not (folder / CARD).is_file():
-            with _bar(name, shown=progress) as listener:
+            with listening_to_loss(name, progress) as listener:
                 self._train(folder, rows, start, listener)
         return nets.read_state(folder)
 
-    def _train(self, folder: Path, rows: domains.Rows, start: nets.StateDict | None, listener: Listener) -> None:
+    def _train(self, folder: Path, rows: domains.Rows, start: nets.StateDict | None, listener: LossListener) -> None:
         number = -1 if start is None else int(folder.name.removeprefix("expert-"))
         own = self.images.train.take(rows)
         net = nets.build(self.spec, self.setting.seed)

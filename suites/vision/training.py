@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consilience.errors import MachineError
-from consilience.mixing.fine_tune import cosine
-from consilience.training.progress import Listener
+from consilience.progress import LossListener
+from consilience.training.schedule import cosine
 
 BATCH = 128
 
@@ -80,7 +80,7 @@ def train(
     schedule: Schedule,
     *,
     seed: Sequence[int],
-    listener: Listener | None = None,
+    listener: LossListener | None = None,
 ) -> list[float]:
     """Train ``net`` in place by cross-entropy, and return the loss of every step in nats.
 

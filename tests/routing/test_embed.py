@@ -27,7 +27,7 @@ from consilience.routing.instructions.embed import (
     remembered,
 )
 from consilience.routing.instructions.tfidf import TfIdf, terms
-from consilience.routing.instructions.unit import unit
+from consilience.routing.unit import unit
 
 TEXTS = ["the cat sat on the mat", "is the sentiment positive or negative?", "def f(x): return x + 1", "yes"]
 WORDS = st.lists(st.sampled_from(["a", "b", "C", "ß", "1", "x-y", "  ", "\n"]), max_size=8).map(" ".join)

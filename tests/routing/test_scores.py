@@ -145,4 +145,4 @@ def test_standardised_has_no_unit(shape: tuple[int, int, int]) -> None:
 )
 def test_settings_say_what_is_wrong(key: str, value: object, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Settings.from_dict({key: value}, "routing")
+        Settings.from_plain({key: value}, "routing")

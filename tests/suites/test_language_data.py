@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from suites.language import DOMAINS, Split, adapter_path, calibration_path, heldout_path, train_path
+from suites.language import ALL_DOMAINS, DOMAINS, Split, adapter_path, calibration_path, heldout_path, train_path
 from suites.language import data as language
 
 SHAPES = {
@@ -24,13 +24,16 @@ SHAPES = {
 }
 """(inputs, outputs) of every linear layer of a block."""
 
+CLASSES = {"choices", "label"}
+
 each_domain = pytest.mark.parametrize("domain", DOMAINS)
+any_domain = pytest.mark.parametrize("domain", ALL_DOMAINS)
 
 
 # ------------------------------------------------------------------------------------------------------ committed rows
 
 
-@each_domain
+@any_domain
 def test_rows_are_well_formed(domain: str) -> None:
     sizes: dict[Split, int] = {"validation": language.N_VALIDATION, "test": language.N_TEST}
     for split, count in sizes.items():
@@ -39,13 +42,11 @@ def test_rows_are_well_formed(domain: str) -> None:
         for row in rows:
             assert row["prompt"] == row["prompt"].strip() != ""
             assert row["response"] == row["response"].strip() != ""
-            assert len(row["prompt"]) + len(row["response"]) < 520
-            assert set(row) == (
-                {"prompt", "response", "choices", "label"} if domain == "sentiment" else {"prompt", "response"}
-            )
+            assert len(row["prompt"]) + len(row["response"]) < (520 if domain in DOMAINS else 400)
+            assert set(row) == {"prompt", "response"} | (CLASSES if domain in ("sentiment", "spam") else set[str]())
 
 
-@each_domain
+@any_domain
 def test_calibration_rows_hold_prompts_only(domain: str) -> None:
     rows = language.read_jsonl(calibration_path(domain))
     assert len(rows) == language.N_CALIBRATION

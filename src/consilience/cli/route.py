@@ -47,7 +47,7 @@ def loaded(folder: Path, base: str | None, device: str, dtype: str, settings: li
     changes = {
         key: parse_yaml(raw, f"--set {key}") for key, raw in (parse_assignment(t, "--set") for t in settings or [])
     }
-    Settings.from_dict(changes, "--set")
+    Settings.from_plain(changes, "--set")
     model = load_routed(folder, base=base, device=device, dtype=dtype)
     if changes:
         model.routing.set(**changes)

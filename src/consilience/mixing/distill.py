@@ -29,6 +29,7 @@ from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError, nearest
 from consilience.mixing.target import draw, noise, run
 from consilience.optimizers.gradient import Terms
+from consilience.training.schedule import cosine
 
 Kind = Literal["logits", "probabilities"]
 Predict = Callable[[nn.Module, Tensor], Tensor]
@@ -237,7 +238,7 @@ def _descend(
     moved = [parameter for parameter in student.parameters() if parameter.requires_grad]
     rule = torch.optim.AdamW(moved, settings.rate, weight_decay=settings.weight_decay)
     for step in range(settings.steps):
-        rule.param_groups[0]["lr"] = settings.rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        rule.param_groups[0]["lr"] = cosine(step, settings.steps, peak=settings.rate)
         chosen = torch.tensor(draw(len(inputs), settings.batch, settings.seed, step))
         with noise(settings.seed, step):
             logits = predict(student, inputs[chosen])

@@ -16,6 +16,7 @@ from consilience.learned.loop import Unwatched, Watcher
 from consilience.mixing.batchnorm import mode
 from consilience.mixing.problem import EVALUATION_ROWS
 from consilience.mixing.target import Rows, as_rows, cross_entropy, noise, passes, place, run, take
+from consilience.training.schedule import cosine
 
 #: Keeps these random numbers apart from others that are drawn from the same seed.
 _STREAM = 0xF17E
@@ -160,18 +161,6 @@ def rate(schedule: str, warmup: float, step: int, steps: int) -> float:
     if schedule == "constant" and step >= rising:
         return 1.0
     return cosine(step, steps, rising)
-
-
-def cosine(step: int, steps: int, rising: int = 0, peak: float = 1.0) -> float:
-    """Return the learning rate at ``step`` (from 0) of ``steps``: a linear rise, then half a cosine to 0.
-
-    With W = ``rising`` steps of the rise: peak * (step + 1) / W below W, then
-    peak * (1 + cos(pi * (step - W) / (steps - W))) / 2.
-    """
-    if step < rising:
-        return peak * (step + 1) / rising
-    falling = max(1, steps - rising)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(step - rising, falling) / falling))
 
 
 def _rule(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from consilience.errors import InputError, nearest
 from consilience.routing import scores
 from consilience.routing.expert import Expert
-from consilience.routing.layer import Experts, Factors, RoutedLinear, routed
+from consilience.routing.layer import Experts, Factors, RoutedLinear, put, routed
 from consilience.routing.router import Router
 from consilience.routing.settings import Settings
 
@@ -43,9 +43,9 @@ def install(model: nn.Module, experts: Sequence[Expert], settings: Settings) -> 
     changed = list(dict.fromkeys(module for expert in experts for module in expert.factors))
     for name, module in found.items():
         if isinstance(module, RoutedLinear) and name not in changed:
-            _replace(model, name, module.plain())
+            put(model, name, module.plain())
     for name in changed:
-        _replace(model, name, _layer(name, found[name], experts, router))
+        put(model, name, _layer(name, found[name], experts, router))
     return router
 
 
@@ -116,8 +116,3 @@ def _check_vectors(expert: Expert, settings: Settings) -> None:
             raise InputError(
                 f"expert {expert.name!r}: has no {settings.local} vectors; build them, or choose another local router"
             )
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

@@ -10,7 +10,7 @@ there are few tokens, as when a sequence is generated, only theirs are read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,24 @@ class Experts(nn.Module):
             found.index_add_(0, rows, (hidden @ self.out_of[span]).to(found.dtype))
 
 
+L = TypeVar("L", bound=nn.Linear)
+
+
+def sharing(kind: type[L], linear: nn.Linear) -> L:
+    """Return a layer of a kind that has a linear layer's own parameters, under the same names."""
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    made.in_features, made.out_features = linear.in_features, linear.out_features
+    made.weight, made.bias = linear.weight, linear.bias
+    return made.train(linear.training)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one with a name."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
 class RoutedLinear(nn.Linear):
     """A linear layer with experts; its own parameters are the layer's it was made from, under the same names."""
 
@@ -145,20 +163,13 @@ class RoutedLinear(nn.Linear):
     @classmethod
     def around(cls, linear: nn.Linear, experts: Experts) -> "RoutedLinear":
         """Return a routed layer that shares a linear layer's parameters."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made.in_features, made.out_features = linear.in_features, linear.out_features
-        made.weight, made.bias = linear.weight, linear.bias
+        made = sharing(cls, linear)
         made.experts = experts
-        return made.train(linear.training)
+        return made
 
     def plain(self) -> nn.Linear:
         """Return the layer it was made from."""
-        made = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(made)
-        made.in_features, made.out_features = self.in_features, self.out_features
-        made.weight, made.bias = self.weight, self.bias
-        return made.train(self.training)
+        return sharing(nn.Linear, self)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""

@@ -1,17 +1,17 @@
 """How tokens are routed, as data."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from consilience.errors import InputError, nearest
-from consilience.routing.values import read_settings
+from consilience.routing.values import PlainValues
 
 Local = Literal["phatgoose", "arrow", "average", "none"]
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(PlainValues):
     """How a token's local logits s and its query's similarities c become weights.
 
         z_k = s_k + a c_k,    w = softmax(z) over all experts, the top k kept and divided by their sum
@@ -62,19 +62,6 @@ class Settings:
     def instructed(self) -> bool:
         """Whether queries' instructions count."""
         return self.scale == "adaptive" or self.scale > 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any], where: str) -> "Settings":
-        """Return settings from plain values.
-
-        Raises:
-            InputError: a key is unknown, or a value is out of its range.
-        """
-        return read_settings(cls, value, where)
 
 
 def _number(value: Any) -> bool:

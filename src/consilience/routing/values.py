@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any, TypeVar, cast
+from dataclasses import asdict, fields
+from typing import Any, Self, TypeVar, cast
 
 from consilience.errors import InputError, nearest
 
@@ -29,6 +29,25 @@ def read_settings(kind: type[T], value: Any, where: str) -> T:
         return kind(**given)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+class PlainValues:
+    """What a frozen dataclass of settings is as plain values."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(cast(Any, self))
+
+    @classmethod
+    def from_plain(cls, value: Any, where: str) -> Self:
+        """Return settings from a mapping, or from the kind alone where there are kinds.
+
+        Raises:
+            InputError: a key is unknown, or a value is out of its range.
+        """
+        return read_settings(cls, value, where)
 
 
 def check_choice(key: str, value: Any, known: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def sample(
     # A template writes its own special tokens; without one, or for an encoder, the tokenizer adds what it always adds.
     ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=not chat).input_ids) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    settings = _greedy(model, tokenizer, max_new_tokens)
+    settings = greedy(model, tokenizer, max_new_tokens)
     training = model.training
     answers = [""] * len(prompts)
     model.eval()
@@ -79,8 +79,11 @@ def _turn(tokenizer: Any, text: str) -> str:
     return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
-    """A fresh configuration: a model's own may hold a temperature or a length that greedy decoding warns about."""
+def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+    """Return a fresh configuration: a model's own may hold a temperature or a length that greedy decoding warns about.
+
+    It has a padding token in any case: the tokenizer's, or the one that ends an answer, or 0.
+    """
     from transformers import GenerationConfig
 
     own = getattr(model, "generation_config", None)

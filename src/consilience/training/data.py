@@ -34,9 +34,9 @@ def read_examples(folder: Path, tasks: Sequence[Task | str | Path]) -> list[Exam
     config = read_object(folder / "config.json")
     context = config.get("max_position_embeddings")
     limit = context if isinstance(context, int) else None
-    return [Examples(task, _right(task, encode(task, tokenizer, context=limit))) for task in read]
+    return [Examples(task, right(task, encode(task, tokenizer, context=limit))) for task in read]
 
 
-def _right(task: Task, examples: Sequence[Encoded]) -> tuple[Encoded, ...]:
-    """Keep one sequence a row: of choices, the right one."""
+def right(task: Task, examples: Sequence[Encoded]) -> tuple[Encoded, ...]:
+    """Return one sequence a row: of choices, the right one."""
     return tuple(one for one in examples if one.candidate in (None, task.rows[one.row].gold))

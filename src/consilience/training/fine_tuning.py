@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import platform
 import time
 from collections.abc import Generator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from consilience.checkpoints.reference import resolve
 from consilience.engine.output import OURS, partial_path
 from consilience.errors import InputError, MachineError
+from consilience.progress import LossListener, listening_to_loss
 from consilience.tasks.cache import fingerprint
 from consilience.tasks.load import check_folder, require_transformers
 from consilience.tasks.rows import Task
@@ -20,11 +20,11 @@ from consilience.training.data import Examples, read_examples
 from consilience.training.losses import batch_loss, collate, token_losses
 from consilience.training.model import Trainee, load_trainee, write_trained
 from consilience.training.place import STATE, check_out, claimed, delivery
-from consilience.training.progress import Listener, listening
 from consilience.training.record import TaskShare, TrainingRecord, describe
 from consilience.training.sampling import draw
 from consilience.training.settings import Precision, Settings
 from consilience.training.state import Progress, load_state, save_state
+from consilience.training.step import descend
 
 #: Writing checkpoints may take this share of the time.
 _CHECKPOINT_SHARE = 0.05
@@ -50,7 +50,7 @@ def fine_tune(
     device: str = "cpu",
     checkpoint_seconds: float = 60.0,
     force: bool = False,
-    progress: bool | Listener = False,
+    progress: bool | LossListener = False,
 ) -> TrainingRecord:
     r"""Fine-tune a model on the labelled rows of one or several tasks, in equal shares.
 
@@ -117,7 +117,11 @@ def fine_tune(
     check_out(out, [folder, *(one.task.path for one in data if one.task.path is not None)], force)
     plan = {"base": fingerprint(folder), "tasks": [one.task.digest for one in data], **asdict(settings)}
     partial = partial_path(out.absolute())
-    with claimed(partial, json.loads(json.dumps(plan))), _threads(threads), listening(progress) as listener:
+    with (
+        claimed(partial, json.loads(json.dumps(plan))),
+        _threads(threads),
+        listening_to_loss("training", progress) as listener,
+    ):
         longest = max(len(one.inputs) for part in data for one in part.sequences)
         with _memory(folder):
             trainee = load_trainee(folder, str(base), settings, device, longest)
@@ -175,7 +179,7 @@ def _memory(base: Path) -> Generator[None]:
 
 
 def _train(
-    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, listener: Listener
+    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, listener: LossListener
 ) -> Progress:
     """Take the steps that are left, saving the state now and then; return where the run stands."""
     import torch
@@ -208,19 +212,9 @@ def _step(
     model, parameters = trainee.model, list(trainee.parameters.values())
     pairs = draw([len(one.sequences) for one in data], settings.batch_size, step, settings.seed)
     batch = collate([data[k].sequences[i] for k, i in pairs], [k for k, _ in pairs], model.device)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate_at(step)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision == "mixed"):
         loss, losses = batch_loss(token_losses(model, batch), batch.tasks)
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        raise InputError(
-            f"learning_rate = {settings.learning_rate:g}: at step {step + 1} the loss is {loss.item():g} and its"
-            f" gradient's norm {norm.item():g}; lower it, or check the base's weights"
-        )
-    optimizer.step()
+    descend(loss, parameters, optimizer, settings.learning_rate_at(step), settings.clip, f"step {step + 1}")
     return losses
 
 

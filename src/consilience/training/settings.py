@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from consilience.errors import InputError
+from consilience.training.schedule import cosine
 
 Precision = Literal["mixed", "float32"]
 
@@ -57,15 +58,8 @@ class Settings:
         return 2.0 * (self.lora_rank or 0) if self.lora_alpha is None else self.lora_alpha
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate of ``step`` (from 0): linear over the first ``warmup`` of the steps, then half a cosine to 0.
-
-        With W = max(1, round(warmup * steps)): peak * (step + 1) / W below W, then
-        peak * (1 + cos(pi * (step - W) / (steps - W))) / 2.
-        """
-        rise = max(1, round(self.warmup * self.steps))
-        if step < rise:
-            return self.learning_rate * (step + 1) / rise
-        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
+        """The rate of ``step`` (from 0): linear over the ``warmup``, a step or more, then half a cosine to 0."""
+        return cosine(step, self.steps, max(1, round(self.warmup * self.steps)), self.learning_rate)
 
 
 def _number(value: Any) -> bool:

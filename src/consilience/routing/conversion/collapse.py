@@ -23,11 +23,11 @@ from consilience.engine.merge import run_merge
 from consilience.engine.output import OURS, partial_path, write_json
 from consilience.engine.plan import Plan
 from consilience.errors import InputError
+from consilience.progress import Listener, listening
 from consilience.routing.conversion.shares import Shares, read
 from consilience.routing.evaluation import evaluate_routed, prompts_of
 from consilience.routing.folder import store
 from consilience.routing.folder.load import load_routed
-from consilience.routing.progress import Listener, listening
 from consilience.tasks.encoding import Encoded, encode
 from consilience.tasks.evaluation import evaluate
 from consilience.tasks.load import require_transformers

@@ -32,8 +32,8 @@ from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import check_ties
 from consilience.errors import InputError, MachineError, nearest
 from consilience.methods.program import Program, WeightedSum
+from consilience.progress import Listener, listening
 from consilience.routing.conversion.linear import Layout, layout
-from consilience.routing.progress import Listener, listening
 from consilience.tasks.load import check_folder, require_transformers
 from consilience.training.place import check_out, claimed, delivery
 

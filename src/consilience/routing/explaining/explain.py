@@ -17,6 +17,7 @@ from consilience.errors import InputError
 from consilience.routing.explaining.explain_tokens import Token, answer_tokens, prompt_tokens
 from consilience.routing.explaining.explanation import Explanation, Layer, Part
 from consilience.routing.model import Routing
+from consilience.tasks.generate import greedy
 
 #: A layer's name and its weights [tokens, K].
 _Record = list[tuple[str, Tensor]]
@@ -96,20 +97,8 @@ def _start(model: Any) -> int | None:
 
 def _generated(model: Any, tokenizer: Any, asked: list[int], most: int) -> list[int]:
     """Return the ids of the greedy answer; a decoder's start with what it is started by."""
-    from transformers import GenerationConfig
-
-    own = getattr(model, "generation_config", None)
-    end = getattr(own, "eos_token_id", None)
-    end = tokenizer.eos_token_id if end is None else end
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
-    config: Any = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=most,
-        eos_token_id=end,
-        pad_token_id=0 if pad is None else pad,
-        bos_token_id=getattr(own, "bos_token_id", None),
-        decoder_start_token_id=_start(model),
-    )
+    config = greedy(model, tokenizer, most)
+    config.decoder_start_token_id = _start(model)
     ids = torch.tensor([asked], device=model.device)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)[0].tolist()
     return out if _encodes(model) else out[len(asked) :]

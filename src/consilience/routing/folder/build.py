@@ -1,8 +1,7 @@
 """Build a routed model's folder from a recipe: its experts, the vectors they are recognised by, their instructions."""
 
 import json
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from consilience.checkpoints.reference import resolve
 from consilience.engine.output import partial_path
 from consilience.engine.plan import expert_names, resolve_file
 from consilience.errors import InputError
+from consilience.progress import listening
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
 from consilience.routing.folder.recipe import RoutedEntry, RouteRecipe
@@ -22,7 +22,6 @@ from consilience.routing.instructions.semantics import Instructions, Instruction
 from consilience.routing.instructions.semantics import Source as Described
 from consilience.routing.local.arrow import directions
 from consilience.routing.local.gate_settings import GateSettings
-from consilience.routing.progress import listening
 from consilience.routing.queries import Texts
 from consilience.routing.settings import Settings
 from consilience.routing.values import read_settings
@@ -30,7 +29,7 @@ from consilience.tasks.encoding import encode
 from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
 from consilience.tasks.readout import decoder_start
 from consilience.tasks.rows import Task, read_rows
-from consilience.training.data import Examples
+from consilience.training.data import Examples, right
 from consilience.training.place import check_out, claimed, delivery
 
 #: Prompts of each expert that its instruction is made of.
@@ -86,7 +85,7 @@ class Base:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         start, context = decoder_start(model) if encodes else None, getattr(text, "max_position_embeddings", None)
         found = encode(task, tokenizer, decoder_start=start, context=context)
-        return Examples(task, tuple(one for one in found if one.candidate in (None, task.rows[one.row].gold)))
+        return Examples(task, right(task, found))
 
     def prompts(self, task: Task) -> tuple[str, ...]:
         """Return the queries that a task's first rows are."""
@@ -221,21 +220,10 @@ class Work:
             return found | {"average": means}, None
         from consilience.routing.local.gate_training import train_gates
 
-        with _quiet(source.name, self.progress) as shown:
-            trained, record = train_gates(
-                self.base()[0], source.name, expert.factors, examples, self.gates, self.state, shown
-            )
+        trained, record = train_gates(
+            self.base()[0], source.name, expert.factors, examples, self.gates, self.state, self.progress
+        )
         return found | {"phatgoose": trained}, record.to_dict()
-
-
-@contextmanager
-def _quiet(name: str, progress: bool) -> Generator[bool]:
-    """Say whose gates are trained where progress is shown."""
-    if progress:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"gates of {name}", highlight=False)
-    yield progress
 
 
 def _instruction_settings(

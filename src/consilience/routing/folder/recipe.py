@@ -36,7 +36,7 @@ class RouteRecipe(Closed):
         Raises:
             InputError: a key is unknown or a value out of its range.
         """
-        return Settings.from_dict(self.routing, f"{where}: routing")
+        return Settings.from_plain(self.routing, f"{where}: routing")
 
 
 def parse_route_recipe(value: Any, where: str) -> RouteRecipe:

@@ -113,7 +113,7 @@ def read_description(folder: Path) -> Description:
     base, experts, settings = (value.get(key) for key in ("base", "experts", "settings"))
     if not _is_base(base) or not _are_names(experts) or not isinstance(settings, dict):
         raise InputError(f"{path}: base, experts or settings are missing or not what they should be; restore the file")
-    known = Settings.from_dict(cast(dict[str, Any], settings), str(path))
+    known = Settings.from_plain(cast(dict[str, Any], settings), str(path))
     records, instructions, tensors = (value.get(key) for key in ("records", "instructions", "tensors"))
     named = isinstance(tensors, str) and _TENSORS.fullmatch(tensors) is not None
     if (instructions is None) != (tensors is None) or not (tensors is None or named):

@@ -17,7 +17,7 @@ SmolLM2-135M-Instruct answers requests instead of describing them, and routes fa
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 from consilience.errors import InputError
 from consilience.routing.instructions.card import card_sentences, sentences
 from consilience.routing.instructions.endpoint import Endpoint, check_url
-from consilience.routing.values import check_above, check_choice, check_text, check_whole, read_settings
+from consilience.routing.values import PlainValues, check_above, check_choice, check_text, check_whole
 
 Kind = Literal["none", "template", "model", "endpoint"]
 #: From prompts to answers.
@@ -38,7 +38,7 @@ _SHOWN = 800
 
 
 @dataclass(frozen=True, slots=True)
-class DescriberSettings:
+class DescriberSettings(PlainValues):
     """Who says what experts and queries do.
 
     Attributes:
@@ -86,19 +86,6 @@ class DescriberSettings:
     def writes(self) -> bool:
         """Whether a language model writes the texts, queries' included."""
         return self.kind in ("model", "endpoint")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values; the key itself is not among them, only its variable's name."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, value: Any, where: str) -> "DescriberSettings":
-        """Return settings from a mapping, or from the kind alone.
-
-        Raises:
-            InputError: a key is unknown, or a value is out of its range.
-        """
-        return read_settings(cls, value, where)
 
 
 @dataclass(frozen=True, slots=True)

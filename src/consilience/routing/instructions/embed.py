@@ -15,7 +15,7 @@ go, so that no vector changes. Sentence encoders are trained for cosines and are
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -27,8 +27,8 @@ from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError
 from consilience.routing.instructions.describe import Plain
 from consilience.routing.instructions.tfidf import TfIdf
-from consilience.routing.instructions.unit import unit
-from consilience.routing.values import check_choice, check_text, check_whole, read_settings
+from consilience.routing.unit import unit
+from consilience.routing.values import PlainValues, check_choice, check_text, check_whole
 
 Kind = Literal["base", "model", "tfidf"]
 #: From texts to [n, E] float32.
@@ -42,7 +42,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class EmbedderSettings:
+class EmbedderSettings(PlainValues):
     """What turns texts into vectors.
 
     Attributes:
@@ -69,19 +69,6 @@ class EmbedderSettings:
             raise InputError("model: is missing; name the folder of a sentence encoder")
         if self.kind != "model" and self.model:
             raise InputError(f"model: belongs to kind: model, not to {self.kind}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, value: Any, where: str) -> "EmbedderSettings":
-        """Return settings from a mapping, or from the kind alone.
-
-        Raises:
-            InputError: a key is unknown, or a value is out of its range.
-        """
-        return read_settings(cls, value, where)
 
 
 class Embedder(Protocol):

@@ -10,7 +10,7 @@ from consilience.routing.instructions.adaptive import Adaptive, fit_adaptive
 from consilience.routing.instructions.describe import Describer
 from consilience.routing.instructions.embed import Embedder
 from consilience.routing.instructions.told import Told
-from consilience.routing.instructions.unit import unit
+from consilience.routing.unit import unit
 
 #: At most so many experts are left out in turn.
 _LEFT_OUT = 32

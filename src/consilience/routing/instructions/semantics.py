@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ from consilience.routing.instructions.held_in import HeldIn, leave_experts_out
 from consilience.routing.instructions.told import Told
 from consilience.routing.router import Similarity
 from consilience.routing.settings import Settings
-from consilience.routing.values import check_whole, read_settings
+from consilience.routing.values import PlainValues, check_whole, read_settings
 
 __all__ = ["InstructionSettings", "Instructions", "Latency", "Lookup", "Source"]
 
@@ -46,7 +46,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class InstructionSettings:
+class InstructionSettings(PlainValues):
     """How instructions are made.
 
     Attributes:
@@ -68,10 +68,6 @@ class InstructionSettings:
     def __post_init__(self) -> None:
         check_whole("held_in", self.held_in, 0)
         check_whole("cache", self.cache, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
     @classmethod
     def from_plain(cls, value: Any, where: str) -> "InstructionSettings":

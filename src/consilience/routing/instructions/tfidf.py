@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consilience.routing.instructions.unit import unit
+from consilience.routing.unit import unit
 
 _WORD = re.compile(r"\w+")
 

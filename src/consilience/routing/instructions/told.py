@@ -7,7 +7,7 @@ from torch import Tensor
 from consilience.errors import InputError
 from consilience.routing.instructions.describe import Source
 from consilience.routing.instructions.embed import Embedder
-from consilience.routing.instructions.unit import unit
+from consilience.routing.unit import unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consilience.progress import Listener, listening
 from consilience.routing.expert import Expert
 from consilience.routing.install import check_fit
-from consilience.routing.instructions.unit import unit
 from consilience.routing.layer import Experts, Factors, routed
 from consilience.routing.local.answers import answer_losses
 from consilience.routing.local.borrowed import borrowed
 from consilience.routing.local.own_rows import check_rows, some_rows
-from consilience.routing.progress import Listener, listening
 from consilience.routing.router import Router
 from consilience.routing.settings import Settings
+from consilience.routing.unit import unit
 from consilience.routing.values import check_whole
 from consilience.training.data import Examples
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from consilience.routing.layer import RoutedLinear
+from consilience.routing.layer import RoutedLinear, put
 
 #: Puts a module in the place of the one with this name.
 Replace = Callable[[str, nn.Module], None]
@@ -23,7 +23,7 @@ def borrowed(model: nn.Module) -> Generator[Replace]:
 
     def replace(name: str, module: nn.Module) -> None:
         originals.setdefault(name, model.get_submodule(name))
-        _put(model, name, module)
+        put(model, name, module)
 
     try:
         for name, module in list(model.named_modules()):
@@ -33,13 +33,8 @@ def borrowed(model: nn.Module) -> Generator[Replace]:
         yield replace
     finally:
         for name, module in originals.items():
-            _put(model, name, module)
+            put(model, name, module)
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         for module, mode in modes.items():
             module.training = mode
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

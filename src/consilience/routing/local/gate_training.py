@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from consilience.errors import InputError, MachineError
+from consilience.progress import LossListener, listening_to_loss
 from consilience.routing.expert import Expert
 from consilience.routing.layer import Factors
 from consilience.routing.local.answers import answer_losses
@@ -23,10 +23,10 @@ from consilience.routing.local.own_rows import check_rows, some_rows
 from consilience.tasks.encoding import Encoded
 from consilience.training.data import Examples
 from consilience.training.losses import batch_loss
-from consilience.training.progress import Listener, listening
 from consilience.training.record import CurvePoint, curve
 from consilience.training.sampling import draw
 from consilience.training.state import Progress, load_state, save_state
+from consilience.training.step import descend
 
 #: Rows that the loss and the gates are measured on before and after.
 PROBE_ROWS = 16
@@ -74,7 +74,7 @@ def train_gates(
     examples: Sequence[Examples],
     settings: GateSettings,
     state: Path | None = None,
-    progress: bool | Listener = False,
+    progress: bool | LossListener = False,
     *,
     checkpoint_seconds: float = 60.0,
 ) -> tuple[dict[str, Tensor], GateRecord]:
@@ -109,7 +109,12 @@ def train_gates(
     expert = Expert(name, factors)
     file = None if state is None else _state_file(state, expert, examples, settings)
     rows = some_rows(examples, PROBE_ROWS)
-    with _memory(name), gated(model, expert) as layers, _quick_attention(model, examples), listening(progress) as tell:
+    with (
+        _memory(name),
+        gated(model, expert) as layers,
+        _quick_attention(model, examples),
+        listening_to_loss(f"gates of {name}", progress) as tell,
+    ):
         before, _ = _measure(model, layers, rows, settings)
         done = _train(model, layers, examples, settings, file, tell, checkpoint_seconds)
         after, opening = _measure(model, layers, rows, settings)
@@ -211,7 +216,7 @@ def _train(
     examples: Sequence[Examples],
     settings: GateSettings,
     file: Path | None,
-    tell: Listener,
+    tell: LossListener,
     checkpoint_seconds: float,
 ) -> Progress:
     """Take the steps that are left; return where the training stands."""
@@ -241,18 +246,8 @@ def _step(
 ) -> dict[int, float]:
     """Take one optimizer step and return the losses by task."""
     pairs = draw([len(one.sequences) for one in examples], settings.batch_size, step, settings.seed)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate_at(step)
     with _autocast(model, settings):
         nats, tasks = answer_losses(model, [examples[k].sequences[i] for k, i in pairs], [k for k, _ in pairs])
         loss, losses = batch_loss(nats, tasks)
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    norm = torch.nn.utils.clip_grad_norm_(gates, settings.clip)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        raise InputError(
-            f"learning_rate = {settings.learning_rate:g}: at step {step + 1} of the gates the loss is {loss.item():g} "
-            f"and its gradient's norm {norm.item():g}; lower it, or check the base's weights"
-        )
-    optimizer.step()
+    descend(loss, gates, optimizer, settings.learning_rate_at(step), settings.clip, f"step {step + 1} of the gates")
     return losses

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from consilience.routing.expert import Expert
 from consilience.routing.install import check_fit
-from consilience.routing.layer import Factors
+from consilience.routing.layer import Factors, sharing
 from consilience.routing.local.borrowed import borrowed
 
 
@@ -29,17 +29,13 @@ class GatedLinear(nn.Linear):
     @classmethod
     def around(cls, linear: nn.Linear, factors: Factors) -> "GatedLinear":
         """Return a gated layer that shares a linear layer's parameters."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made.in_features, made.out_features = linear.in_features, linear.out_features
-        made.weight, made.bias = linear.weight, linear.bias
-        weight = linear.weight
+        made, weight = sharing(cls, linear), linear.weight
         made.register_buffer("a", factors.a.to(weight), persistent=False)
         made.register_buffer("b", factors.b.to(weight), persistent=False)
         # In half precision the steps of an optimizer would be lost in rounding.
         kind = torch.promote_types(weight.dtype, torch.float32)
         made.gate = nn.Parameter(torch.zeros(linear.in_features, dtype=kind, device=weight.device))
-        return made.train(linear.training)
+        return made
 
     def opening(self, u: Tensor) -> Tensor:
         """Return sigmoid(v . u) [..., 1] of activations u [..., in], in v's precision."""
