@@ -9,34 +9,30 @@ on as many cores as it has threads. A complete run goes to docs/results/bench/ a
 generated page beside it; any other below .cache/bench/results/.
 """
 
-import argparse
-import contextlib
-import importlib.metadata
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as RichTable
 
 from benchmarks import step_results
 from benchmarks.floors import warm
-from benchmarks.measure import measure
-from benchmarks.results import Table, machine
+from benchmarks.options import make_parser, positive, thread_counts
+from benchmarks.provenance import machine, now, versions
+from benchmarks.records import KEPT
 from benchmarks.step_experts import KINDS, Kind, make_experts
 from benchmarks.step_results import Agreement, Results, Row, compare
 from benchmarks.step_sides import SIDES, Found, Side, Spec
-from benchmarks.synthetic import CACHE, ROOT
+from benchmarks.synthetic import CACHE
+from benchmarks.terminal import make_console, make_progress, show_place, show_table
+from benchmarks.worker import failure_of, run_worker
 
+PACKAGES = ("consilience", "torch", "transformers", "safetensors", "numpy", "numba")
 MEMORY_COUNTS = (2, 8)
 """Numbers of experts between which our memory is compared."""
 LIMIT_S = 600.0
@@ -90,25 +86,16 @@ def jobs_of(settings: Settings) -> list[Job]:
 
 def run_job(job: Job, base: Path, experts: dict[str, Path], settings: Settings, scratch: Path) -> Row:
     """Run one process and return what it found."""
-    row = Row(job.side, job.kind, job.k, job.threads)
     spec = Spec(
         job.side, job.kind, base, experts, settings.tokens, settings.repeat if job.parts else 1, job.threads,
-        settings.pinned, job.parts, scratch / "found.json",
+        settings.pinned, job.parts,
     )  # fmt: skip
-    path = scratch / "spec.json"
-    path.write_bytes(TypeAdapter(Spec).dump_json(spec))
-    spec.out.unlink(missing_ok=True)
     warm([base, *experts.values()])
-    count = str(job.threads)
-    environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
-    command = (Path(sys.executable), "-m", "benchmarks.step_sides", path)
-    done = measure(command, environment=environment, folder=ROOT, limit_s=LIMIT_S)
-    if done.timed_out or done.exit_status or not spec.out.exists():
-        lines = [line.strip() for line in done.output.splitlines() if line.strip()] or ["no output"]
-        failure = "time limit" if done.timed_out else f"exit status {done.exit_status}: {lines[-1]}"
-        return Row(row.side, row.kind, row.experts, row.threads, failure=failure.replace(f"{ROOT}/", ""))
-    found = TypeAdapter(Found).validate_json(spec.out.read_bytes())
-    return Row(row.side, row.kind, row.experts, row.threads, found, done.anon_mb, done.other_cores)
+    found, done = run_worker("benchmarks.step_sides", spec, Found, scratch, threads=job.threads, limit_s=LIMIT_S)
+    row = Row(job.side, job.kind, job.k, job.threads)
+    if found is None:
+        return replace(row, failure=failure_of(done))
+    return replace(row, found=found, anon_mb=done.anon_mb, other_cores=done.other_cores)
 
 
 def checks_of(rows: Sequence[Row], k: int) -> tuple[Agreement, ...]:
@@ -119,19 +106,6 @@ def checks_of(rows: Sequence[Row], k: int) -> tuple[Agreement, ...]:
         for (side, kind, threads), row in by.items()
         if side == "ours" and ("straightforward", kind, threads) in by
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in ("consilience", "torch", "transformers", "safetensors", "numpy", "numba"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True, capture_output=True, text=True
-        )
-        found["commit"] = commit.stdout.strip()
-    return found
 
 
 def _parameters(base: Path) -> int:
@@ -156,11 +130,11 @@ def run(settings: Settings, console: Console) -> Results:
     """
     base = _base(settings)
     jobs = jobs_of(settings)
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Row] = []
+    settings.cache.mkdir(parents=True, exist_ok=True)
     with (
-        Progress(*columns, console=console) as progress,
-        tempfile.TemporaryDirectory(prefix="step-", dir=_made(settings.cache)) as folder,
+        make_progress(console) as progress,
+        tempfile.TemporaryDirectory(prefix="step-", dir=settings.cache) as folder,
     ):
         task = progress.add_task("experts", total=len(settings.kinds))
         experts: dict[Kind, dict[str, Path]] = {}
@@ -180,9 +154,9 @@ def run(settings: Settings, console: Console) -> Results:
             progress.advance(task)
         progress.update(task, description="done")
     return Results(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=now(),
         machine=machine(settings.cache),
-        versions=_versions(),
+        versions=versions(PACKAGES),
         settings={"repeat": str(settings.repeat), "cores": "one a thread" if settings.pinned else "all"},
         parameters=_parameters(base),
         experts=settings.k,
@@ -192,46 +166,15 @@ def run(settings: Settings, console: Console) -> Results:
     )
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _print(console: Console, table: Table) -> None:
-    shown = RichTable(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
-    for number, name in enumerate(table.header):
-        shown.add_column(escape(name), justify="left" if number == 0 else "right")
-    for row in table.body:
-        shown.add_row(*(escape(cell.replace("`", "").replace("*", "")) for cell in row))
-    console.print(shown)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    """Parse a comma-separated list of positive numbers."""
-    values = tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
-    available = len(os.sched_getaffinity(0))
-    if wrong := [value for value in values if value > available]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]} threads, and there are {available} cores")
-    return values
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 def parse(arguments: Sequence[str]) -> Settings:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.coefficient_step", description=(__doc__ or "").split("\n", 1)[0]
-    )
+    parser = make_parser("benchmarks.coefficient_step", __doc__)
     parser.add_argument("--experts", choices=KINDS, default=None, help="full checkpoints or adapters (default: both)")
-    parser.add_argument("--k", type=_positive, default=5, help="experts in the timed steps (default 5)")
-    parser.add_argument("--tokens", type=_positive, default=128, help="of the one sample in a step (default 128)")
-    parser.add_argument("--repeat", type=_positive, default=4, help="timed steps of each process (default 4)")
+    parser.add_argument("--k", type=positive, default=5, help="experts in the timed steps (default 5)")
+    parser.add_argument("--tokens", type=positive, default=128, help="of the one sample in a step (default 128)")
+    parser.add_argument("--repeat", type=positive, default=4, help="timed steps of each process (default 4)")
     usual = ",".join(str(count) for count in (1, 2) if count <= len(os.sched_getaffinity(0)))
-    parser.add_argument("--threads", type=_counts, default=usual, help=f"e.g. 1,2 (default {usual})")
+    parser.add_argument("--threads", type=thread_counts, default=usual, help=f"e.g. 1,2 (default {usual})")
     parser.add_argument("--only", choices=tuple(SIDES), default=None, help="run one side alone")
     parser.add_argument("--unpinned", action="store_true", help="let processes use more cores than they have threads")
     parser.add_argument("--base", type=Path, default=None, help="a model folder (default: the language suite's base)")
@@ -251,14 +194,14 @@ def parse(arguments: Sequence[str]) -> Settings:
         pinned=not options.unpinned,
         base=None if options.base is None else cast(Path, options.base).resolve(),
         cache=cache,
-        folder=options.results or (ROOT / "docs" / "results" / "bench" if complete else cache / "results"),
+        folder=options.results or (KEPT if complete else cache / "results"),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 when a process failed or the gradients differ, 130 when interrupted."""
     settings = parse(sys.argv[1:] if arguments is None else arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = make_console()
     try:
         found = run(settings, console)
     except KeyboardInterrupt:
@@ -268,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path = step_results.save(found, settings.folder)
     for table in step_results.tables(found):
-        _print(console, table)
-    console.print(f"[dim]{escape(str(path))} and {path.stem}.md beside it[/dim]")
+        show_table(console, table)
+    show_place(console, path, f"{path.stem}.md")
     return 1 if any(row.failure for row in found.rows) or not all(check.same for check in found.checks) else 0
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLE_SECONDS = 0.02
+NOISE = 0.25
+"""Cores busy with other work above which a time counts as measured on a loaded machine."""
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -27,8 +29,8 @@ class Measurement:
         wall_s: seconds from fork to exit.
         cpu_s: user + system seconds of the command and its descendants.
         anon_mb: peak anonymous memory of the whole process tree, in units of 10^6 bytes.
-        other_cores: cores that were busy with anything else meanwhile (writeback included); above ~0.2 the machine
-            was not quiet and wall_s is an upper bound.
+        other_cores: cores that were busy with anything else meanwhile (writeback included); above `NOISE` wall_s is an
+            upper bound.
         exit_status: as a shell would see it, negative for a signal.
         timed_out: whether it was killed at the time limit.
         output: the last 4,000 characters of its standard output and error.
@@ -57,7 +59,7 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def _anonymous_bytes(pid: int) -> int:
+def anonymous_bytes(pid: int) -> int:
     """Return a process's resident anonymous and shared memory; nought once it is gone."""
     total = 0
     with contextlib.suppress(OSError):
@@ -86,7 +88,7 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(SAMPLE_SECONDS):
-            self.peak = max(self.peak, sum(map(_anonymous_bytes, _tree(self._pid))))
+            self.peak = max(self.peak, sum(map(anonymous_bytes, _tree(self._pid))))
 
     def stop(self) -> int:
         """Stop sampling and return the peak in bytes."""

@@ -9,32 +9,30 @@ Before each run the inputs are read once and dirty pages are flushed; after it t
 docs/results/bench/ as JSON with a generated page merge.md beside it; quick runs go below .cache/bench/ instead.
 """
 
-import argparse
 import contextlib
-import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table as RichTable
+from rich.progress import Progress, TaskID
 
-from benchmarks import mergekit_env, oracle, results, synthetic
+from benchmarks import mergekit_env, oracle, provenance, results, synthetic
 from benchmarks.floors import warm
 from benchmarks.measure import Measurement, measure
+from benchmarks.options import make_parser, names_of
+from benchmarks.records import KEPT
 from benchmarks.synthetic import CACHE, ROOT, SIZES, SyntheticSet
+from benchmarks.terminal import make_console, make_progress, show_place, show_table
+from benchmarks.worker import failure_of
 
 TOOLS = ("floor", "consilience", "mergekit")
 CONSILIENCE = Path(sys.executable).parent / "consilience"
-RESULTS = ROOT / "docs" / "results" / "bench"
 RESERVE = 2 << 30
 """Bytes of disk that stay free whatever is run."""
 
@@ -235,11 +233,8 @@ def _run(job: Job, scratch: Path) -> Measurement:
     os.sync()
     try:
         measured = measure(job.command, environment=job.environment, folder=ROOT)
-        if measured.timed_out:
-            raise RuntimeError("time limit")
-        if measured.exit_status != 0:
-            lines = [line for line in measured.output.splitlines() if line.strip()]
-            raise RuntimeError(f"exit status {measured.exit_status}: {lines[-1].strip() if lines else 'no output'}")
+        if measured.timed_out or measured.exit_status:
+            raise RuntimeError(failure_of(measured))
         if job.tensors and job.out is not None and (found := tensor_count(job.out)) != job.tensors:
             raise RuntimeError(f"{found} tensors in the output, {job.tensors} in the input")
         return measured
@@ -312,15 +307,7 @@ def _check_all(made: SyntheticSet, settings: Settings, scratch: Path, progress: 
 
 def _versions(settings: Settings) -> dict[str, str]:
     """Return the versions of Python, of both tools and of what they stand on."""
-    found = {"python": sys.version.split()[0]}
-    for package in ("consilience", "torch", "safetensors", "numpy", "numba"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True, capture_output=True, text=True
-        )
-        found["commit"] = commit.stdout.strip()
+    found = provenance.versions(("consilience", "torch", "safetensors", "numpy", "numba"))
     if "mergekit" in settings.tools:
         mergekit = mergekit_env.versions()
         found["mergekit"] = mergekit["mergekit"]
@@ -328,22 +315,11 @@ def _versions(settings: Settings) -> dict[str, str]:
     return found
 
 
-def _print(console: Console, table: results.Table) -> None:
-    """Show one table on the terminal."""
-    shown = RichTable(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
-    for number, name in enumerate(table.header):
-        shown.add_column(escape(name), justify="left" if number == 0 else "right")
-    for row in table.body:
-        shown.add_row(*(escape(cell.replace("`", "").replace("*", "")) for cell in row))
-    console.print(shown)
-
-
 def run(settings: Settings, console: Console) -> results.Results:
     """Make what is missing, run everything and return the results."""
-    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     if "consilience" in settings.tools and not CONSILIENCE.exists():
         raise FileNotFoundError(f"{CONSILIENCE} is absent; install the package, or leave it out with --tools")
-    with Progress(*columns, console=console) as progress:
+    with make_progress(console) as progress:
         if "mergekit" in settings.tools:
             task = progress.add_task("mergekit's environment", total=1)
             mergekit_env.ensure()
@@ -372,8 +348,8 @@ def run(settings: Settings, console: Console) -> results.Results:
                     _run(job, scratch)
             rows = _run_all(jobs, scratch, progress)
     return results.Results(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=results.machine(settings.cache),
+        date=provenance.now(),
+        machine=provenance.machine(settings.cache),
         versions=_versions(settings),
         settings={
             "sizes": ",".join(settings.sizes),
@@ -388,29 +364,17 @@ def run(settings: Settings, console: Console) -> results.Results:
     )
 
 
-def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """Return an argparse type for a comma-separated list of ``known`` names."""
-
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(part.strip() for part in text.split(",") if part.strip())
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(known)}")
-        return names
-
-    return parse
-
-
 def parse(arguments: Sequence[str]) -> Settings:
     """Read the command line."""
     large = tuple(name for name in SIZES if name not in ("tiny", "many"))
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=(__doc__ or "").split("\n", 1)[0])
+    parser = make_parser("benchmarks.merge", __doc__)
     parser.add_argument("--quick", action="store_true", help="0.5 B once; no slow mergekit methods; results not kept")
     mergekit = parser.add_mutually_exclusive_group()
     mergekit.add_argument("--with-mergekit", dest="mergekit", action="store_true", default=True)
     mergekit.add_argument("--no-mergekit", dest="mergekit", action="store_false")
-    parser.add_argument("--sizes", type=_names(large), default=None, help=f"of {', '.join(large)} (default: all)")
-    parser.add_argument("--methods", type=_names(tuple(METHODS)), default=tuple(METHODS))
-    parser.add_argument("--tools", type=_names(TOOLS), default=TOOLS)
+    parser.add_argument("--sizes", type=names_of(large), default=None, help=f"of {', '.join(large)} (default: all)")
+    parser.add_argument("--methods", type=names_of(tuple(METHODS)), default=tuple(METHODS))
+    parser.add_argument("--tools", type=names_of(TOOLS), default=TOOLS)
     parser.add_argument("--repeat", type=int, default=None, help="runs of each fast job (default 3, quick 1)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where sets and outputs lie (default .cache/bench)")
     parser.add_argument("--results", type=Path, default=None, help="default docs/results/bench, or the cache if quick")
@@ -422,14 +386,14 @@ def parse(arguments: Sequence[str]) -> Settings:
         repeat=options.repeat or (1 if options.quick else 3),
         quick=options.quick,
         cache=options.cache.resolve(),
-        folder=options.results or (options.cache / "results" if options.quick else RESULTS),
+        folder=options.results or (options.cache / "results" if options.quick else KEPT),
     )
 
 
 def main() -> int:
     """Run the benchmark and return the exit status: 1 when any job failed, 130 when interrupted."""
     settings = parse(sys.argv[1:])
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = make_console()
     try:
         found = run(settings, console)
     except KeyboardInterrupt:
@@ -439,8 +403,8 @@ def main() -> int:
         return 1
     path = results.save(found, settings.folder)
     for table in results.tables(found):
-        _print(console, table)
-    console.print(f"[dim]{escape(str(path))} and merge.md beside it[/dim]")
+        show_table(console, table)
+    show_place(console, path, "merge.md")
     return 1 if any(row.failure for row in found.rows) else 0
 
 

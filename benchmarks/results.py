@@ -1,18 +1,17 @@
-"""Results of one benchmark run: the JSON that is kept, and the page that is generated from it.
+"""Results of `benchmarks.merge`: the JSON that is kept, and the page that is generated from it.
 
 python -m benchmarks.results docs/results/bench/DATE-HOST.json     # write merge.md beside it again
 """
 
-import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from benchmarks import records
+from benchmarks.page import busy, compose, listed, measured, without_numbers
+from benchmarks.tables import Table, cell, spread, verdict
 
 AIMS = {"linear": 0.8, "task_arithmetic": 0.8, "slerp": 1.2, "dare_linear": 1.2, "dare_ties": 1.2, "ties": 1.2}
 """Largest wall time of a 0.5 B merge as a ratio to the bare torch loop of the same run."""
@@ -21,8 +20,6 @@ PLANNING_AIM_S = 5.0
 TINY_AIM_S = 1.2
 MEMORY_AIM_MB = 500.0
 _NO_AIM = float("inf")
-NOISE = 0.25
-"""Cores busy with other work above which a row is marked as measured on a loaded machine."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +61,13 @@ class Row:
         return max(self.anon_mb)
 
     @property
-    def loaded(self) -> bool:
-        """Whether other work kept the cores busy during the typical run."""
-        return self.ok and statistics.median(self.other_cores) > NOISE
+    def typical_other_cores(self) -> float:
+        """Median of the cores that other work kept busy; nought if it was not measured."""
+        return statistics.median(self.other_cores) if self.ok else 0.0
 
     def times(self) -> str:
         """Return the median, and the range when there are several runs."""
-        if not self.ok:
-            return self.failure or "-"
-        mark = " †" if self.loaded else ""
-        if len(self.wall_s) == 1:
-            return f"{self.wall:.2f}{mark}"
-        return f"{self.wall:.2f} ({min(self.wall_s):.2f}-{max(self.wall_s):.2f}){mark}"
+        return spread(self.wall_s, self.typical_other_cores) if self.ok else self.failure or "-"
 
 
 @dataclass(frozen=True)
@@ -119,60 +111,26 @@ class Results:
         return None
 
 
-def machine(folder: Path) -> dict[str, str]:
-    """Describe this machine without naming it; ``folder`` tells which file system is used."""
-    processor = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    path = str(folder.resolve())
-    inside = [(len(point), kind) for point, kind in mounts if path == point or path.startswith(point.rstrip("/") + "/")]
-    return {
-        "processor": processor,
-        "cores": str(os.cpu_count()),
-        "memory": f"{memory / 2**30:.0f} GiB",
-        "kernel": platform.release().split("-")[0],
-        "file system": max(inside)[1] if inside else "unknown",
-        "class": f"{os.cpu_count()}core-{memory / 2**30:.0f}gb-{platform.machine()}",
-    }
-
-
 def load(path: Path) -> Results:
     """Read a results file."""
-    return TypeAdapter(Results).validate_json(path.read_bytes())
+    return records.load(Results, path)
 
 
 def save(results: Results, folder: Path) -> Path:
     """Write the JSON and its page into ``folder`` and return the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results.date[:10]}-{results.machine['class']}.json"
-    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
-    (folder / "merge.md").write_text(page(results, path.name), encoding="utf-8")
+    records.write(results, path)
+    _write_page(results, path)
     return path
 
 
-@dataclass(frozen=True)
-class Table:
-    """A titled table of strings, printed on a terminal or as Markdown."""
-
-    title: str
-    header: tuple[str, ...]
-    body: tuple[tuple[str, ...], ...]
-    note: str = ""
+def _write_page(results: Results, path: Path) -> None:
+    """Write the page, which has the same name whatever the JSON's."""
+    (path.parent / "merge.md").write_text(page(results, path.name), encoding="utf-8")
 
 
 def _ratio(row: Row | None, other: Row | None) -> str:
-    return f"{row.wall / other.wall:.2f}" if row and other else "-"
-
-
-def _verdict(value: float, aim: float) -> str:
-    return "met" if value <= aim else "missed"
+    return cell(row.wall / other.wall if row and other else None)
 
 
 def _seconds(row: Row | None) -> str:
@@ -204,7 +162,7 @@ def _merges(results: Results) -> Table:
         )
         if not ours and not theirs:
             continue
-        goal = f"<= {aim:.1f}" + (f", {_verdict(ours.wall / bare.wall, aim)}" if ours and bare else "")
+        goal = f"<= {aim:.1f}" + (f", {verdict(ours.wall / bare.wall, most=aim)}" if ours and bare else "")
         body.append(
             (
                 method,
@@ -242,7 +200,7 @@ def _start_up(results: Results) -> Table:
         ours, theirs = results.find("consilience", job, size, method), results.find("mergekit", job, size, method)
         if not ours and not theirs:
             continue
-        goal = "-" if aim == _NO_AIM else f"<= {aim:.1f} s" + (f", {_verdict(ours.wall, aim)}" if ours else "")
+        goal = "-" if aim == _NO_AIM else f"<= {aim:.1f} s" + (f", {verdict(ours.wall, most=aim)}" if ours else "")
         body.append((label, _seconds(ours), goal, _megabytes(ours), _seconds(theirs), _ratio(theirs, ours)))
     return Table(
         "Start-up and planning",
@@ -270,7 +228,7 @@ def _scaling(results: Results) -> Table:
             raw = results.find("floor", "raw_fsync", size)
             memory = _megabytes(row)
             if tool == "consilience":
-                memory += f" ({_verdict(row.memory, MEMORY_AIM_MB)})"
+                memory += f" ({verdict(row.memory, most=MEMORY_AIM_MB)})"
             body.append((label, size, f"{count / 1e9:.2f} B", row.times(), f"{per:.2f}", _ratio(row, raw), memory))
     return Table(
         "Time and memory against size",
@@ -302,38 +260,23 @@ def tables(results: Results) -> list[Table]:
     return [table for table in made if table.body]
 
 
-def _markdown(table: Table) -> str:
-    lines = [f"### {table.title}", "", "| " + " | ".join(table.header) + " |"]
-    lines.append("|" + "|".join("---" if i == 0 else "---:" for i in range(len(table.header))) + "|")
-    lines += ["| " + " | ".join(row) + " |" for row in table.body]
-    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
-
-
 def page(results: Results, source: str) -> str:
     """Return the Markdown page of one run; ``source`` is the JSON's name."""
-    hardware = ", ".join(f"{key}: {value}" for key, value in results.machine.items() if key != "class")
-    software = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    failed = [row for row in results.rows if row.failure]
-    parts = [
-        f"<!-- Generated from {source} by `python -m benchmarks.results`; do not edit. -->",
-        f"Measured {results.date[:10]} with `make bench`. Machine: {hardware}. Versions: {software}. "
+    made = measured(results.date, "make bench", listed(results.machine, ": "), results.versions)
+    introduction = (
+        f"{made} "
         "Times are medians (lowest-highest) of whole processes, interleaved in one run; memory is the peak of "
-        "anonymous memory, sampled every 20 ms over the process tree.",
-        *map(_markdown, tables(results)),
-    ]
-    if any(row.loaded for row in results.rows):
-        parts.append(f"† other work (or writeback) kept more than {NOISE} cores busy: an upper bound.")
-    if failed:
-        parts.append(
-            "Failed: " + "; ".join(f"{r.tool} {r.job} {r.size} {r.method} ({r.failure})" for r in failed) + "."
-        )
-    return "\n\n".join(parts) + "\n"
+        "anonymous memory, sampled every 20 ms over the process tree."
+    )
+    failed = {f"{row.tool} {row.job} {row.size} {row.method}": row.failure for row in results.rows if row.failure}
+    remarks = (busy(row.typical_other_cores for row in results.rows), without_numbers("Failed", failed))
+    return compose(source, "python -m benchmarks.results", introduction, tables(results), remarks)
 
 
 def main(paths: Sequence[str]) -> None:
     """Write the page of a results file beside it."""
     for path in map(Path, paths):
-        (path.parent / "merge.md").write_text(page(load(path), path.name), encoding="utf-8")
+        _write_page(load(path), path)
 
 
 if __name__ == "__main__":

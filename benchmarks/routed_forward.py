@@ -22,31 +22,30 @@ a loop over tokens in the same run. A complete run goes to docs/results/bench/ a
 """
 
 import argparse
-import contextlib
-import importlib.metadata
-import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.measure import Measurement, measure
-from benchmarks.results import NOISE, Table, machine
+from benchmarks import records, rounds
+from benchmarks.measure import Measurement
+from benchmarks.options import make_parser, positive, thread_counts
+from benchmarks.page import busy, compose, listed, measured, without_numbers
+from benchmarks.provenance import machine, now, versions
 from benchmarks.routed_sides import NETS, SIDES, TOP_K, Found, Side, Spec, base_folder, make_adapters
-from benchmarks.synthetic import CACHE, ROOT
+from benchmarks.synthetic import CACHE
+from benchmarks.tables import Table, at_most, cell, mark, milliseconds
+from benchmarks.terminal import make_console, show_page
+from benchmarks.worker import failure_of, run_worker
 
 CASES = (("llama-2048", 8), ("llama-2048", 64), ("smollm2-135m", 8))
 DTYPES = ("float32", "bfloat16")
+PACKAGES = ("consilience", "torch", "transformers", "peft")
 BASE_AIM, MANY_AIM, ADAPTER_AIM, MEMORY_AIM = 1.2, 2.0, 1.5, 1.05
 """Largest time against the base's with 8 experts and with more, and against one adapter's; largest memory against the
 sum of the base's, the adapters' and the gates'."""
@@ -87,14 +86,12 @@ class Row:
 
     def seconds(self, load: str, side: Side) -> float | None:
         """Return the median time of a pass."""
-        values = self.found.seconds.get(load, {}).get(side)
-        return statistics.median(values) if values else None
+        return rounds.median(self.found.seconds.get(load, {}).get(side, []))
 
     def ratio(self, load: str, side: Side, other: Side) -> float | None:
         """Return the median over rounds of one side's time over the other's in the same round."""
         sides = self.found.seconds.get(load, {})
-        ratios = [one / two for one, two in zip(sides.get(side, []), sides.get(other, []), strict=False)]
-        return statistics.median(ratios) if ratios else None
+        return rounds.median_ratio(sides.get(side, []), sides.get(other, []))
 
     def lean(self, side: Side) -> float | None:
         """Return a side's memory over the sum of the base's, the adapters' and the gates'."""
@@ -130,16 +127,9 @@ class Results:
 
 def run_process(spec: Spec, folder: Path, more: Mapping[str, str]) -> tuple[Found | None, Measurement]:
     """Run a process with ``more`` environment variables; None if it failed."""
-    given, out = folder / "spec.json", folder / "found.json"
-    out.unlink(missing_ok=True)
-    given.write_bytes(TypeAdapter(Spec).dump_json(spec))
-    count = str(spec.threads)
-    environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1", **more}
-    command = (Path(sys.executable), "-m", "benchmarks.routed_sides", given, out)
-    done = measure(command, environment=environment, folder=ROOT, limit_s=LIMIT_S)
-    if done.timed_out or done.exit_status or not out.exists():
-        return None, done
-    return TypeAdapter(Found).validate_json(out.read_bytes()), done
+    return run_worker(
+        "benchmarks.routed_sides", spec, Found, folder, threads=spec.threads, limit_s=LIMIT_S, environment=more
+    )
 
 
 def _peak(spec: Spec, folder: Path) -> float:
@@ -160,38 +150,24 @@ def run_case(spec: Spec, folder: Path) -> Row:
     row = Row(spec.net, len(spec.adapters), spec.dtype, spec.threads)
     found, done = run_process(spec, folder, {})
     if found is None:
-        lines = [line.strip() for line in done.output.splitlines() if line.strip()] or ["no output"]
-        return replace(row, failure="time limit" if done.timed_out else lines[-1].replace(f"{ROOT}/", ""))
+        return replace(row, failure=failure_of(done))
     memory = {side: _peak(replace(spec, sides=(side,), repeat=0), folder) for side in spec.sides}
     return replace(row, found=found, memory_mb=memory, other_cores=done.other_cores)
-
-
-def _cell(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _verdict(value: float | None, most: float) -> str:
-    return "-" if value is None else "met" if value <= most else "missed"
 
 
 def _times(rows: Sequence[Row]) -> Table:
     body = tuple(
         (
-            row.title, load, _cell(_milliseconds(row, load, "base"), ".1f"),
-            _cell(_milliseconds(row, load, "ours"), ".1f") + (" †" if row.other_cores > NOISE else ""),
-            *(_cell(row.ratio(load, side, "base")) for side in SIDES[1:]),
+            row.title, load, milliseconds(row.seconds(load, "base")),
+            milliseconds(row.seconds(load, "ours")) + mark(row.other_cores),
+            *(cell(row.ratio(load, side, "base")) for side in SIDES[1:]),
         )
         for row in rows
         for load in row.found.seconds
     )  # fmt: skip
     header = ("case", "pass", "base ms", "ours ms", *(f"{side} / base" for side in SIDES[1:]))
     note = "`prefill B x T`: T tokens of B sequences; `decode B after T`: a token of each, T in the cache."
-    return Table("One forward pass", header, body, note)
-
-
-def _milliseconds(row: Row, load: str, side: Side) -> float | None:
-    seconds = row.seconds(load, side)
-    return None if seconds is None else 1e3 * seconds
+    return Table("One forward pass", header, body, note, text=2)
 
 
 def _aims(rows: Sequence[Row]) -> Table:
@@ -202,17 +178,16 @@ def _aims(rows: Sequence[Row]) -> Table:
             for side in OURS:
                 value = row.ratio(load, side, other)
                 name = f"{load}, {side} / {other}"
-                body.append((row.title, name, _cell(value), f"<= {most}", _verdict(value, most)))
+                body.append((row.title, name, *at_most(value, most)))
         for side in OURS:
-            value = row.lean(side)
             name = f"memory, {side} / (base + adapters + gates)"
-            body.append((row.title, name, _cell(value), f"<= {MEMORY_AIM}", _verdict(value, MEMORY_AIM)))
-    return Table("What we aim at", ("case", "ratio", "value", "aim", "verdict"), tuple(body))
+            body.append((row.title, name, *at_most(row.lean(side), MEMORY_AIM)))
+    return Table("What we aim at", ("case", "ratio", "value", "aim", "verdict"), tuple(body), text=2)
 
 
 def _memory(rows: Sequence[Row]) -> Table:
     body = tuple(
-        (row.title, *(_cell(row.memory_mb.get(side), ".0f") for side in SIDES), f"{row.found.experts_mb:.1f}")
+        (row.title, *(cell(row.memory_mb.get(side), ".0f") for side in SIDES), f"{row.found.experts_mb:.1f}")
         for row in rows
     )
     note = "The peak beyond the imports', loading included, in a process with that side alone."
@@ -231,9 +206,8 @@ def _checks(rows: Sequence[Row]) -> Table:
         f"`same`: at most {allowed}, where logits count in float32 alone: in bfloat16 a token near a tie may choose "
         "another expert, and deep models amplify rounding, with experts or without."
     )
-    return Table(
-        "Are they right? (a loop over tokens)", ("case", "side", "module", "logits", "same"), tuple(body), note
-    )
+    header = ("case", "side", "module", "logits", "same")
+    return Table("Are they right? (a loop over tokens)", header, tuple(body), note, text=2)
 
 
 def tables(results: Results) -> list[Table]:
@@ -244,37 +218,15 @@ def tables(results: Results) -> list[Table]:
 
 def page(results: Results, source: str) -> str:
     """Return the Markdown page of a run."""
-    shown = [", ".join(f"{key} {value}" for key, value in facts.items() if key != "class")
-             for facts in (results.machine, results.versions, results.settings)]  # fmt: skip
-    parts = [
-        f"<!-- Generated from {source} by `python -m benchmarks.routed_forward --page`; do not edit. -->",
-        f"Measured {results.date[:10]} with `python -m benchmarks.routed_forward`. Machine: {shown[0]}. "
-        f"Versions: {shown[1]}. Settings: {shown[2]}. "
-        "Times are medians, the sides in turn in one process; ratios are medians over rounds.",
-    ]
-    for table in tables(results):
-        lines = [f"### {table.title}", "", "| " + " | ".join(table.header) + " |"]
-        lines.append("|" + "|".join("---" if i < 2 else "---:" for i in range(len(table.header))) + "|")
-        lines += ["| " + " | ".join(cells) + " |" for cells in table.body]
-        parts.append("\n".join(lines) + (f"\n\n{table.note}" if table.note else ""))
-    if any(row.other_cores > NOISE for row in results.rows):
-        parts.append(f"† other work kept more than {NOISE} cores busy: an upper bound.")
-    for word, key in (("Skipped", "skipped"), ("Failed", "failure")):
-        if said := [f"{row.title} ({getattr(row, key)})" for row in results.rows if getattr(row, key)]:
-            parts.append(f"{word}: " + "; ".join(said) + ".")
-    return "\n\n".join(parts) + "\n"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in ("consilience", "torch", "transformers", "peft"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        found["commit"] = done.stdout.strip()
-    return found
+    place = listed(results.machine)
+    made = measured(results.date, "python -m benchmarks.routed_forward", place, results.versions, results.settings)
+    introduction = f"{made} Times are medians, the sides in turn in one process; ratios are medians over rounds."
+    remarks = (
+        busy(row.other_cores for row in results.rows),
+        without_numbers("Skipped", {row.title: row.skipped for row in results.rows if row.skipped}),
+        without_numbers("Failed", {row.title: row.failure for row in results.rows if row.failure}),
+    )
+    return compose(source, "python -m benchmarks.routed_forward --page", introduction, tables(results), remarks)
 
 
 def name_of(results: Results) -> str:
@@ -284,16 +236,12 @@ def name_of(results: Results) -> str:
 
 def save(results: Results, folder: Path) -> Path:
     """Write the JSON and its page into ``folder`` and return the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name_of(results)
-    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(page(results, path.name), encoding="utf-8")
-    return path
+    return records.save(results, folder / name_of(results), page)
 
 
 def load(path: Path) -> Results:
     """Read a results file."""
-    return TypeAdapter(Results).validate_json(path.read_bytes())
+    return records.load(Results, path)
 
 
 @dataclass(frozen=True)
@@ -309,31 +257,15 @@ class Options:
     folder: Path
 
 
-def _positive(text: str) -> int:
-    if not text.strip().isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    """Parse a comma-separated list of positive numbers."""
-    values = tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
-    available = len(os.sched_getaffinity(0))
-    if wrong := [value for value in values if value > available]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]} threads, and there are {available} cores")
-    return values
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    about = (__doc__ or "").split("\n")[0]
-    made = argparse.ArgumentParser(prog="python -m benchmarks.routed_forward", description=about)
+    made = make_parser("benchmarks.routed_forward", __doc__)
     made.add_argument("--net", choices=tuple(NETS), default=None, help="one net (default: llama-2048, smollm2-135m)")
-    made.add_argument("--k", type=_positive, default=None, help="experts (default: 8, and 64 of llama-2048)")
+    made.add_argument("--k", type=positive, default=None, help="experts (default: 8, and 64 of llama-2048)")
     made.add_argument("--dtype", choices=DTYPES, default=None, help="one dtype (default: both)")
-    made.add_argument("--threads", type=_counts, default="1", help="of torch, e.g. 1,2 (default 1)")
+    made.add_argument("--threads", type=thread_counts, default="1", help="of torch, e.g. 1,2 (default 1)")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    made.add_argument("--repeat", type=_positive, default=7, help="timed rounds (default 7)")
+    made.add_argument("--repeat", type=positive, default=7, help="timed rounds (default 7)")
     made.add_argument("--cache", type=Path, default=CACHE, help="where experts and partial results go")
     made.add_argument("--page", type=Path, default=None, help="write the page of this results file, and no more")
     return made
@@ -349,7 +281,7 @@ def options_of(given: argparse.Namespace) -> Options:
         cases = [(name, cast(int, given.k)) for name in dict.fromkeys(name for name, _ in cases)]
     complete = (net, given.k, given.dtype) == (None, None, None) and 1 in given.threads
     cache = cast(Path, given.cache).resolve()
-    folder = ROOT / "docs" / "results" / "bench" if complete else cache / "results"
+    folder = records.KEPT if complete else cache / "results"
     dtypes = DTYPES if given.dtype is None else (given.dtype,)
     return Options(tuple(cases), dtypes, given.threads, given.device, given.repeat, cache, folder)
 
@@ -376,7 +308,7 @@ def run(options: Options, console: Console) -> Results:
                     row = rows[-1]
                     console.print(f"{row.title}: {escape(row.failure or row.skipped or 'done')}")
     return Results(
-        datetime.now(UTC).isoformat(timespec="seconds"), machine(options.cache), _versions(),
+        now(), machine(options.cache), versions(PACKAGES),
         {"device": options.device, "rounds": str(options.repeat), "experts a token": str(TOP_K)}, tuple(rows),
     )  # fmt: skip
 
@@ -385,17 +317,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 when a case failed or differs from the loop, 130 when interrupted."""
     given = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     if given.page is not None:
-        given.page.with_suffix(".md").write_text(page(load(given.page), given.page.name), encoding="utf-8")
+        records.write_page(load(given.page), given.page, page)
         return 0
     options = options_of(given)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = make_console()
     try:
         results = run(options, console)
     except KeyboardInterrupt:
         return 130
     path = save(results, options.folder)
-    console.print(path.with_suffix(".md").read_text(encoding="utf-8"), markup=False)
-    console.print(f"[dim]{escape(str(path))} and {path.stem}.md beside it[/dim]")
+    show_page(console, path)
     return 1 if any(row.failure or not (row.skipped or row.agrees) for row in results.rows) else 0
 
 

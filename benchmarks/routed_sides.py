@@ -1,24 +1,26 @@
 """What `benchmarks.routed_forward` measures: bases, experts, the sides, the loop they are compared with, the passes.
 
-python -m benchmarks.routed_sides SPEC.json OUT.json            # one process of a run
+python -m benchmarks.routed_sides SPEC.json FOUND.json      # one process of a run
 """
 
 import copy
 import importlib
-import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from benchmarks.adapters import MODULES, write_adapter
+from benchmarks.measure import anonymous_bytes
+from benchmarks.worker import work_on
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
 from consilience.routing.local.arrow import directions
@@ -28,7 +30,6 @@ from consilience.routing.settings import Local, Settings
 
 Side = Literal["base", "ours", "ours, arrow", "peft arrow", "one adapter"]
 SIDES: tuple[Side, ...] = get_args(Side)
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOP_K, SCALE = 2, 3.0
 """Experts a token, and the weight of instructions: GLIDER's for tasks that no expert was trained on."""
 #: Experts' updates have this standard deviation, as a share of the weights' own, 0.02.
@@ -150,27 +151,20 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def make_adapters(net: str, count: int, folder: Path) -> tuple[Path, ...]:
     """Write experts as PEFT adapters in float32, with random gates and their Arrow directions; return their folders."""
-    from safetensors.torch import save_file
-
     rank, found = NETS[net].rank, [*layers(make_net(net, "float32"))]
     places: list[Path] = []
     for k in range(count):
         generator = torch.Generator().manual_seed(1 + k)
-        state, gates = dict[str, Tensor](), dict[str, Tensor]()
+        factors, gates = dict[str, tuple[Tensor, Tensor]](), dict[str, Tensor]()
         for name, layer in found:
-            width, stem = layer.in_features, f"base_model.model.{name}"
+            width = layer.in_features
             size = SHARE * 0.02 * math.sqrt(width / rank)
-            state[f"{stem}.lora_A.weight"] = torch.randn(rank, width, generator=generator) / math.sqrt(width)
-            state[f"{stem}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=generator) * size
+            a = torch.randn(rank, width, generator=generator) / math.sqrt(width)
+            factors[name] = torch.randn(layer.out_features, rank, generator=generator) * size, a
             gates[name] = torch.randn(width, generator=generator)
         places.append(folder / f"{net}-{k}")
         places[-1].mkdir(parents=True)
-        save_file(state, places[-1] / "adapter_model.safetensors")
-        config = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none",
-            "target_modules": list(MODULES),
-        }  # fmt: skip
-        (places[-1] / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        write_adapter(places[-1], factors, rank, rank)
         arrows = directions(read_factors(places[-1]))
         store.write_vectors(places[-1], {"phatgoose": gates, "arrow": arrows})
     return tuple(places)
@@ -383,15 +377,12 @@ def _imported() -> float:
     """Import what any side needs and return the anonymous memory in MB."""
     for name in ("peft.tuners.lora.arrow", "transformers.models.llama.modeling_llama", "safetensors.torch"):
         importlib.import_module(name)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:"))) / 1e6
+    return anonymous_bytes(os.getpid()) / 1e6
 
 
 def main(arguments: Sequence[str]) -> None:
     """Do what a file says, and write what was found to another."""
-    given, out = map(Path, arguments)
-    found = work(TypeAdapter(Spec).validate_json(given.read_bytes()))
-    out.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    work_on(arguments, Spec, work)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from benchmarks.adapters import MODULES, write_adapter
 from benchmarks.synthetic import require_free, weight_files
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 RANK = 16
 SCALE = 2.0
 """``lora_alpha / r``."""
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHARE = 0.01
 """Standard deviation of the first expert's task vectors, as a share of the tensor's own; others have up to twice it."""
 FORMAT = 1
@@ -60,10 +60,9 @@ def _write_dense(base: Path, folder: Path, number: int, seed: int) -> None:
 def _write_lora(base: Path, folder: Path, number: int, seed: int) -> None:
     """Write the adapter of one expert."""
     import torch
-    from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(10_000 * seed + 5_000 + number)
-    state: dict[str, torch.Tensor] = {}
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, stored in _tensors(base):
         module = name.removesuffix(".weight")
         if module.rsplit(".", 1)[-1] not in MODULES:
@@ -71,18 +70,10 @@ def _write_lora(base: Path, folder: Path, number: int, seed: int) -> None:
         rows, columns = stored.shape
         # The product's entries have variance SCALE^2 RANK sd(A)^2 sd(B)^2.
         size = share_of(number) * float(stored.float().std()) / SCALE * columns**0.5 / RANK**0.5
-        stem = f"base_model.model.{module}"
-        state[f"{stem}.lora_A.weight"] = torch.empty(RANK, columns).normal_(std=columns**-0.5, generator=generator)
-        state[f"{stem}.lora_B.weight"] = torch.empty(rows, RANK).normal_(std=size, generator=generator)
-    save_file(state, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": RANK,
-        "lora_alpha": int(SCALE * RANK),
-        "target_modules": list(MODULES),
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        a = torch.empty(RANK, columns).normal_(std=columns**-0.5, generator=generator)
+        b = torch.empty(rows, RANK).normal_(std=size, generator=generator)
+        factors[module] = b, a
+    write_adapter(folder, factors, RANK, int(SCALE * RANK))
 
 
 def make_experts(base: Path, cache: Path, kind: Kind, count: int, *, seed: int = 0) -> dict[str, Path]:

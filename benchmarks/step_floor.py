@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.adapters import factors_of
 from benchmarks.step_experts import SCALE, Kind
 from benchmarks.synthetic import weight_files
 
@@ -76,14 +77,8 @@ class LowRank:
     """Task vectors of adapters, as factors: ``left`` [m, sum r] times ``right`` [sum r, n]."""
 
     def __init__(self, base: Path, experts: Sequence[Path]) -> None:
-        stored, pairs = mapped(base), [mapped(folder) for folder in experts]
-        stems = [name.removesuffix(".lora_A.weight") for name in pairs[0] if name.endswith(".lora_A.weight")]
-        self.factors = {
-            f"{stem.removeprefix('base_model.model.')}.weight": [
-                (pair[f"{stem}.lora_B.weight"], pair[f"{stem}.lora_A.weight"]) for pair in pairs
-            ]
-            for stem in stems
-        }
+        stored, adapters = mapped(base), [factors_of(mapped(folder)) for folder in experts]
+        self.factors = {name: [adapter[name] for adapter in adapters] for name in adapters[0]}
         self.names = sorted(self.factors)
         self.base = {name: stored[name] for name in self.names}
 

@@ -3,27 +3,26 @@
 python -m benchmarks.step_results docs/results/bench/coefficient_step.json     # write coefficient_step.md again
 """
 
-import json
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from benchmarks.results import NOISE, Table
+from benchmarks import records, rounds
+from benchmarks.page import busy, compose, listed, measured, without_numbers
 from benchmarks.step_experts import Kind
 from benchmarks.step_sides import Found, Side
+from benchmarks.tables import Table, at_least, at_most, cell, spread
 
 FLOOR_AIM = 1.15
 """Largest time of our step as a ratio to the floor's."""
-SPEED_AIM = 2.0
+SPEED_AIM = 2
 """Least time of the straightforward step as a ratio to ours."""
 GROWTH_AIM = 1.05
 """Largest memory of our step with the most experts as a ratio to that with the fewest."""
-LEANNESS_AIM = 3.0
+LEANNESS_AIM = 3
 """Least memory of the straightforward step as a ratio to ours."""
 TOLERANCE = 1e-3
 """Of the gradients' agreement: norm of the difference over the norm. In float32 either side's own error is a tenth to a
@@ -64,16 +63,12 @@ class Row:
 
     def median(self, name: str = STEP) -> float | None:
         """Return the median wall time of a step or one of its parts."""
-        values = self.found.seconds.get(name)
-        return statistics.median(values) if values else None
+        return rounds.median(self.found.seconds.get(name, []))
 
     def times(self, name: str = STEP) -> str:
-        """Return the median and the range."""
-        values, middle = self.found.seconds.get(name), self.median(name)
-        if not values or middle is None:
-            return self.failure or "-"
-        mark = " †" if self.other_cores > NOISE else ""
-        return f"{middle:.2f} ({min(values):.2f}-{max(values):.2f}){mark}"
+        """Return the median, and the range when there are several repeats."""
+        values = self.found.seconds.get(name)
+        return spread(values, self.other_cores) if values else self.failure or "-"
 
 
 @dataclass(frozen=True)
@@ -155,14 +150,8 @@ def compare(ours: Row, reference: Row) -> Agreement:
     )
 
 
-def _ratio(value: float | None, other: float | None) -> str:
-    return f"{value / other:.2f}" if value and other else "-"
-
-
-def _verdict(value: float | None, other: float | None, *, most: float = np.inf, least: float = 0.0) -> str:
-    if not value or not other:
-        return "-"
-    return "met" if least <= value / other <= most else "missed"
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value and other else None
 
 
 def _name(kind: Kind, threads: int) -> str:
@@ -186,47 +175,44 @@ def _steps(results: Results) -> Table:
             if row is None or row.median(timed) is None:
                 continue
             memory = f"{row.anon_mb:.0f}" if timed == STEP else ""
-            body.append((_name(kind, threads), label, row.times(timed), _ratio(row.median(timed), base), memory))
+            body.append((_name(kind, threads), label, row.times(timed), cell(_ratio(row.median(timed), base)), memory))
     return Table(
         f"One step, K = {results.experts}, 1 x {results.tokens} tokens, float32",
         ("experts", "step", "seconds", "x floor", "memory MB"),
         tuple(body),
         "Memory is the whole process's peak, imports and loading included. What the sides do is said in "
         "docs/benchmarks.md.",
+        text=2,
     )
 
 
 def _aims(results: Results) -> Table:
     """Set the ratios against what we aim at."""
-    body: list[tuple[str, ...]] = []
-    for kind, threads in results.groups():
-        floor, ours, plain = (
-            results.find("floor", kind, threads),
-            results.find("ours", kind, threads),
-            results.find("straightforward", kind, threads),
-        )
-        if ours is None:
-            continue
-        if floor is not None and ours.median() is not None:
-            pair = ours.median(), floor.median()
-            body.append((_name(kind, threads), "time, consilience / floor", _ratio(*pair), f"<= {FLOOR_AIM}",
-                         _verdict(*pair, most=FLOOR_AIM)))  # fmt: skip
-        if plain is not None and ours.median() is not None:
-            pair = plain.median(), ours.median()
-            body.append((_name(kind, threads), "time, straightforward / consilience", _ratio(*pair),
-                         f">= {SPEED_AIM:.0f}", _verdict(*pair, least=SPEED_AIM)))  # fmt: skip
-        if plain is not None:
-            pair = plain.anon_mb, ours.anon_mb
-            body.append((_name(kind, threads), "memory, straightforward / consilience", _ratio(*pair),
-                         f">= {LEANNESS_AIM:.0f}", _verdict(*pair, least=LEANNESS_AIM)))  # fmt: skip
-        counts = sorted({r.experts for r in results.rows if (r.side, r.kind, r.threads) == ("ours", kind, threads)})
-        few, many = (results.find("ours", kind, threads, count) for count in (counts[0], counts[-1]))
-        if few is not None and many is not None and few is not many:
-            pair = many.anon_mb, few.anon_mb
-            label = f"memory, consilience with K = {counts[-1]} / K = {counts[0]}"
-            body.append((_name(kind, threads), label, _ratio(*pair), f"<= {GROWTH_AIM}",
-                         _verdict(*pair, most=GROWTH_AIM)))  # fmt: skip
-    return Table("What we aim at", ("experts", "ratio", "value", "aim", "verdict"), tuple(body))
+    body = [
+        (_name(kind, threads), f"{measure}, {sides}", *judged)
+        for kind, threads in results.groups()
+        for measure, sides, judged in _judged(results, kind, threads)
+    ]
+    return Table("What we aim at", ("experts", "ratio", "value", "aim", "verdict"), tuple(body), text=2)
+
+
+def _judged(results: Results, kind: Kind, threads: int) -> Iterator[tuple[str, str, tuple[str, str, str]]]:
+    """Yield what is compared between which sides, and the value, its aim and the verdict."""
+    floor, ours, plain = (results.find(side, kind, threads) for side in ("floor", "ours", "straightforward"))
+    if ours is None:
+        return
+    time = ours.median()
+    if floor is not None and time is not None:
+        yield "time", "consilience / floor", at_most(_ratio(time, floor.median()), FLOOR_AIM)
+    if plain is not None and time is not None:
+        yield "time", "straightforward / consilience", at_least(_ratio(plain.median(), time), SPEED_AIM)
+    if plain is not None:
+        yield "memory", "straightforward / consilience", at_least(_ratio(plain.anon_mb, ours.anon_mb), LEANNESS_AIM)
+    counts = sorted({r.experts for r in results.rows if (r.side, r.kind, r.threads) == ("ours", kind, threads)})
+    few, many = (results.find("ours", kind, threads, count) for count in (counts[0], counts[-1]))
+    if few is not None and many is not None and few is not many:
+        sides = f"consilience with K = {counts[-1]} / K = {counts[0]}"
+        yield "memory", sides, at_most(_ratio(many.anon_mb, few.anon_mb), GROWTH_AIM)
 
 
 def _parts(results: Results) -> Table:
@@ -237,8 +223,8 @@ def _parts(results: Results) -> Table:
         for part in PARTS:
             values = [row.median(part) if row else None for row in rows]
             if any(values):
-                cells = ("-" if value is None else f"{value:.2f}" for value in values)
-                body.append((_name(kind, threads), LABELS[part], *cells, _ratio(values[1], values[0])))
+                cells = map(cell, values)
+                body.append((_name(kind, threads), LABELS[part], *cells, cell(_ratio(values[1], values[0]))))
         ours = rows[1]
         whole = ours.median() if ours else None
         parts = [ours.median(part) if ours else None for part in ("blend", "compute", "products")]
@@ -251,6 +237,7 @@ def _parts(results: Results) -> Table:
         tuple(body),
         "Our parts are timed one by one, outside a step; inside it the products are taken beside the backward pass, "
         "and the expert's own output layer is read. The straightforward backward pass includes its products.",
+        text=2,
     )
 
 
@@ -274,56 +261,38 @@ def tables(results: Results) -> list[Table]:
     return [table for table in made if table.body]
 
 
-def _markdown(table: Table) -> str:
-    text = next((i for i, name in enumerate(table.header) if name in ("seconds", "value", "floor")), 1)
-    lines = [f"### {table.title}", "", "| " + " | ".join(table.header) + " |"]
-    lines.append("|" + "|".join("---" if i < text else "---:" for i in range(len(table.header))) + "|")
-    lines += ["| " + " | ".join(row) + " |" for row in table.body]
-    return "\n".join(lines) + (f"\n\n{table.note}" if table.note else "")
-
-
 def page(results: Results, source: str) -> str:
     """Return the Markdown page of one run; ``source`` is the JSON's name."""
-    hardware = ", ".join(f"{key}: {value}" for key, value in results.machine.items() if key != "class")
-    software = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    settings = ", ".join(f"{name} {value}" for name, value in results.settings.items())
-    failed = [row for row in results.rows if row.failure]
-    parts = [
-        f"<!-- Generated from {source} by `python -m benchmarks.step_results`; do not edit. -->",
-        f"Measured {results.date[:10]} with `python -m benchmarks.coefficient_step`. Machine: {hardware}. Versions: "
-        f"{software}. Settings: {settings}. The model has {results.parameters / 1e6:.1f} M parameters. Times are "
+    place = listed(results.machine, ": ")
+    made = measured(results.date, "python -m benchmarks.coefficient_step", place, results.versions, results.settings)
+    introduction = (
+        f"{made} The model has {results.parameters / 1e6:.1f} M parameters. Times are "
         "medians (lowest-highest) of steps after a first one, each side in a process of its own; memory is the peak of "
-        "anonymous memory, sampled every 20 ms over the process tree.",
-        *map(_markdown, tables(results)),
-    ]
-    if any(row.other_cores > NOISE for row in results.rows):
-        parts.append(f"† other work (or writeback) kept more than {NOISE} cores busy: an upper bound.")
-    if failed:
-        parts.append(
-            "Failed: " + "; ".join(f"{r.side}, {_name(r.kind, r.threads)}, K = {r.experts} ({r.failure})"
-                                   for r in failed) + "."
-        )  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+        "anonymous memory, sampled every 20 ms over the process tree."
+    )
+    failed = {
+        f"{row.side}, {_name(row.kind, row.threads)}, K = {row.experts}": row.failure
+        for row in results.rows
+        if row.failure
+    }
+    remarks = (busy(row.other_cores for row in results.rows), without_numbers("Failed", failed))
+    return compose(source, "python -m benchmarks.step_results", introduction, tables(results), remarks)
 
 
 def load(path: Path) -> Results:
     """Read a results file."""
-    return TypeAdapter(Results).validate_json(path.read_bytes())
+    return records.load(Results, path)
 
 
 def save(results: Results, folder: Path) -> Path:
     """Write the JSON and its page into ``folder`` and return the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "coefficient_step.json"
-    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(page(results, path.name), encoding="utf-8")
-    return path
+    return records.save(results, folder / "coefficient_step.json", page)
 
 
 def main(paths: Sequence[str]) -> None:
     """Write the page of a results file beside it."""
     for path in map(Path, paths):
-        path.with_suffix(".md").write_text(page(load(path), path.name), encoding="utf-8")
+        records.write_page(load(path), path, page)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """One side of `benchmarks.coefficient_step` in a process of its own: a few steps, timed whole and part by part.
 
-    python -m benchmarks.step_sides SPEC.json       # written by benchmarks.coefficient_step
+    python -m benchmarks.step_sides SPEC.json FOUND.json        # one process of benchmarks.coefficient_step
 
 All sides read the same synthetic tokens at the same coefficients, with as many torch threads, on as many cores.
 """
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
-from pydantic import TypeAdapter
-
+from benchmarks.adapters import factors_of
 from benchmarks.step_experts import SCALE, Kind
+from benchmarks.worker import work_on
 
 Side = Literal["floor", "ours", "straightforward"]
 ALPHA = 0.3
@@ -39,7 +38,6 @@ class Spec:
         threads: of torch, and of the bank.
         pinned: whether the process may use that many cores and no more.
         parts: whether the parts are timed too, and the step with hidden alignment.
-        out: where the JSON of a `Found` goes.
     """
 
     side: Side
@@ -51,7 +49,6 @@ class Spec:
     threads: int
     pinned: bool
     parts: bool
-    out: Path
 
 
 @dataclass(frozen=True)
@@ -242,12 +239,7 @@ def straightforward(spec: Spec) -> Found:
         if spec.kind == "dense":
             vectors.append({name: value.float() - base[name] for name, value in stored.items()})
         else:
-            stems = [name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")]
-            vectors.append({
-                f"{stem.removeprefix('base_model.model.')}.weight": SCALE
-                * (stored[f"{stem}.lora_B.weight"] @ stored[f"{stem}.lora_A.weight"])
-                for stem in stems
-            })  # fmt: skip
+            vectors.append({name: SCALE * (b @ a) for name, (b, a) in factors_of(stored).items()})
     expert = {name: base[name] + value for name, value in vectors[0].items()}
     names = list(vectors[0])
     alpha = torch.full((len(vectors), len(names)), ALPHA, requires_grad=True)
@@ -282,16 +274,15 @@ def straightforward(spec: Spec) -> Found:
 SIDES: dict[Side, Callable[[Spec], Found]] = {"floor": floor, "ours": ours, "straightforward": straightforward}
 
 
-def main(path: Path) -> None:
-    """Do what a `Spec` says."""
-    spec = TypeAdapter(Spec).validate_json(path.read_bytes())
+def work(spec: Spec) -> Found:
+    """Run the side of a process."""
     if spec.pinned:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec.threads])
     import torch
 
     torch.set_num_threads(spec.threads)
-    spec.out.write_text(json.dumps(asdict(SIDES[spec.side](spec))), encoding="utf-8")
+    return SIDES[spec.side](spec)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    work_on(sys.argv[1:], Spec, work)

@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def spec_of(base: Path, kind: Kind, folder: Path, count: int = 3) -> Spec:
     experts = make_experts(base, folder / "step", kind, count)
-    return Spec("ours", kind, base, experts, 12, 1, 1, False, True, folder / "found.json")
+    return Spec("ours", kind, base, experts, 12, 1, 1, False, True)
 
 
 def changes(base: Path, folder: Path, kind: Kind) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import floors, merge, mergekit_env, oracle, results, synthetic
+from benchmarks import floors, merge, mergekit_env, oracle, provenance, results, synthetic
 from benchmarks.synthetic import SIZES
 
 
@@ -72,7 +72,7 @@ def test_a_page_survives_saving_and_missing_rows(tmp_path: Path) -> None:
 
     made = results.Results(
         date="2026-01-02T03:04:05+00:00",
-        machine=results.machine(tmp_path),
+        machine=provenance.machine(tmp_path),
         versions={"python": "3.11"},
         settings={"repeat": "3"},
         parameters={"0.5b": 493_958_144},

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from benchmarks import routed_forward, routed_sides
 from benchmarks.measure import Measurement
@@ -107,9 +108,9 @@ def test_a_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def here(spec: Spec, folder: Path, more: Mapping[str, str]) -> tuple[Found, Measurement]:
         asked.append(spec)
         given, out = folder / "spec.json", folder / "found.json"
-        given.write_bytes(routed_forward.TypeAdapter(Spec).dump_json(spec))
+        given.write_bytes(TypeAdapter(Spec).dump_json(spec))
         routed_sides.main([str(given), str(out)])
-        found = routed_forward.TypeAdapter(Found).validate_json(out.read_bytes())
+        found = TypeAdapter(Found).validate_json(out.read_bytes())
         return found, Measurement(1.0, 1.0, found.imports_mb + 10.0 * len(more), 0.0, 0, False, "")
 
     monkeypatch.setattr(routed_forward, "run_process", here)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import glue_step
-from benchmarks.glue_step import SIDES, Found, Results, Row, Spec, work
+from benchmarks.glue_sides import SIDES, Found, Spec, work
+from benchmarks.glue_step import Results, Row
 
 
 def test_the_sides_agree() -> None:
