@@ -6,4 +6,5 @@ STUDIES: tuple[str, ...] = (
     "studies.expert_merging.STUDY",
     "studies.glue_vision.STUDY",
     "studies.glue_language.STUDY",
+    "studies.routing.STUDY",
 )
