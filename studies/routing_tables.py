@@ -196,7 +196,10 @@ def _reference(
         losses = [(task, value) for task, fold in pairs if (value := loss(task, fold)) is not None]
         one = np.ones(1)
         kept = [value for task, at in losses if (value := scale.kept(Outcome(task, True, one * at, one))) is not None]
-        row += [f"{100 * np.mean(kept):.1f}" if kept else "", f"{np.mean([at for _, at in losses]):.3f}" if losses else ""]
+        row += [
+            f"{100 * np.mean(kept):.1f}" if kept else "",
+            f"{np.mean([at for _, at in losses]):.3f}" if losses else "",
+        ]
     return row
 
 
