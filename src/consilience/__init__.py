@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from consilience.api import learn, merge, merge_recipe, plan_recipe
+    from consilience.api import diagnose, learn, merge, merge_recipe, plan_recipe
     from consilience.checkpoints import open_checkpoint
     from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
     from consilience.errors import ConsilienceError, InputError, MachineError
@@ -27,6 +27,7 @@ _HOME = {
     "load_routed": "consilience.routing",
     "Coefficients": "consilience.coefficients",
     "fine_tune": "consilience.training",
+    "diagnose": "consilience.api",
     "learn": "consilience.api",
     "load_coefficients": "consilience.coefficients",
     "merge": "consilience.api",
@@ -50,6 +51,7 @@ __all__ = [
     "MachineError",
     "Recipe",
     "build_routed",
+    "diagnose",
     "evaluate",
     "fine_tune",
     "learn",

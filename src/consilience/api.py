@@ -1,6 +1,6 @@
 """The library's front door: everything the command line does, a function does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from consilience.experts.state_dict import StateDict
     from consilience.learned.loop import Watcher
     from consilience.recipe.schema import Recipe
+    from consilience.stability.diagnosis import Diagnosis
 
 PathLike = str | Path
 
@@ -172,6 +173,38 @@ def _merge_state_dicts(
     models = (None if base is None else from_state_dict("base", base), opened)
     plan = make_plan(recipe, where="arguments", stochastic=stochastic, allow_nonfinite=allow_nonfinite, models=models)
     return merge_in_memory(plan, base if base is not None else next(iter(experts.values())), threads)
+
+
+def diagnose(
+    recipe: "Recipe | PathLike",
+    *,
+    exact: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: "bool | Callable[[int, int], None]" = False,
+) -> "Diagnosis":
+    """Examine a recipe's experts before they are merged, in one pass over their checkpoints.
+
+    Args:
+        recipe: a recipe with a base, or its file.
+        exact: compute ranks and overlaps from whole matrices instead of sketches.
+        threads: number of workers (default: the cores this process may use); changes no figure beyond rounding.
+        seed: of the sketches.
+        progress: True for a bar on the terminal, or a function called with (bytes read, bytes in all).
+
+    Raises:
+        InputError: the recipe has no base, no expert fits it, or a stored value is NaN or Inf.
+    """
+    from consilience.progress import listening
+    from consilience.recipe.schema import Recipe, read_recipe
+    from consilience.stability.doctor import diagnose
+
+    where, root = "recipe", None
+    if not isinstance(recipe, Recipe):
+        path = Path(recipe)
+        recipe, where, root = read_recipe(path), str(path), path.parent
+    with listening("reading", progress) as listener:
+        return diagnose(recipe, where=where, root=root, exact=exact, threads=threads, seed=seed, listener=listener)
 
 
 def plan_recipe(

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
+from consilience.cli.doctor import doctor
 from consilience.cli.route import route
 from consilience.errors import InputError, printable
 
@@ -20,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(route, name="route")
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 
 MERGE_EPILOG = """Examples:
 

@@ -1,0 +1,140 @@
+"""What the doctor says of a set of experts, as plain values: figures, findings, and what is not known."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from consilience.stability.findings import Finding
+
+
+@dataclass(frozen=True)
+class ExpertFacts:
+    """One expert.
+
+    Attributes:
+        name: of the expert.
+        reference: where it is.
+        form: "full" or "adapter".
+        norm: ||tau_k||.
+        relative_norm: ||tau_k|| / ||theta_0||, over the tensors that some expert changes.
+        base_cosine: cos(theta_k, theta_0), over the same.
+        weight: p_k.
+        moved: D_k = ||merge - theta_k||, with these weights.
+        changed: share of these tensors' entries that it changes.
+        effective_rank: median over matrices of ||tau||_F^4 / ||tau tau^T||_F^2; None: it changes no matrix.
+    """
+
+    name: str
+    reference: str
+    form: str
+    norm: float
+    relative_norm: float
+    base_cosine: float
+    weight: float
+    moved: float
+    changed: float
+    effective_rank: float | None
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """Two experts.
+
+    Attributes:
+        first: name of one.
+        second: name of the other.
+        cosine: of their task vectors.
+        opposite: share of the entries that both change that differ in sign: 0.5 by chance; None: no such entry.
+        overlap: share of input directions in common, over all matrices: sum e_jk / sqrt(sum e_jj sum e_kk); None: none.
+        overlap_error: its standard error.
+    """
+
+    first: str
+    second: str
+    cosine: float
+    opposite: float | None
+    overlap: float | None
+    overlap_error: float | None
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """One block of the model (or all that is outside blocks): norms by expert, V, and the pair that agrees least."""
+
+    name: str
+    norms: tuple[float, ...]
+    displacement: float
+    cosine: float | None
+    pair: tuple[str, str] | None
+    cancelled: float
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """All experts together.
+
+    Attributes:
+        parameters: entries of all tensors that can be merged.
+        changed: entries of the tensors that some expert changes.
+        displacement: V with the weights used; None where they do not sum to 1.
+        orthogonal: what V would be were the task vectors orthogonal, (1 - 1/K) of their mean squared length.
+        sigma_max: largest singular value of the task vectors.
+        sigma_max_centred: the same of the task vectors less their mean.
+        common: share of their energy that their mean holds; 1 / K where they are orthogonal.
+        cancelled: share of the magnitude that cancels in their sum.
+        by_chance: the same for independent normal entries of these lengths, where all change all entries.
+    """
+
+    parameters: int
+    changed: int
+    displacement: float | None
+    orthogonal: float
+    sigma_max: float
+    sigma_max_centred: float
+    common: float
+    cancelled: float
+    by_chance: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The doctor's report.
+
+    Attributes:
+        recipe: what was diagnosed.
+        base: its base.
+        weights: where p comes from.
+        experts: those that fit.
+        refused: name and reason of those that do not.
+        together: of the whole set.
+        pairs: of two experts each.
+        blocks: along the model.
+        findings: what is wrong or worth knowing, in order.
+        unknown: what the report could not say, and what would tell.
+        evidence: what was read: "checkpoints", and "logs" or "probes" if given.
+        seconds: what it took.
+    """
+
+    recipe: str
+    base: str
+    weights: str
+    experts: tuple[ExpertFacts, ...]
+    refused: tuple[tuple[str, str], ...]
+    together: SetFacts
+    pairs: tuple[PairFacts, ...]
+    blocks: tuple[BlockFacts, ...]
+    findings: tuple[Finding, ...]
+    unknown: tuple[str, ...]
+    evidence: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values."""
+        return {"format": 1, **asdict(self)}
+
+    def by_severity(self) -> Mapping[str, int]:
+        """Return how many findings there are of each severity."""
+        counts: dict[str, int] = {}
+        for finding in self.findings:
+            counts[finding.severity] = counts.get(finding.severity, 0) + 1
+        return counts

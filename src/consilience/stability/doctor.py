@@ -1,0 +1,228 @@
+"""The merge doctor: read a recipe's experts and say whether they will merge, what is wrong, and what to change."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from consilience.coefficients.listing import place_of
+from consilience.recipe.schema import Recipe
+from consilience.stability import from_files, from_weights
+from consilience.stability.case import Case, open_case
+from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, PairFacts, SetFacts
+from consilience.stability.findings import Finding, ranked
+from consilience.stability.geometry import Geometry, Vector
+from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
+
+#: Called with (bytes read, bytes in all).
+Listener = Callable[[int, int], None]
+#: Methods whose ``weight`` is p itself.
+_WEIGHTED = ("linear", "task_arithmetic", "dare_linear", "ties", "dare_ties")
+_OUTSIDE = "outside blocks"
+
+
+def diagnose(
+    recipe: Recipe,
+    *,
+    where: str = "recipe",
+    root: Path | None = None,
+    exact: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    listener: Listener | None = None,
+) -> Diagnosis:
+    """Diagnose a recipe's experts from their checkpoints, in one pass over them.
+
+    Args:
+        recipe: any merge with a base; its method matters only for the weights that it gives.
+        where: how errors name the recipe.
+        root: the folder that its relative paths start from.
+        exact: compute ranks and overlaps from whole matrices instead of sketches.
+        threads: number of workers; None: all cores.
+        seed: of the sketches.
+        listener: told of what has been read.
+
+    Raises:
+        InputError: there is no base, no expert fits it, or a stored value is NaN or Inf.
+    """
+    started = time.perf_counter()
+    case = open_case(recipe, where, root)
+    try:
+        read = survey(case.plan, threads=threads, exact=exact, seed=seed, listener=listener)
+        base = case.plan.base
+        assert base is not None
+        beside = from_files.findings(base, case.plan.experts)
+    finally:
+        case.close()
+    p, said = weights_of(recipe, case)
+    blocks = blocks_of(read.tensors)
+    geometries = [
+        (name, sum_of([one.geometry for one in parts], len(p)), sum(one.numel for one in parts))
+        for name, parts in blocks
+    ]
+    found = [*_refusals(case), *from_weights.findings(read, geometries), *beside]
+    return Diagnosis(
+        recipe=where,
+        base=str(recipe.base_model),
+        weights=said,
+        experts=tuple(_experts(case, read, p)),
+        refused=tuple((one.name, one.reason) for one in case.refused),
+        together=_together(read, p),
+        pairs=tuple(_pairs(read)),
+        blocks=tuple(_block(read.names, name, parts, p) for name, parts in blocks),
+        findings=ranked(found),
+        unknown=UNKNOWN,
+        evidence=("checkpoints",),
+        seconds=time.perf_counter() - started,
+    )
+
+
+#: What weights alone cannot tell, and what would.
+UNKNOWN = (
+    "training lengths, batches, data and optimizers: give each model data: {logs: FOLDER}",
+    "the loss after merging: give each model data: {probe: FILE.jsonl} of 50 to 500 rows",
+)
+
+
+def weights_of(recipe: Recipe, case: Case) -> tuple[Vector, str]:
+    """Return p, [K], and where it comes from: the recipe's weights where they are one number each, else 1 / K."""
+    count = len(case.names)
+    given: list[Any] = [
+        entry.parameters.get("weight", recipe.parameters.get("weight"))
+        for entry in recipe.models
+        if entry.model != recipe.base_model and entry.model in {one.model for one in case.entries}
+    ]
+    plain = len(given) == count and all(isinstance(one, int | float) and not isinstance(one, bool) for one in given)
+    if recipe.merge_method not in _WEIGHTED or not plain:
+        return np.full(count, 1.0 / count), "uniform, 1 / K"
+    return np.array(given, np.float64), "the recipe's"
+
+
+def blocks_of(tensors: Sequence[TensorSurvey]) -> list[tuple[str, list[TensorSurvey]]]:
+    """Return tensors by block, in order; what lies outside blocks comes last."""
+    found: dict[str, list[TensorSurvey]] = {}
+    for one in tensors:
+        place = place_of(one.name)
+        name = _OUTSIDE if place.block is None else f"{place.tower}.{place.block}".lstrip(".")
+        found.setdefault(name, []).append(one)
+    return sorted(found.items(), key=lambda item: item[0] == _OUTSIDE)
+
+
+def _refusals(case: Case) -> list[Finding]:
+    return [
+        Finding("stop", "cannot-be-merged", (one.name,), one.reason, "mend it, or leave this expert out")
+        for one in case.refused
+    ]
+
+
+def _experts(case: Case, read: Survey, p: Vector) -> list[ExpertFacts]:
+    geometry, numel = read.geometry, max(1, sum(one.numel for one in read.tensors))
+    changed = sum((one.changed for one in read.tensors), np.zeros(len(p), np.int64))
+    moved = np.sqrt(geometry.moves(p))
+    return [
+        ExpertFacts(
+            name=expert.name,
+            reference=expert.reference,
+            form="adapter" if expert.low_rank else "full",
+            norm=float(geometry.norms[k]),
+            relative_norm=float(geometry.norms[k]) / geometry.base_norm if geometry.base_norm else 0.0,
+            base_cosine=float(geometry.base_cosines[k]),
+            weight=float(p[k]),
+            moved=float(moved[k]),
+            changed=float(changed[k]) / numel,
+            effective_rank=_rank(read, k),
+        )
+        for k, expert in enumerate(case.plan.experts)
+    ]
+
+
+def _rank(read: Survey, k: int) -> float | None:
+    """Return the median effective rank of an expert's updates of matrices."""
+    ranks = [
+        float(one.geometry.gram[k, k]) ** 2 / float(one.energies[k, k])
+        for one in read.tensors
+        if one.energies is not None and one.energies[k, k] > 0
+    ]
+    return float(np.median(ranks)) if ranks else None
+
+
+def _pairs(read: Survey) -> list[PairFacts]:
+    names, geometry = read.names, read.geometry
+    opposite = sum((one.opposite for one in read.tensors), np.zeros(geometry.gram.shape, np.int64))
+    both = sum((one.both for one in read.tensors), np.zeros(geometry.gram.shape, np.int64))
+    found: list[PairFacts] = []
+    for k in range(len(names)):
+        for j in range(k):
+            overlap, error = _overlap(read, j, k)
+            share = float(opposite[j, k] / both[j, k]) if both[j, k] else None
+            found.append(PairFacts(names[j], names[k], float(geometry.cosines[j, k]), share, overlap, error))
+    return found
+
+
+def _overlap(read: Survey, j: int, k: int) -> tuple[float | None, float | None]:
+    """Return the overlap of two experts' input directions over all matrices, and its standard error."""
+    pairs = [(one.energies, one.errors) for one in read.tensors if one.energies is not None]
+    cross = sum(float(energies[j, k]) for energies, _ in pairs)
+    own = math.sqrt(sum(float(e[j, j]) for e, _ in pairs) * sum(float(e[k, k]) for e, _ in pairs))
+    if own <= 0:
+        return None, None
+    error = math.sqrt(sum(float(errors[j, k]) ** 2 for _, errors in pairs if errors is not None))
+    return min(1.0, cross / own), error / own
+
+
+def _together(read: Survey, p: Vector) -> SetFacts:
+    geometry, tensors = read.geometry, read.tensors
+    count = len(p)
+    magnitudes = sum((one.magnitudes for one in tensors), np.zeros(count))
+    return SetFacts(
+        parameters=read.numel,
+        changed=sum(one.numel for one in tensors),
+        displacement=geometry.displacement(p) if abs(p.sum() - 1) < 1e-6 else None,
+        orthogonal=float(np.trace(geometry.gram)) / count * (1 - 1 / count),
+        sigma_max=geometry.sigma_max,
+        sigma_max_centred=geometry.sigma_max_centred,
+        common=geometry.common,
+        cancelled=_cancelled(magnitudes, sum(one.kept for one in tensors)),
+        by_chance=_by_chance(tensors, count),
+    )
+
+
+def _cancelled(magnitudes: Vector, kept: float) -> float:
+    total = float(magnitudes.sum())
+    return max(0.0, 1 - kept / total) if total > 0 else 0.0
+
+
+def _by_chance(tensors: Sequence[TensorSurvey], count: int) -> float:
+    """Return what would cancel of independent normal entries: 1 - sqrt(sum sigma_k^2) / sum sigma_k, by tensor."""
+    kept, total = 0.0, 0.0
+    for one in tensors:
+        lengths = one.geometry.norms * math.sqrt(one.numel)
+        kept, total = kept + float(np.sqrt(np.square(lengths).sum())), total + float(lengths.sum())
+    return 1 - kept / total if total > 0 and count > 1 else 0.0
+
+
+def _block(names: Sequence[str], name: str, parts: Sequence[TensorSurvey], p: Vector) -> BlockFacts:
+    geometry = sum_of([one.geometry for one in parts], len(p))
+    pair, cosine = _least(names, geometry)
+    magnitudes = sum((one.magnitudes for one in parts), np.zeros(len(p)))
+    return BlockFacts(
+        name,
+        tuple(map(float, geometry.norms)),
+        geometry.displacement(p / p.sum()) if p.sum() > 0 else 0.0,
+        cosine,
+        pair,
+        _cancelled(magnitudes, sum(one.kept for one in parts)),
+    )
+
+
+def _least(names: Sequence[str], geometry: Geometry) -> tuple[tuple[str, str] | None, float | None]:
+    """Return the pair that agrees least, among experts that change anything."""
+    active = [k for k in range(len(names)) if geometry.norms[k] > 0]
+    pairs = [(float(geometry.cosines[j, k]), (names[j], names[k])) for k in active for j in active if j < k]
+    if not pairs:
+        return None, None
+    cosine, pair = min(pairs)
+    return pair, cosine

@@ -1,0 +1,106 @@
+"""A diagnosis as text: what to do first, then the figures it rests on."""
+
+from collections.abc import Sequence
+
+from consilience.errors import printable
+from consilience.stability.diagnosis import Diagnosis
+
+_MARKS = {"stop": "STOP", "warning": "warning", "note": "note"}
+#: Pairs and blocks that are listed; the JSON has all.
+_MOST_PAIRS, _MOST_BLOCKS = 10, 8
+
+
+def text(diagnosis: Diagnosis) -> str:
+    """Return the report."""
+    parts = [_summary(diagnosis), _findings(diagnosis), _experts(diagnosis), _pairs(diagnosis), _blocks(diagnosis)]
+    parts.append("Not known from what was given:\n" + "\n".join(f"  - {one}" for one in diagnosis.unknown))
+    parts.append("Figures describe these weights; none is a guarantee of what a merge will do.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _summary(diagnosis: Diagnosis) -> str:
+    together = diagnosis.together
+    lines = [
+        f"{printable(diagnosis.recipe)}: {len(diagnosis.experts)} expert(s) on {printable(diagnosis.base)}, "
+        f"{together.changed / 1e6:.1f} M of {together.parameters / 1e6:.1f} M parameters changed by some, "
+        f"{diagnosis.seconds:.1f} s",
+        f"weights: {diagnosis.weights}",
+    ]
+    if together.displacement is not None and len(diagnosis.experts) > 1:
+        share = together.displacement / together.orthogonal if together.orthogonal else 0.0
+        lines.append(
+            f"displacement V = {together.displacement:.4g}, {100 * share:.0f} % of what orthogonal task vectors of "
+            f"these lengths would have; sigma_max {together.sigma_max:.4g}, centred {together.sigma_max_centred:.4g}"
+        )
+        lines.append(
+            f"{100 * together.cancelled:.0f} % of the experts' magnitude cancels in their sum (by chance "
+            f"{100 * together.by_chance:.0f} %); {100 * together.common:.0f} % of their energy is common "
+            f"(orthogonal: {100 / len(diagnosis.experts):.0f} %)"
+        )
+    return "\n".join(lines)
+
+
+def _findings(diagnosis: Diagnosis) -> str:
+    if not diagnosis.findings:
+        return "Nothing is wrong with these experts as far as their weights tell."
+    lines: list[str] = []
+    for finding in diagnosis.findings:
+        lines.append(f"{_MARKS[finding.severity]}: {printable(finding.what)} [{finding.confidence}]")
+        lines.append(f"    do: {printable(finding.mend)}" + (f" ({finding.effect})" if finding.effect else ""))
+        if finding.places:
+            lines.append(f"    where: {printable(', '.join(finding.places))}")
+    return "\n".join(lines)
+
+
+def _experts(diagnosis: Diagnosis) -> str:
+    header = ("expert", "form", "length", "of base", "cos base", "weight", "moved by", "changed", "eff. rank")
+    rows = [
+        (printable(one.name), one.form, f"{one.norm:.4g}", f"{one.relative_norm:.3g}", f"{one.base_cosine:.4f}",
+         f"{one.weight:.3g}", f"{one.moved:.4g}", f"{100 * one.changed:.1f} %",
+         "-" if one.effective_rank is None else f"{one.effective_rank:.1f}")
+        for one in diagnosis.experts
+    ]  # fmt: skip
+    return _columns(header, rows)
+
+
+def _pairs(diagnosis: Diagnosis) -> str:
+    if not diagnosis.pairs:
+        return ""
+    header = ("pair", "cosine", "opposite signs", "overlap of inputs")
+    shown = sorted(diagnosis.pairs, key=lambda one: -abs(one.cosine))[:_MOST_PAIRS]
+    rows = [
+        (printable(f"{one.first} - {one.second}"), f"{one.cosine:+.3f}",
+         "-" if one.opposite is None else f"{100 * one.opposite:.1f} %",
+         "-" if one.overlap is None else f"{one.overlap:.2f} ± {one.overlap_error:.2f}")
+        for one in shown
+    ]  # fmt: skip
+    more = len(diagnosis.pairs) - len(shown)
+    return _columns(header, rows) + (f"\n({more} more pairs: --json)" if more else "")
+
+
+def _blocks(diagnosis: Diagnosis) -> str:
+    if len(diagnosis.experts) < 2:
+        return ""
+    total = sum(one.displacement for one in diagnosis.blocks)
+    shown = sorted(diagnosis.blocks, key=lambda one: -one.displacement)[:_MOST_BLOCKS]
+    header = ("block", "share of V", "cancelled", "least cosine", "between")
+    rows = [
+        (printable(one.name), f"{100 * one.displacement / total:.1f} %" if total else "-",
+         f"{100 * one.cancelled:.0f} %", "-" if one.cosine is None else f"{one.cosine:+.3f}",
+         printable(" - ".join(one.pair or ())))
+        for one in shown
+    ]  # fmt: skip
+    more = len(diagnosis.blocks) - len(shown)
+    return _columns(header, rows) + (f"\n({more} more blocks: --json)" if more else "")
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines: list[str] = []
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,368 @@
+"""What checkpoints say of experts: one pass over the base and all task vectors, in blocks, whatever their size.
+
+Of every tensor: inner products (exact up to rounding), how often signs oppose, how much of the magnitude cancels in a
+sum, how many entries changed; and from one sketch, how many directions an update has and how much two updates share
+their input directions:
+
+    e_jk = ||tau_j tau_k^T||_F^2 = <tau_j^T tau_j, tau_k^T tau_k>        tau [m, n], y = tau x
+    effective rank r_k = ||tau_k||_F^4 / e_kk in [1, rank],    overlap o_jk = e_jk / sqrt(e_jj e_kk) in [0, 1]
+
+The sketch puts every row of tau, with a random sign, in one of S buckets, the same for all experts: B_k [S, n]. With
+M = tau_j tau_k^T and i != l, E[(B_j B_k^T)_il^2] = (||M||_F^2 - sum_a M_aa^2) / S^2, and the M_aa are known exactly. As
+sum_i (B_k B_k^T)_ii is ||tau_k||_F^2 in the mean, and that is known too, the estimate is multiplied by how much it is
+off, which removes most of the chance where an update has few directions. The jackknife over groups of buckets removes
+the bias that this brings, and gives a standard error. Cost: one addition an entry.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from consilience.engine.block import Loader, NonFinite, Scratch, count_tensor
+from consilience.engine.kernels import survey as kernels
+from consilience.engine.plan import SEGMENT, Plan, TensorPlan
+from consilience.engine.stream import thread_count
+from consilience.methods.program import Program, WeightedSum
+from consilience.stability.geometry import Geometry, Matrix, Vector
+
+Counts = npt.NDArray[np.int64]
+#: Buckets of a sketch, and groups that its standard error is found from.
+BUCKETS, GROUPS = 64, 8
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSurvey:
+    """What one tensor says.
+
+    Attributes:
+        name: of the tensor.
+        shape: its shape.
+        geometry: inner products.
+        opposite: entries that both experts change, in opposite directions, [K, K].
+        both: entries that both experts change, [K, K].
+        changed: entries that an expert changes, [K].
+        magnitudes: sum |tau_k|, [K].
+        kept: sum |sum_k tau_k|.
+        energies: e_jk, [K, K]; None where the tensor is no matrix.
+        errors: their standard errors, [K, K]; 0 where they are exact, as of matrices with few rows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    geometry: Geometry
+    opposite: Counts
+    both: Counts
+    changed: Counts
+    magnitudes: Vector
+    kept: float
+    energies: Matrix | None = None
+    errors: Matrix | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What all tensors that some expert changes say, in the base's order; ``numel`` counts all that can be merged."""
+
+    names: tuple[str, ...]
+    tensors: tuple[TensorSurvey, ...]
+    numel: int
+    bytes_read: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the whole model, as far as experts change it."""
+        return sum_of([one.geometry for one in self.tensors], len(self.names))
+
+
+def sum_of(parts: Sequence[Geometry], count: int) -> Geometry:
+    """Return the geometry of tensors together."""
+    total = Geometry(np.zeros((count, count)), np.zeros(count), 0.0)
+    for part in parts:
+        total = total + part
+    return total
+
+
+@dataclass(eq=False)
+class _Sums:
+    """What is added up of one tensor, by all threads."""
+
+    gram: Matrix
+    diagonal: Matrix
+    opposite: Counts
+    both: Counts
+    changed: Counts
+    magnitudes: Vector
+    kept: float = 0.0
+    sketch: npt.NDArray[np.float32] | None = None
+    left: int = 0
+
+    @classmethod
+    def of(cls, rows: int, columns: int | None, jobs: int) -> "_Sums":
+        square = (rows + 1, rows + 1)
+        pairs = (rows, rows)
+        sketch = None if columns is None else np.zeros((rows, BUCKETS, columns), np.float32)
+        opposite, both = np.zeros(pairs, np.int64), np.zeros(pairs, np.int64)
+        changed = np.zeros(rows, np.int64)
+        sums = np.zeros(square), np.zeros(square)
+        return cls(*sums, opposite, both, changed, np.zeros(rows), sketch=sketch, left=jobs)
+
+
+#: Called with (bytes read, bytes in all).
+Listener = Callable[[int, int], None]
+
+
+def survey(
+    plan: Plan, *, threads: int | None = None, exact: bool = False, seed: int = 0, listener: Listener | None = None
+) -> Survey:
+    """Read a plan's base and experts once and return what they say.
+
+    Args:
+        plan: of any merge of these experts on their base.
+        threads: number of workers; None: all cores.
+        exact: compute the energies from whole matrices, one at a time, instead of sketches.
+        seed: of the sketches.
+        listener: told of what has been read.
+
+    Raises:
+        InputError: a stored value is NaN or Inf.
+    """
+    names = tuple(expert.name for expert in plan.experts)
+    chosen = [_vectors(tensor) for tensor in plan.tensors if tensor.rows and not all(r.untouched for r in tensor.rows)]
+    total = sum(tensor.bytes_read for tensor in chosen)
+    run = _Run(len(names), exact, seed, total, listener)
+    jobs = [(tensor, first, last) for tensor in chosen for first, last in _spans(tensor)]
+    count = thread_count(threads)
+    with ThreadPoolExecutor(count, thread_name_prefix="survey") as pool:
+        found = _windowed(pool, run.job, jobs, 2 * count)
+        surveyed = tuple(one for one in found if one is not None)
+    order = {tensor.name: number for number, tensor in enumerate(chosen)}
+    ordered = tuple(sorted(surveyed, key=lambda one: order[one.name]))
+    return Survey(names, ordered, sum(t.numel for t in plan.tensors if t.rows), total)
+
+
+def _windowed(pool: ThreadPoolExecutor, run: Callable[..., Any], jobs: Sequence[Any], width: int) -> Iterator[Any]:
+    """Run jobs in order with few at a time in hand, so that few tensors' sums exist at once."""
+    waiting: list[Any] = []
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(run, *job))
+            if len(waiting) > width:
+                yield waiting.pop(0).result()
+        for one in waiting:
+            yield one.result()
+    finally:
+        for one in waiting:
+            one.cancel()
+
+
+def _vectors(tensor: TensorPlan) -> TensorPlan:
+    """Return a tensor whose stack are task vectors."""
+    return replace(tensor, program=Program("task_vectors", WeightedSum((1.0,) * len(tensor.rows))), wide=False)
+
+
+def _columns(tensor: TensorPlan) -> int:
+    """Return the row length of a tensor as a matrix; a vector is one row."""
+    return tensor.numel // max(1, tensor.shape[0]) if len(tensor.shape) > 1 else tensor.numel
+
+
+def _spans(tensor: TensorPlan) -> list[tuple[int, int]]:
+    """Return the spans of whole rows, of about a segment each, that workers take."""
+    columns = max(1, _columns(tensor))
+    step = max(1, SEGMENT // columns) * columns
+    return [(start, min(tensor.numel, start + step)) for start in range(0, tensor.numel, step)]
+
+
+class _Run:
+    """The jobs of one survey."""
+
+    def __init__(self, rows: int, exact: bool, seed: int, total: int, listener: Listener | None) -> None:
+        self.rows, self.exact, self.seed, self.total, self.listener = rows, exact, seed, total, listener
+        self.sums: dict[str, _Sums] = {}
+        self.done = 0
+        self.lock = threading.Lock()
+        self.local = threading.local()
+
+    def job(self, tensor: TensorPlan, first: int, last: int) -> TensorSurvey | None:
+        """Add one span; return the tensor's survey with its last one."""
+        if not hasattr(self.local, "scratch"):
+            self.local.scratch = Scratch()
+        part = _Sums.of(self.rows, self._sketched(tensor), 0)
+        try:
+            self._read(tensor, first, last, part)
+        except NonFinite as error:
+            raise count_tensor(error) from None
+        with self.lock:
+            held = self.sums.get(tensor.name)
+            if held is None:
+                held = self.sums[tensor.name] = _Sums.of(self.rows, self._sketched(tensor), len(_spans(tensor)))
+            _add(held, part)
+            held.left -= 1
+            self.done += tensor.bytes_read * (last - first) // tensor.numel
+            if self.listener is not None:
+                self.listener(self.done, self.total)
+            if held.left:
+                return None
+            del self.sums[tensor.name]
+        return self._finished(tensor, held)
+
+    def _sketched(self, tensor: TensorPlan) -> int | None:
+        """Return the width of a tensor's sketch; None: it has none."""
+        return _columns(tensor) if len(tensor.shape) > 1 and tensor.shape[0] > 1 and not self.exact else None
+
+    def _read(self, tensor: TensorPlan, first: int, last: int, part: _Sums) -> None:
+        loader, columns = Loader(self.local.scratch, tensor, True), max(1, _columns(tensor))
+        step = max(1, loader.size // columns) * columns
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            stack, base = loader.load(start, stop)
+            assert base is not None
+            rows = self.local.scratch.array("all", (self.rows + 1, stop - start), np.float32)
+            rows[0], rows[1:] = base, stack
+            kernels.add_products(rows, columns, part.gram, part.diagonal)
+            kernels.add_signs(stack, part.opposite, part.both, part.changed)
+            part.kept += kernels.add_magnitudes(stack, part.magnitudes)
+            if part.sketch is not None:
+                buckets, signs = _places(self.seed, tensor, start // columns, stop // columns)
+                kernels.add_sketch(stack, columns, buckets, signs, part.sketch)
+
+    def _finished(self, tensor: TensorPlan, sums: _Sums) -> TensorSurvey:
+        gram = np.tril(sums.gram) + np.tril(sums.gram, -1).T
+        diagonal = (np.tril(sums.diagonal) + np.tril(sums.diagonal, -1).T)[1:, 1:]
+        energies = errors = None
+        if sums.sketch is not None and tensor.shape[0] <= BUCKETS:
+            energies = np.array([[_energy(one, other) for other in sums.sketch] for one in sums.sketch])
+            errors = np.zeros_like(energies)
+        elif sums.sketch is not None:
+            energies, errors = _energies(sums.sketch, gram[1:, 1:], diagonal)
+        elif self.exact and len(tensor.shape) > 1:
+            energies = _exact_energies(Loader(Scratch(), tensor, False), self.rows)
+            errors = np.zeros_like(energies)
+        return TensorSurvey(
+            tensor.name,
+            tensor.shape,
+            Geometry(gram[1:, 1:], gram[1:, 0], float(gram[0, 0])),
+            sums.opposite + sums.opposite.T,
+            sums.both + sums.both.T,
+            sums.changed,
+            sums.magnitudes,
+            sums.kept,
+            energies,
+            errors,
+        )
+
+
+def _add(held: _Sums, part: _Sums) -> None:
+    for name in ("gram", "diagonal", "opposite", "both", "changed", "magnitudes"):
+        total = getattr(held, name)
+        total += getattr(part, name)
+    held.kept += part.kept
+    if held.sketch is not None and part.sketch is not None:
+        held.sketch += part.sketch
+
+
+def _energy(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """Return the energy of two sketches whose every bucket holds one row: they are the matrices."""
+    return float(np.square((one @ other.T).astype(np.float64)).sum())
+
+
+def _places(seed: int, tensor: TensorPlan, first: int, last: int) -> tuple[Any, Any]:
+    """Return the buckets and signs of matrix rows ``first ... last``: the same however a tensor is cut.
+
+    Where there are no more rows than buckets, each has one to itself.
+    """
+    if tensor.shape[0] <= BUCKETS:
+        return np.arange(first, last), np.ones(last - first, np.float32)
+    numbers = np.arange(first, last, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        mixed = _mixed(numbers + _mixed(np.array([(seed << 32) ^ tensor.index], np.uint64)))
+    return (mixed % np.uint64(BUCKETS)).astype(np.int64), np.where(mixed >> np.uint64(63), 1, -1).astype(np.float32)
+
+
+def _mixed(values: Any) -> Any:
+    """Return 64 well-mixed bits of each value (the finaliser of SplitMix64)."""
+    with np.errstate(over="ignore"):
+        values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def _energies(sketch: npt.NDArray[np.float32], gram: Matrix, diagonal: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the energies [K, K] that sketches [K, S, n] estimate, and their standard errors.
+
+    Args:
+        sketch: of K task vectors.
+        gram: their inner products [K, K].
+        diagonal: sum_a M_aa^2 [K, K] of each pair.
+    """
+    count = len(sketch)
+    energies, errors = np.zeros((count, count)), np.zeros((count, count))
+    lengths = np.square(sketch.astype(np.float64)).sum(-1)
+    for j in range(count):
+        for k in range(j + 1):
+            squares = np.square(np.matmul(sketch[j], sketch[k].T).astype(np.float64))
+            np.fill_diagonal(squares, 0.0)
+            known = float(gram[j, j] * gram[k, k])
+            found = _jackknife(_Energy(squares, lengths[j], lengths[k], known, float(diagonal[j, k])))
+            energies[j, k], errors[j, k] = energies[k, j], errors[k, j] = found
+    return energies, errors
+
+
+@dataclass(frozen=True, eq=False)
+class _Energy:
+    """Squared products of two sketches' buckets [S, S], 0 on the diagonal, with what is known of them exactly."""
+
+    squares: Matrix
+    one: Vector
+    other: Vector
+    known: float
+    diagonal: float
+
+    def of(self, keep: npt.NDArray[np.bool_]) -> float:
+        """Return the energy that some of the buckets tell."""
+        kept = int(keep.sum())
+        seen = float(self.one[keep].sum() * self.other[keep].sum()) * (BUCKETS / kept) ** 2
+        if seen <= 0:
+            return 0.0
+        off = float(self.squares[keep][:, keep].sum()) * BUCKETS**2 / (kept * (kept - 1))
+        return self.diagonal + off * self.known / seen
+
+
+def _jackknife(energy: _Energy) -> tuple[float, float]:
+    """Return an estimate less its bias, and its standard error, from estimates without one group of buckets each."""
+    group = np.arange(BUCKETS) % GROUPS
+    whole = energy.of(np.ones(BUCKETS, bool))
+    without = np.array([energy.of(group != g) for g in range(GROUPS)])
+    value = GROUPS * whole - (GROUPS - 1) * float(without.mean())
+    spread = (GROUPS - 1) / GROUPS * float(np.square(without - without.mean()).sum())
+    # No energy is less than what is known of it, nor more than ||tau_j||^2 ||tau_k||^2.
+    return float(np.clip(value, energy.diagonal, max(energy.known, energy.diagonal))), float(np.sqrt(spread))
+
+
+def _exact_energies(loader: Loader, count: int) -> Matrix:
+    """Return the energies of a tensor's whole task vectors, in float64."""
+    tensor = loader.tensor
+    height, columns = tensor.shape[0], _columns(tensor)
+    whole = np.empty((count, tensor.numel), np.float32)
+    for start in range(0, tensor.numel, loader.size):
+        stop = min(tensor.numel, start + loader.size)
+        whole[:, start:stop] = loader.load(start, stop)[0]
+    matrices = whole.reshape(count, height, columns).astype(np.float64)
+    found = np.zeros((count, count))
+    if columns <= height:  # <tau_j^T tau_j, tau_k^T tau_k>: what is squared has the shorter side
+        inner = [matrix.T @ matrix for matrix in matrices]
+        return np.array([[float((one * other).sum()) for other in inner] for one in inner])
+    for j in range(count):
+        for k in range(j + 1):
+            found[j, k] = found[k, j] = float(np.square(matrices[j] @ matrices[k].T).sum())
+    return found
