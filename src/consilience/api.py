@@ -181,30 +181,45 @@ def diagnose(
     exact: bool = False,
     threads: int | None = None,
     seed: int = 0,
+    probe_rows: int | None = 100,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: "bool | Callable[[int, int], None]" = False,
 ) -> "Diagnosis":
-    """Examine a recipe's experts before they are merged, in one pass over their checkpoints.
+    """Examine a recipe's experts before they are merged: their checkpoints, and losses on probe rows if there are any.
 
     Args:
         recipe: a recipe with a base, or its file.
         exact: compute ranks and overlaps from whole matrices instead of sketches.
         threads: number of workers (default: the cores this process may use); changes no figure beyond rounding.
         seed: of the sketches.
-        progress: True for a bar on the terminal, or a function called with (bytes read, bytes in all).
+        probe_rows: rows that are used of each expert's ``data.probe`` (0: all); None: probes are left out.
+        device: where probes run the model.
+        trust_remote_code: run ``.py`` files that come with the base.
+        progress: True for bars on the terminal, or a function called with (done, in all) of each part of the work.
 
     Raises:
-        InputError: the recipe has no base, no expert fits it, or a stored value is NaN or Inf.
+        InputError: the recipe has no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
     """
     from consilience.progress import listening
     from consilience.recipe.schema import Recipe, read_recipe
     from consilience.stability.doctor import diagnose
+    from consilience.stability.probing import ProbeSettings
 
     where, root = "recipe", None
     if not isinstance(recipe, Recipe):
         path = Path(recipe)
         recipe, where, root = read_recipe(path), str(path), path.parent
-    with listening("reading", progress) as listener:
-        return diagnose(recipe, where=where, root=root, exact=exact, threads=threads, seed=seed, listener=listener)
+    return diagnose(
+        recipe,
+        where=where,
+        root=root,
+        exact=exact,
+        threads=threads,
+        seed=seed,
+        probes=None if probe_rows is None else ProbeSettings(probe_rows, device, trust_remote_code),
+        watch=lambda part: listening(part, progress),
+    )
 
 
 def plan_recipe(

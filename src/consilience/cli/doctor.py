@@ -25,6 +25,10 @@ def doctor(
     exact: Annotated[
         bool, typer.Option(help="Compute ranks and overlaps from whole matrices instead of sketches (slower).")
     ] = False,
+    probe_rows: Annotated[int, typer.Option(min=0, help="Rows used of each expert's data.probe (0: all).")] = 100,
+    probes: Annotated[bool, typer.Option(help="Measure losses where all experts have probe rows.")] = True,
+    device: Annotated[str, typer.Option(help="Where probes run the model: cpu, cuda, ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run .py files that come with the base.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Workers (default: all cores).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sketches.")] = 0,
@@ -39,6 +43,9 @@ def doctor(
         exact=exact,
         threads=threads,
         seed=seed,
+        probe_rows=probe_rows if probes else None,
+        device=device,
+        trust_remote_code=trust_remote_code,
         progress=not quiet and sys.stderr.isatty(),
     )
     if as_json:

@@ -171,6 +171,7 @@ class Data:
     response_tokens: int = 64
     positions: Positions = "all"
     holdout: float = 0.0
+    key: Literal["calibration", "probe"] = "calibration"
 
 
 def base_folder(plan: Plan) -> Path:
@@ -256,7 +257,7 @@ def open_workshop(
     """
     folder = base_folder(run.plan)
     target = run.target(data.samples) if run.plan.method.reads_target else None
-    tasks = [run.task(name, rows=data.samples) for name in run.experts] if target is None else []
+    tasks = [run.task(name, data.key, data.samples) for name in run.experts] if target is None else []
     run.watcher.phase("loading", 1)
     bank = Bank(run.plan, coefficients.groups, trimmed=trimmed, threads=run.machine.threads)
     with contextlib.ExitStack() as undo:

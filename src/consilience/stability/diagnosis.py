@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from consilience.stability.candidates import Candidate
 from consilience.stability.findings import Finding
 
 
@@ -97,6 +98,54 @@ class SetFacts:
 
 
 @dataclass(frozen=True)
+class ProbedTask:
+    """One task's losses, in nats per answered token.
+
+    Attributes:
+        task: the expert whose it is.
+        rows: probe rows.
+        base: of the base.
+        own: of its expert.
+        merged: of the merge with the weights given, measured.
+        scan: on the way from the expert to the merge, at each of ``ProbeFacts.points``.
+        curvature: of that way, in nats per squared unit of length.
+        barrier: the most by which the way rises above the straight line between its ends.
+        heterogeneity: distance of its gradient at the base from the tasks' mean, in the span of the task vectors.
+        noise: variance of one row's gradient there; None: it has a single row.
+    """
+
+    task: str
+    rows: int
+    base: float
+    own: float
+    merged: float
+    scan: tuple[float, ...]
+    curvature: float
+    barrier: float
+    heterogeneity: float
+    noise: float | None
+
+
+@dataclass(frozen=True)
+class ProbeFacts:
+    """What probe data said.
+
+    Attributes:
+        points: shares of the way from an expert to the merge that were measured.
+        tasks: by expert.
+        candidates: merges by predicted mean loss, the best first.
+        saturation: predicted mean loss of all tasks under uniform merges of k random experts, k = 1 ... K.
+        next_gain: predicted gain of one more expert like these, on those tasks; None: fewer than three experts.
+    """
+
+    points: tuple[float, ...]
+    tasks: tuple[ProbedTask, ...]
+    candidates: tuple[Candidate, ...]
+    saturation: tuple[float, ...]
+    next_gain: float | None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """The doctor's report.
 
@@ -113,6 +162,7 @@ class Diagnosis:
         unknown: what the report could not say, and what would tell.
         evidence: what was read: "checkpoints", and "logs" or "probes" if given.
         seconds: what it took.
+        probes: what probe data said, if there were any.
     """
 
     recipe: str
@@ -127,6 +177,7 @@ class Diagnosis:
     unknown: tuple[str, ...]
     evidence: tuple[str, ...]
     seconds: float
+    probes: ProbeFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""

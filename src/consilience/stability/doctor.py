@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,24 @@ import numpy as np
 
 from consilience.coefficients.listing import place_of
 from consilience.recipe.schema import Recipe
-from consilience.stability import from_files, from_weights
+from consilience.stability import from_files, from_weights, probing
 from consilience.stability.case import Case, open_case
-from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, PairFacts, SetFacts
+from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, PairFacts, ProbeFacts, SetFacts
 from consilience.stability.findings import Finding, ranked
 from consilience.stability.geometry import Geometry, Vector
+from consilience.stability.probing import ProbeSettings, has_probes
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
 
-#: Called with (bytes read, bytes in all).
-Listener = Callable[[int, int], None]
+#: Opens what is told of (done, in all), by the name of the part of the work.
+Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
 #: Methods whose ``weight`` is p itself.
 _WEIGHTED = ("linear", "task_arithmetic", "dare_linear", "ties", "dare_ties")
 _OUTSIDE = "outside blocks"
+
+
+def quiet(_part: str) -> AbstractContextManager[None]:
+    """Tell nobody."""
+    return nullcontext()
 
 
 def diagnose(
@@ -32,9 +39,10 @@ def diagnose(
     exact: bool = False,
     threads: int | None = None,
     seed: int = 0,
-    listener: Listener | None = None,
+    probes: ProbeSettings | None = None,
+    watch: Watch = quiet,
 ) -> Diagnosis:
-    """Diagnose a recipe's experts from their checkpoints, in one pass over them.
+    """Diagnose a recipe's experts: from their checkpoints, in one pass, and on probe rows where all experts have them.
 
     Args:
         recipe: any merge with a base; its method matters only for the weights that it gives.
@@ -43,21 +51,29 @@ def diagnose(
         exact: compute ranks and overlaps from whole matrices instead of sketches.
         threads: number of workers; None: all cores.
         seed: of the sketches.
-        listener: told of what has been read.
+        probes: how probes are run; None: they are left out.
+        watch: opens something that is told of progress, by the name of the part.
 
     Raises:
-        InputError: there is no base, no expert fits it, or a stored value is NaN or Inf.
+        InputError: there is no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
     """
     started = time.perf_counter()
     case = open_case(recipe, where, root)
     try:
-        read = survey(case.plan, threads=threads, exact=exact, seed=seed, listener=listener)
+        probed = probes is not None and has_probes(case)
+        with watch("reading") as listener:
+            read = survey(case.plan, threads=threads, exact=exact, seed=seed, listener=listener)
         base = case.plan.base
         assert base is not None
         beside = from_files.findings(base, case.plan.experts)
+        p, said = weights_of(recipe, case)
+        facts: ProbeFacts | None = None
+        if probed and probes is not None:
+            with watch("measuring") as listener:
+                facts, more = probing.run(case, read.geometry, p, probes, threads=threads, listener=listener)
+            beside += more
     finally:
         case.close()
-    p, said = weights_of(recipe, case)
     blocks = blocks_of(read.tensors)
     geometries = [
         (name, sum_of([one.geometry for one in parts], len(p)), sum(one.numel for one in parts))
@@ -74,17 +90,18 @@ def diagnose(
         pairs=tuple(_pairs(read)),
         blocks=tuple(_block(read.names, name, parts, p) for name, parts in blocks),
         findings=ranked(found),
-        unknown=UNKNOWN,
-        evidence=("checkpoints",),
+        unknown=tuple(text for part, text in UNKNOWN.items() if part != "probes" or facts is None),
+        evidence=("checkpoints",) if facts is None else ("checkpoints", "probes"),
         seconds=time.perf_counter() - started,
+        probes=facts,
     )
 
 
 #: What weights alone cannot tell, and what would.
-UNKNOWN = (
-    "training lengths, batches, data and optimizers: give each model data: {logs: FOLDER}",
-    "the loss after merging: give each model data: {probe: FILE.jsonl} of 50 to 500 rows",
-)
+UNKNOWN = {
+    "logs": "training lengths, batches, data and optimizers: give each model data: {logs: FOLDER}",
+    "probes": "the loss after merging: give each model data: {probe: FILE.jsonl} of 50 to 500 rows",
+}
 
 
 def weights_of(recipe: Recipe, case: Case) -> tuple[Vector, str]:

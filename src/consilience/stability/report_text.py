@@ -13,6 +13,7 @@ _MOST_PAIRS, _MOST_BLOCKS = 10, 8
 def text(diagnosis: Diagnosis) -> str:
     """Return the report."""
     parts = [_summary(diagnosis), _findings(diagnosis), _experts(diagnosis), _pairs(diagnosis), _blocks(diagnosis)]
+    parts += [_tasks(diagnosis), _candidates(diagnosis)]
     parts.append("Not known from what was given:\n" + "\n".join(f"  - {one}" for one in diagnosis.unknown))
     parts.append("Figures describe these weights; none is a guarantee of what a merge will do.")
     return "\n\n".join(part for part in parts if part)
@@ -92,6 +93,36 @@ def _blocks(diagnosis: Diagnosis) -> str:
     ]  # fmt: skip
     more = len(diagnosis.blocks) - len(shown)
     return _columns(header, rows) + (f"\n({more} more blocks: --json)" if more else "")
+
+
+def _tasks(diagnosis: Diagnosis) -> str:
+    if diagnosis.probes is None:
+        return ""
+    header = ("loss, nats a token", "rows", "base", "own expert", "merged", "gain kept", "barrier", "curvature")
+    rows = [
+        (printable(one.task), str(one.rows), f"{one.base:.3f}", f"{one.own:.3f}", f"{one.merged:.3f}",
+         f"{100 * (one.base - one.merged) / (one.base - one.own):.0f} %" if one.base > one.own else "-",
+         f"{one.barrier:.3f}", f"{one.curvature:.3g}")
+        for one in diagnosis.probes.tasks
+    ]  # fmt: skip
+    return _columns(header, rows)
+
+
+def _candidates(diagnosis: Diagnosis) -> str:
+    if diagnosis.probes is None:
+        return ""
+    header = ("predicted merges, the best first", "mean loss", "worst rise", "of")
+    rows = [
+        (printable(one.name), f"{one.mean:.3f}", f"{one.worst:.3f}", printable(one.worst_task))
+        for one in diagnosis.probes.candidates
+    ]
+    lines = [_columns(header, rows)]
+    if diagnosis.probes.saturation:
+        curve = " ".join(f"{value:.3f}" for value in diagnosis.probes.saturation)
+        lines.append(f"mean loss of all tasks after averaging k random experts, k = 1 ...: {curve}")
+    if diagnosis.probes.next_gain is not None:
+        lines.append(f"one more expert like these is predicted to change it by {-diagnosis.probes.next_gain:+.3f}")
+    return "\n".join(lines)
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

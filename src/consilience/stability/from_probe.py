@@ -1,0 +1,80 @@
+"""Findings from probe data: what merging costs, what would cost less, whether more experts will help."""
+
+import numpy as np
+
+from consilience.stability.candidates import Candidate
+from consilience.stability.findings import Finding
+from consilience.stability.probe import Probe
+
+#: A merge that keeps less than this share of an expert's gain over the base has lost the expert.
+LOST = 0.5
+#: Shares of the mean loss that a candidate must gain to be advised, and an expert's next step along its task vector.
+_GAIN, _UNFINISHED = 0.02, 0.1
+
+
+def findings(names: tuple[str, ...], probe: Probe, found: tuple[Candidate, ...]) -> list[Finding]:
+    """Return what the losses show."""
+    return [*_useless(names, probe), *_lost(names, probe), *_unfinished(names, probe), *_better(names, probe, found)]
+
+
+def _useless(names: tuple[str, ...], probe: Probe) -> list[Finding]:
+    return [
+        Finding("warning", "no-better-than-base", (name,),
+                f"{name} is no better on its own task than the base ({own:.3f} against {base:.3f} nats a token)",
+                "check the expert and its probe rows; as it is, it can only cost the others", "its weight is free")
+        for name, own, base in zip(names, probe.own, probe.base, strict=True) if own >= base
+    ]  # fmt: skip
+
+
+def _lost(names: tuple[str, ...], probe: Probe) -> list[Finding]:
+    found: list[Finding] = []
+    for k, name in enumerate(names):
+        gain = probe.base[k] - probe.own[k]
+        if gain <= 0:
+            continue
+        kept = float((probe.base[k] - probe.merged[k]) / gain)
+        if kept < LOST:
+            found.append(Finding(
+                "warning", "lost-in-the-merge", (name,),
+                f"with these weights {name}'s task keeps {100 * kept:.0f} % of what the expert gained (loss "
+                f"{probe.own[k]:.3f} alone, {probe.merged[k]:.3f} merged, {probe.base[k]:.3f} of the base)",
+                "give it more weight, learn the weights (expert_merging), or route instead of merging",
+                "measured on its probe rows",
+            ))  # fmt: skip
+    return found
+
+
+def _unfinished(names: tuple[str, ...], probe: Probe) -> list[Finding]:
+    """An expert whose loss still falls along its own task vector was stopped early; one whose loss rises, late."""
+    found: list[Finding] = []
+    for k, name in enumerate(names):
+        slope, gain = float(probe.slopes[k, k]), float(probe.base[k] - probe.own[k])
+        if gain > 0 and abs(slope) > _UNFINISHED * gain:
+            early = slope < 0
+            found.append(Finding(
+                "note", "stopped-early" if early else "trained-too-far", (name,),
+                f"{name}'s loss still {'falls' if early else 'rises'} along its task vector ({slope:+.3f} nats for "
+                "doubling it)",
+                "train it longer, or give it a larger weight" if early else "shrink it, or keep an earlier checkpoint",
+                "", "likely",
+            ))  # fmt: skip
+    return found
+
+
+def _better(names: tuple[str, ...], probe: Probe, found: tuple[Candidate, ...]) -> list[Finding]:
+    """The best candidate, if it is predicted to gain something over the weights given."""
+    given = next(one for one in found if one.name == "the weights given")
+    best = found[0]
+    gain = given.mean - best.mean
+    if gain <= _GAIN * abs(given.mean):
+        return []
+    weights = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, best.weights, strict=True))
+    left_out = tuple(name for name, value in zip(names, best.weights, strict=True) if value == 0)
+    return [Finding(
+        "warning", "better-weights", left_out,
+        f"other weights are predicted to do better: {best.name} ({weights})",
+        "try it, and measure: consilience merge with these weights, then consilience evaluate",
+        f"mean loss {given.mean:.3f} -> {best.mean:.3f} nats a token by the quadratic model (measured with the weights "
+        f"given: {float(np.mean(probe.merged)):.3f})",
+        "possible",
+    )]  # fmt: skip

@@ -1,0 +1,156 @@
+"""What probe data say of a merge before it is made: losses, slopes, curvatures, barriers, gradients that disagree.
+
+For each task k, with d_k = sum_j p_j tau_j - tau_k:
+
+    scan      f_k(x_k + s d_k) at a few s in (0, 1]; s = 1 is the merge with weights p
+    S[k, j]   <grad f_k(x_k), tau_j>, one backward pass
+    c_k       least squares of f_k(x_k + s d_k) - f_k(x_k) - s <grad, d_k> on s^2 ||d_k||^2 / 2
+    barrier   the largest f_k(x_k + s d_k) above the straight line between its ends
+
+and at the base, where g_k = df_k/dalpha [K] and G = tau^T tau, inside the span of the task vectors (the part of a
+gradient that weights can follow; ||P grad||^2 = g^T G^+ g):
+
+    zeta_k    ||P (grad f_k - mean_j grad f_j)||, heterogeneity
+    sigma_k^2 variance of one row's projected gradient, from two halves: m/2 ||P (grad_1 - grad_2)||^2 / 2 for m rows
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from consilience.stability.geometry import Geometry, Matrix, Vector
+from consilience.stability.landscape import Landscape
+from consilience.stability.weights import predicted_losses
+
+#: Where the way from an expert to the merge is measured.
+SCAN = (0.25, 0.5, 0.75, 1.0)
+#: Eigenvalues of G below this share of the largest are left out of G^+.
+_NULL = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What was measured; vectors are by task, [K].
+
+    Attributes:
+        weights: p.
+        base: losses of the base.
+        own: losses of each task's own expert.
+        scan: losses by point of ``SCAN`` and task, [S, K].
+        slopes: S [K, K].
+        curvatures: c, in nats per squared unit of length; may be negative.
+        barriers: in nats.
+        heterogeneity: zeta at the base.
+        noise: sigma^2 at the base; NaN where a task has a single row.
+        gram: G.
+    """
+
+    weights: Vector
+    base: Vector
+    own: Vector
+    scan: Matrix
+    slopes: Matrix
+    curvatures: Vector
+    barriers: Vector
+    heterogeneity: Vector
+    noise: Vector
+    gram: Matrix
+
+    @property
+    def merged(self) -> Vector:
+        """The measured losses of the merge with weights p."""
+        return self.scan[-1]
+
+    def predicted(self, p: Vector) -> Vector:
+        """Return the losses of a merge with other weights, [K], as the quadratic model has them."""
+        return np.asarray(predicted_losses(p, self.own, self.gram, self.slopes, self.curvatures), np.float64)
+
+
+#: Called after every measurement, of as many in all.
+Listener = Callable[[int, int], None]
+
+
+def probe(landscape: Landscape, geometry: Geometry, p: Vector, listener: Listener | None = None) -> Probe:
+    """Measure what ``Probe`` holds: of a task five losses and, with gradients, one on all rows, two on half.
+
+    Args:
+        landscape: the tasks' losses.
+        geometry: of the task vectors.
+        p: the weights of the merge in question, [K].
+        listener: told of what has been measured.
+
+    Raises:
+        InputError: a loss is not finite.
+    """
+    count = len(p)
+    total, done = count * (len(SCAN) + 4), 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if listener is not None:
+            listener(done, total)
+
+    base, own, slopes = np.zeros(count), np.zeros(count), np.zeros((count, count))
+    halves = np.zeros((count, 2, count))
+    scan = np.zeros((len(SCAN), count))
+    for k in range(count):
+        rows = list(landscape.rows(k))
+        parts = [rows[::2], rows[1::2]] if len(rows) > 1 else [rows, rows]
+        for side, part in enumerate(parts):
+            halves[k, side] = landscape.slope(k, np.zeros(count), part)[1]
+            tell()
+        base[k] = landscape.loss(k, np.zeros(count))
+        tell()
+        own[k], slopes[k] = landscape.slope(k, np.eye(count)[k], rows)
+        tell()
+        for at, s in enumerate(SCAN):
+            scan[at, k] = landscape.loss(k, (1 - s) * np.eye(count)[k] + s * p)
+            tell()
+    known = [len(landscape.rows(k)) for k in range(count)]
+    heterogeneity, noise = _disagreement(halves, geometry.gram, known)
+    return Probe(
+        p,
+        base,
+        own,
+        scan,
+        slopes,
+        _curvatures(own, slopes, scan, geometry, p),
+        _barriers(own, scan),
+        heterogeneity,
+        noise,
+        geometry.gram,
+    )
+
+
+def _curvatures(own: Vector, slopes: Matrix, scan: Matrix, geometry: Geometry, p: Vector) -> Vector:
+    """Return c_k of the scans; 0 where an expert does not move."""
+    s = np.array(SCAN)
+    rise = scan - own - s[:, None] * (slopes @ p - np.diag(slopes))
+    moves = geometry.moves(p)
+    bends = 2 * (s[:, None] ** 2 * rise).sum(0) / (s**4).sum()
+    return np.where(moves > 0, bends / np.where(moves > 0, moves, 1.0), 0.0)
+
+
+def _barriers(own: Vector, scan: Matrix) -> Vector:
+    s = np.array(SCAN)[:, None]
+    return np.clip((scan - ((1 - s) * own + s * scan[-1])).max(0), 0, None)
+
+
+def _disagreement(halves: Matrix, gram: Matrix, rows: list[int]) -> tuple[Vector, Vector]:
+    """Return zeta [K] and sigma^2 [K] of gradients by halves of the rows, [K, 2, K]."""
+    inverse = pseudo_inverse(gram)
+    means = halves.mean(1)
+    away = means - means.mean(0)
+    apart = halves[:, 0] - halves[:, 1]
+    lengths = np.einsum("ki,ij,kj->k", apart, inverse, apart)
+    noise = np.array([m / 4 * value if m > 1 else np.nan for m, value in zip(rows, lengths, strict=True)])
+    return np.sqrt(np.clip(np.einsum("ki,ij,kj->k", away, inverse, away), 0, None)), noise
+
+
+def pseudo_inverse(gram: Matrix) -> Matrix:
+    """Return G^+ of a Gram matrix, its null space by the largest eigenvalue."""
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > _NULL * max(float(values[-1]), 0.0)
+    return (vectors[:, kept] / values[kept]) @ vectors[:, kept].T

@@ -1,0 +1,110 @@
+"""The doctor's part that needs data: run the probes of a case and put what they say into the report."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from consilience.engine.plan import resolve_file
+from consilience.errors import InputError
+from consilience.stability import from_probe
+from consilience.stability.candidates import candidates
+from consilience.stability.case import Case
+from consilience.stability.diagnosis import ProbedTask, ProbeFacts
+from consilience.stability.findings import Finding
+from consilience.stability.geometry import Geometry, Vector
+from consilience.stability.landscape import Landscape, RecipeLandscape
+from consilience.stability.probe import SCAN, Listener, Probe, probe
+from consilience.stability.saturation import expected_losses
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How probes are run: the first ``rows`` of each file (0: all), where, and whether a model's own code may run."""
+
+    rows: int = 100
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+def has_probes(case: Case) -> bool:
+    """Whether every expert has probe rows; that some have and others not is a mistake.
+
+    Raises:
+        InputError: names an expert without.
+    """
+    given = [entry.data is not None and entry.data.probe is not None for entry in case.entries]
+    if any(given) and not all(given):
+        missing = case.names[given.index(False)]
+        raise InputError(
+            f"{case.where}: {missing}: has no data: {{probe: FILE}}, and others have; give every expert one, or none"
+        )
+    for entry in case.entries if all(given) else ():
+        assert entry.data is not None
+        assert entry.data.probe is not None
+        resolve_file(entry.data.probe, case.root)
+    return all(given)
+
+
+def run(
+    case: Case,
+    geometry: Geometry,
+    p: Vector,
+    settings: ProbeSettings,
+    *,
+    threads: int | None = None,
+    listener: Listener | None = None,
+) -> tuple[ProbeFacts, list[Finding]]:
+    """Measure a case on its probe rows.
+
+    Raises:
+        InputError: a file or row is wrong, or the base is no Hugging Face folder.
+    """
+    landscape = RecipeLandscape(
+        case,
+        rows=settings.rows,
+        device=settings.device,
+        threads=threads,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    try:
+        return facts(case.names, landscape, probe(landscape, geometry, p, listener))
+    finally:
+        landscape.close()
+
+
+def facts(names: tuple[str, ...], landscape: Landscape, measured: Probe) -> tuple[ProbeFacts, list[Finding]]:
+    """Return what was measured, and the findings."""
+    found = candidates(names, measured)
+    tasks = tuple(
+        ProbedTask(
+            task=name,
+            rows=len(landscape.rows(k)),
+            base=float(measured.base[k]),
+            own=float(measured.own[k]),
+            merged=float(measured.merged[k]),
+            scan=tuple(map(float, measured.scan[:, k])),
+            curvature=float(measured.curvatures[k]),
+            barrier=float(measured.barriers[k]),
+            heterogeneity=float(measured.heterogeneity[k]),
+            noise=None if np.isnan(measured.noise[k]) else float(measured.noise[k]),
+        )
+        for k, name in enumerate(names)
+    )
+    curve, gain = saturation(measured)
+    return ProbeFacts(SCAN, tasks, found, curve, gain), from_probe.findings(names, measured, found)
+
+
+def saturation(measured: Probe) -> tuple[tuple[float, ...], float | None]:
+    """Return the predicted mean loss of uniform merges of k random experts, k = 1 ... K, and what one more would gain.
+
+    The curve is a constant plus A / k (``saturation.py``), and so goes on to K + 1 by itself.
+    """
+    count = len(measured.own)
+    if count < 2:
+        return (), None
+    means = [
+        float(expected_losses(k, measured.gram, measured.own, measured.slopes, measured.curvatures).mean())
+        for k in range(1, count + 1)
+    ]
+    rate = 2 * (means[0] - means[1])
+    return tuple(means), rate / count - rate / (count + 1) if count > 2 else None
