@@ -98,23 +98,16 @@ class _Sums:
 
     gram: Matrix
     diagonal: Matrix
-    opposite: Counts
-    both: Counts
-    changed: Counts
+    counts: Counts
     magnitudes: Vector
-    kept: float = 0.0
     sketch: npt.NDArray[np.float32] | None = None
     left: int = 0
 
     @classmethod
     def of(cls, rows: int, columns: int | None, jobs: int) -> "_Sums":
-        square = (rows + 1, rows + 1)
-        pairs = (rows, rows)
         sketch = None if columns is None else np.zeros((rows, BUCKETS, columns), np.float32)
-        opposite, both = np.zeros(pairs, np.int64), np.zeros(pairs, np.int64)
-        changed = np.zeros(rows, np.int64)
-        sums = np.zeros(square), np.zeros(square)
-        return cls(*sums, opposite, both, changed, np.zeros(rows), sketch=sketch, left=jobs)
+        pairs, counts = np.zeros((rows, rows)), np.zeros((2, rows, rows), np.int64)
+        return cls(np.zeros((rows + 1, rows + 1)), pairs, counts, np.zeros(rows + 1), sketch, jobs)
 
 
 #: Called with (bytes read, bytes in all).
@@ -226,18 +219,17 @@ class _Run:
             stop = min(last, start + step)
             stack, base = loader.load(start, stop)
             assert base is not None
-            rows = self.local.scratch.array("all", (self.rows + 1, stop - start), np.float32)
-            rows[0], rows[1:] = base, stack
-            kernels.add_products(rows, columns, part.gram, part.diagonal)
-            kernels.add_signs(stack, part.opposite, part.both, part.changed)
-            part.kept += kernels.add_magnitudes(stack, part.magnitudes)
+            room = self.local.scratch.array("together", (kernels.TILE,), np.float32)
+            sums = part.gram, part.diagonal, part.counts, part.magnitudes
+            kernels.add_rows(base, stack, columns, *sums, room)
             if part.sketch is not None:
                 buckets, signs = _places(self.seed, tensor, start // columns, stop // columns)
                 kernels.add_sketch(stack, columns, buckets, signs, part.sketch)
 
     def _finished(self, tensor: TensorPlan, sums: _Sums) -> TensorSurvey:
         gram = np.tril(sums.gram) + np.tril(sums.gram, -1).T
-        diagonal = (np.tril(sums.diagonal) + np.tril(sums.diagonal, -1).T)[1:, 1:]
+        diagonal = np.tril(sums.diagonal) + np.tril(sums.diagonal, -1).T
+        opposite, both = (np.tril(one, -1) + np.tril(one, -1).T for one in sums.counts)
         energies = errors = None
         if sums.sketch is not None and tensor.shape[0] <= BUCKETS:
             energies = np.array([[_energy(one, other) for other in sums.sketch] for one in sums.sketch])
@@ -251,21 +243,20 @@ class _Run:
             tensor.name,
             tensor.shape,
             Geometry(gram[1:, 1:], gram[1:, 0], float(gram[0, 0])),
-            sums.opposite + sums.opposite.T,
-            sums.both + sums.both.T,
-            sums.changed,
-            sums.magnitudes,
-            sums.kept,
+            opposite,
+            both,
+            np.diag(sums.counts[1]).copy(),
+            sums.magnitudes[:-1],
+            float(sums.magnitudes[-1]),
             energies,
             errors,
         )
 
 
 def _add(held: _Sums, part: _Sums) -> None:
-    for name in ("gram", "diagonal", "opposite", "both", "changed", "magnitudes"):
+    for name in ("gram", "diagonal", "counts", "magnitudes"):
         total = getattr(held, name)
         total += getattr(part, name)
-    held.kept += part.kept
     if held.sketch is not None and part.sketch is not None:
         held.sketch += part.sketch
 
