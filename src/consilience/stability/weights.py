@@ -7,7 +7,8 @@
 f_k is expert k's loss on its own task, g_k its gradient there (S[k, j] = <g_k, tau_j>; 0 where the expert is
 stationary), c_k the curvature of f_k along d_k, and G[j, k] = <tau_j, tau_k>. r_k is the price of instability: with
 r_k = w_k L eps_k^2, the last sum is the quadratic part of Lemma 2 (``bound.stability_part``; the part that is linear in
-|p_k| is left out). With r = 0, S = 0 and equal curvatures, p = w; with r > 0 weights shrink towards the base.
+|p_k| is left out). With r = 0, S = 0 and equal curvatures, p = w. With r > 0 the merge moves less far from the base
+unless other task vectors can take an unstable one's place: sum p < 1 for orthogonal ones, not always.
 
 One curvature stands for a whole Hessian, and losses far from an expert are not quadratic: the values rank merges, they
 do not promise losses. All functions take stacks, such as one matrix a layer: the model is a sum over layers.

@@ -1,0 +1,1 @@
+"""Readers of what training runs leave behind: states, arguments, configs, event files and tables."""
