@@ -1,6 +1,7 @@
 """A routed model as a whole: what it computes, and that it is used as any transformers model is."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors, RoutedLinear
 from consilience.routing.local.arrow import direction
 from consilience.routing.model import Routing
+from consilience.routing.router import Router
 from consilience.routing.settings import Settings
 
 IDS = torch.tensor([[5, 9, 40, 77, 120, 33], [8, 8, 61, 200, 3, 17]])
@@ -147,6 +149,34 @@ def test_few_tokens_read_only_their_experts(dtype: torch.dtype, monkeypatch: pyt
             patch.setattr("consilience.routing.layer.FEW", 1000)
             tolerance = 1e-4 if dtype == torch.float32 else 0.1
             assert torch.allclose(few, logits(model, ids), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_token_in_half_precision_is_rounded_at_the_end_alone(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(7)
+    draw = partial(torch.randn, generator=generator)
+    factors, prototypes = [Factors(draw(2, 64), draw(48, 2)) for _ in range(9)], draw(9, 64)
+    router = Router(tuple("abcdefghi"), Settings("arrow", temperature=8.0))
+    experts = Experts("one", factors, prototypes, torch.zeros(1, dtype=dtype), router)
+    u, y, seen = draw(1, 1, 64).to(dtype), draw(1, 1, 48).to(dtype), list[Tensor]()
+    with router.watched(lambda _, weights: seen.append(weights)):
+        found = experts.add(u, y.clone())
+    z = (prototypes.to(dtype).double() @ u[0, 0].double()).abs() / 8
+    kept = z.topk(2)
+    weights = torch.zeros_like(z).scatter(0, kept.indices, kept.values.softmax(0))
+    pairs = [(one.a.to(dtype).double(), one.b.to(dtype).double()) for one in factors]
+    exact = y[0, 0].double() + sum(w * (b @ (a @ u[0, 0].double())) for w, (a, b) in zip(weights, pairs, strict=True))
+    assert torch.allclose(seen[0][0, 0].double(), weights, atol=1e-5)
+    assert torch.allclose(found[0, 0].double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_one_token_under_autocast_is_near() -> None:
+    model = make_llama()
+    install(model, [make_expert(model, f"e{k}", k) for k in range(9)], Settings("phatgoose"))
+    expected = logits(model, IDS[:1, :1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(model, IDS[:1, :1]).float()
+    assert (found - expected).norm() / expected.norm() < 0.05
 
 
 def test_a_layer_goes_back_when_nobody_adapts_it() -> None:

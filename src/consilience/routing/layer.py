@@ -77,7 +77,7 @@ class Experts(nn.Module):
             products = F.linear(flat, self.into)
             scored, hidden = products[:, self.total :], products[:, : self.total]
         else:
-            scored, hidden = F.linear(flat, self.into[self.total :]), None
+            scored, hidden = _products(flat, self.into[self.total :]), None
         values, where = self.router.choose(scored.view(*tokens.shape[:-1], self.count), tokens)
         weights = None
         if where is None or not few or self.router.watchers:
@@ -115,8 +115,12 @@ class Experts(nn.Module):
         a = self.into[: self.total].view(self.count, -1).index_select(0, chosen).view(count, k * self.rank, -1)
         b = self.out_of.view(self.count, -1).index_select(0, chosen).view(count, k * self.rank, -1)
         if count == 1:
-            own = F.linear(flat, a[0]).view(k, self.rank) * values.view(k, 1).to(flat.dtype)
-            found.addmm_(own.view(1, -1).to(found.dtype), b[0].to(found.dtype))
+            hidden = _products(flat, a[0]).view(k, self.rank)
+            own = (hidden * values.view(k, 1).to(hidden.dtype)).view(1, -1)
+            if own.dtype == found.dtype:
+                found.addmm_(own, b[0].to(found.dtype))
+            else:
+                found.add_(own @ b[0].to(own.dtype))
             return
         hidden = torch.bmm(a, flat[:, :, None]).view(count, k, self.rank) * values[:, :, None].to(flat.dtype)
         found[:, None].baddbmm_(hidden.view(count, 1, -1).to(found.dtype), b.to(found.dtype))
@@ -135,6 +139,16 @@ class Experts(nn.Module):
                 continue
             hidden = F.linear(flat[rows], self.into[span]) * own[rows, None].to(flat.dtype)
             found.index_add_(0, rows, (hidden @ self.out_of[span]).to(found.dtype))
+
+
+def _products(flat: Tensor, rows: Tensor) -> Tensor:
+    """Return products of few tokens [N, in] with rows [R, in], [N, R]; on a CPU one token's are at least in float32.
+
+    There a product in bfloat16 takes several times as long to begin as the whole of such a product in float32.
+    """
+    if len(flat) == 1 and flat.element_size() < 4 and flat.device.type == "cpu":
+        flat, rows = flat.float(), rows.float()
+    return F.linear(flat, rows)
 
 
 L = TypeVar("L", bound=nn.Linear)
