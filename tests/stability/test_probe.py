@@ -147,12 +147,12 @@ def test_saturation_is_the_mean_over_all_subsets() -> None:
 
 
 def _kinds(case: Quadratics, p: Sequence[float]) -> dict[str, Finding]:
-    return {one.kind: one for one in facts(NAMES, case, _probe(case, p))[1]}
+    return {one.kind: one for one in facts(NAMES, _probe(case, p))[1]}
 
 
 def test_a_task_that_is_lost_is_named_with_its_losses() -> None:
     case = _case(at_experts=True)
-    found = facts(NAMES, case, _probe(case, (0.0, 0.0, 0.05)))[1]
+    found = facts(NAMES, _probe(case, (0.0, 0.0, 0.05)))[1]
     finding = next(one for one in found if one.kind == "lost-in-the-merge" and one.experts == ("a",))
     assert f"{case.loss(0, np.array([0.0, 0.0, 0.05])):.3f} merged" in finding.what
 
@@ -166,7 +166,7 @@ def test_an_expert_that_is_no_better_than_the_base_is_named() -> None:
 def test_an_expert_that_was_stopped_early_is_named() -> None:
     case = _case(at_experts=True)
     case.centres = case.centres * np.array([[2.0], [1.0], [0.7]])
-    found = {(one.kind, one.experts) for one in facts(NAMES, case, _probe(case))[1]}
+    found = {(one.kind, one.experts) for one in facts(NAMES, _probe(case))[1]}
     assert ("stopped-early", ("a",)) in found
     assert ("trained-too-far", ("c",)) in found
     assert not any(kind in ("stopped-early", "trained-too-far") and experts == ("b",) for kind, experts in found)

@@ -146,6 +146,58 @@ class ProbeFacts:
 
 
 @dataclass(frozen=True)
+class TrainedExpert:
+    """How an expert was trained, as far as its logs tell; None: they do not.
+
+    Attributes:
+        name: of the expert.
+        steps: optimizer steps.
+        learning_rate: the peak.
+        schedule: of the learning rate.
+        batch_size: rows a step.
+        rows: of the training data.
+        epochs: passes over them.
+        optimizer: its name.
+        adapter: "lora", "full" or "freeze".
+        length: H, the sum of learning rates over the steps.
+        length_from: how H was found: "logged", "interpolated", "schedule", "peak" or "given".
+        final_loss: of the training.
+        stability: the leading term of Lemma 1, to rank experts by: how far replacing one row would move this one.
+        unread: files that were left unread, and why.
+    """
+
+    name: str
+    steps: int | None
+    learning_rate: float | None
+    schedule: str | None
+    batch_size: int | None
+    rows: int | None
+    epochs: float | None
+    optimizer: str | None
+    adapter: str | None
+    length: float | None
+    length_from: str | None
+    final_loss: float | None
+    stability: float | None
+    unread: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BoundFacts:
+    """Parts of the bound on the merge's excess risk, for ranking causes: no guarantee. None: not known.
+
+    Attributes:
+        displacement: the four causes of V, in squared length.
+        risk: the parts of the theorem, in nats.
+        dominant: the largest of the known parts of ``risk``, where more than one is known.
+    """
+
+    displacement: Mapping[str, float | None]
+    risk: Mapping[str, float | None]
+    dominant: str | None
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """The doctor's report.
 
@@ -163,6 +215,8 @@ class Diagnosis:
         evidence: what was read: "checkpoints", and "logs" or "probes" if given.
         seconds: what it took.
         probes: what probe data said, if there were any.
+        training: how experts were trained, if any log says something of any of them.
+        bound: the theory's terms, as far as logs and probes tell them.
     """
 
     recipe: str
@@ -178,6 +232,8 @@ class Diagnosis:
     evidence: tuple[str, ...]
     seconds: float
     probes: ProbeFacts | None = None
+    training: tuple[TrainedExpert, ...] = ()
+    bound: BoundFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 
 from consilience.coefficients.listing import place_of
+from consilience.engine.plan import resolve_file
 from consilience.recipe.schema import Recipe
-from consilience.stability import from_files, from_weights, probing
+from consilience.stability import from_files, from_training, from_weights, probing
 from consilience.stability.case import Case, open_case
 from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, PairFacts, ProbeFacts, SetFacts
 from consilience.stability.findings import Finding, ranked
 from consilience.stability.geometry import Geometry, Vector
+from consilience.stability.logs.folder import holds_log
+from consilience.stability.probe import Probe
 from consilience.stability.probing import ProbeSettings, has_probes
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
+from consilience.stability.training import read_training
 
 #: Opens what is told of (done, in all), by the name of the part of the work.
 Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
@@ -67,19 +71,22 @@ def diagnose(
         assert base is not None
         beside = from_files.findings(base, case.plan.experts)
         p, said = weights_of(recipe, case)
-        facts: ProbeFacts | None = None
+        trainings = [read_training(source, name) for name, source in zip(case.names, _logs(case), strict=True)]
+        measured: Probe | None = None
         if probed and probes is not None:
             with watch("measuring") as listener:
-                facts, more = probing.run(case, read.geometry, p, probes, threads=threads, listener=listener)
-            beside += more
+                measured = probing.measure(case, read.geometry, p, probes, threads=threads, listener=listener)
     finally:
         case.close()
+    facts, found = (None, list[Finding]()) if measured is None else probing.facts(case.names, measured)
+    logged = [one.steps is not None or one.length is not None for one in trainings]
     blocks = blocks_of(read.tensors)
     geometries = [
         (name, sum_of([one.geometry for one in parts], len(p)), sum(one.numel for one in parts))
         for name, parts in blocks
     ]
-    found = [*_refusals(case), *from_weights.findings(read, geometries), *beside]
+    found = [*_refusals(case), *from_weights.findings(read, geometries), *beside, *found]
+    found += from_training.findings(trainings) if any(logged) else []
     return Diagnosis(
         recipe=where,
         base=str(recipe.base_model),
@@ -90,18 +97,38 @@ def diagnose(
         pairs=tuple(_pairs(read)),
         blocks=tuple(_block(read.names, name, parts, p) for name, parts in blocks),
         findings=ranked(found),
-        unknown=tuple(text for part, text in UNKNOWN.items() if part != "probes" or facts is None),
-        evidence=("checkpoints",) if facts is None else ("checkpoints", "probes"),
+        unknown=tuple(_unknown(case.names, logged, facts)),
+        evidence=("checkpoints", *(["logs"] if any(logged) else []), *(["probes"] if facts else [])),
         seconds=time.perf_counter() - started,
         probes=facts,
+        training=from_training.trained(trainings) if any(logged) else (),
+        bound=from_training.bound_facts(trainings, read.geometry, p, measured) if any(logged) else None,
     )
 
 
-#: What weights alone cannot tell, and what would.
-UNKNOWN = {
-    "logs": "training lengths, batches, data and optimizers: give each model data: {logs: FOLDER}",
-    "probes": "the loss after merging: give each model data: {probe: FILE.jsonl} of 50 to 500 rows",
-}
+def _logs(case: Case) -> list[list[str]]:
+    """Return where each expert's logs may be: what the recipe names, then the folder of the expert itself."""
+    found: list[list[str]] = []
+    for expert, entry in zip(case.plan.experts, case.entries, strict=True):
+        named = None if entry.data is None else entry.data.logs
+        own = expert.folder if expert.folder is not None and expert.folder.is_dir() else None
+        sources = [] if named is None else [str(resolve_file(named, case.root))]
+        found.append(sources + ([str(own)] if own is not None and holds_log(own) else []))
+    return found
+
+
+def _unknown(names: Sequence[str], logged: Sequence[bool], probes: ProbeFacts | None) -> list[str]:
+    """Return what could not be said, and what would tell."""
+    found: list[str] = []
+    silent = [name for name, one in zip(names, logged, strict=True) if not one]
+    if silent:
+        whose = "" if len(silent) == len(names) else f" of {', '.join(silent)}"
+        found.append(
+            f"training lengths, batches, data and optimizers{whose}: give each model data: {{logs: FILE or FOLDER}}"
+        )
+    if probes is None:
+        found.append("the loss after merging: give each model data: {probe: FILE.jsonl} of 50 to 500 rows")
+    return found
 
 
 def weights_of(recipe: Recipe, case: Case) -> tuple[Vector, str]:

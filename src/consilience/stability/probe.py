@@ -43,7 +43,9 @@ class Probe:
         barriers: in nats.
         heterogeneity: zeta at the base.
         noise: sigma^2 at the base; NaN where a task has a single row.
+        base_gradient: ||P mean_k grad f_k|| at the base.
         gram: G.
+        rows: of each task.
     """
 
     weights: Vector
@@ -55,7 +57,9 @@ class Probe:
     barriers: Vector
     heterogeneity: Vector
     noise: Vector
+    base_gradient: float
     gram: Matrix
+    rows: tuple[int, ...]
 
     @property
     def merged(self) -> Vector:
@@ -109,7 +113,7 @@ def probe(landscape: Landscape, geometry: Geometry, p: Vector, listener: Listene
             scan[at, k] = landscape.loss(k, (1 - s) * np.eye(count)[k] + s * p)
             tell()
     known = [len(landscape.rows(k)) for k in range(count)]
-    heterogeneity, noise = _disagreement(halves, geometry.gram, known)
+    heterogeneity, noise, together = _disagreement(halves, geometry.gram, known)
     return Probe(
         p,
         base,
@@ -120,7 +124,9 @@ def probe(landscape: Landscape, geometry: Geometry, p: Vector, listener: Listene
         _barriers(own, scan),
         heterogeneity,
         noise,
+        together,
         geometry.gram,
+        tuple(known),
     )
 
 
@@ -138,15 +144,17 @@ def _barriers(own: Vector, scan: Matrix) -> Vector:
     return np.clip((scan - ((1 - s) * own + s * scan[-1])).max(0), 0, None)
 
 
-def _disagreement(halves: Matrix, gram: Matrix, rows: list[int]) -> tuple[Vector, Vector]:
-    """Return zeta [K] and sigma^2 [K] of gradients by halves of the rows, [K, 2, K]."""
+def _disagreement(halves: Matrix, gram: Matrix, rows: list[int]) -> tuple[Vector, Vector, float]:
+    """Return zeta [K], sigma^2 [K] and the mean gradient's norm, of gradients by halves of the rows, [K, 2, K]."""
     inverse = pseudo_inverse(gram)
     means = halves.mean(1)
     away = means - means.mean(0)
     apart = halves[:, 0] - halves[:, 1]
     lengths = np.einsum("ki,ij,kj->k", apart, inverse, apart)
     noise = np.array([m / 4 * value if m > 1 else np.nan for m, value in zip(rows, lengths, strict=True)])
-    return np.sqrt(np.clip(np.einsum("ki,ij,kj->k", away, inverse, away), 0, None)), noise
+    zeta = np.sqrt(np.clip(np.einsum("ki,ij,kj->k", away, inverse, away), 0, None))
+    together = means.mean(0)
+    return zeta, noise, float(np.sqrt(max(0.0, together @ inverse @ together)))
 
 
 def pseudo_inverse(gram: Matrix) -> Matrix:

@@ -12,7 +12,7 @@ from consilience.stability.case import Case
 from consilience.stability.diagnosis import ProbedTask, ProbeFacts
 from consilience.stability.findings import Finding
 from consilience.stability.geometry import Geometry, Vector
-from consilience.stability.landscape import Landscape, RecipeLandscape
+from consilience.stability.landscape import RecipeLandscape
 from consilience.stability.probe import SCAN, Listener, Probe, probe
 from consilience.stability.saturation import expected_losses
 
@@ -45,7 +45,7 @@ def has_probes(case: Case) -> bool:
     return all(given)
 
 
-def run(
+def measure(
     case: Case,
     geometry: Geometry,
     p: Vector,
@@ -53,7 +53,7 @@ def run(
     *,
     threads: int | None = None,
     listener: Listener | None = None,
-) -> tuple[ProbeFacts, list[Finding]]:
+) -> Probe:
     """Measure a case on its probe rows.
 
     Raises:
@@ -67,18 +67,18 @@ def run(
         trust_remote_code=settings.trust_remote_code,
     )
     try:
-        return facts(case.names, landscape, probe(landscape, geometry, p, listener))
+        return probe(landscape, geometry, p, listener)
     finally:
         landscape.close()
 
 
-def facts(names: tuple[str, ...], landscape: Landscape, measured: Probe) -> tuple[ProbeFacts, list[Finding]]:
+def facts(names: tuple[str, ...], measured: Probe) -> tuple[ProbeFacts, list[Finding]]:
     """Return what was measured, and the findings."""
     found = candidates(names, measured)
     tasks = tuple(
         ProbedTask(
             task=name,
-            rows=len(landscape.rows(k)),
+            rows=measured.rows[k],
             base=float(measured.base[k]),
             own=float(measured.own[k]),
             merged=float(measured.merged[k]),

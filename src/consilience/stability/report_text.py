@@ -13,7 +13,7 @@ _MOST_PAIRS, _MOST_BLOCKS = 10, 8
 def text(diagnosis: Diagnosis) -> str:
     """Return the report."""
     parts = [_summary(diagnosis), _findings(diagnosis), _experts(diagnosis), _pairs(diagnosis), _blocks(diagnosis)]
-    parts += [_tasks(diagnosis), _candidates(diagnosis)]
+    parts += [_training(diagnosis), _bound(diagnosis), _tasks(diagnosis), _candidates(diagnosis)]
     parts.append("Not known from what was given:\n" + "\n".join(f"  - {one}" for one in diagnosis.unknown))
     parts.append("Figures describe these weights; none is a guarantee of what a merge will do.")
     return "\n\n".join(part for part in parts if part)
@@ -93,6 +93,37 @@ def _blocks(diagnosis: Diagnosis) -> str:
     ]  # fmt: skip
     more = len(diagnosis.blocks) - len(shown)
     return _columns(header, rows) + (f"\n({more} more blocks: --json)" if more else "")
+
+
+def _training(diagnosis: Diagnosis) -> str:
+    if not diagnosis.training:
+        return ""
+    header = ("training", "length H", "from", "steps", "peak rate", "batch", "rows", "epochs", "optimizer", "stability")
+    rows = [
+        (printable(one.name), _number(one.length), one.length_from or "-", _number(one.steps),
+         _number(one.learning_rate), _number(one.batch_size), _number(one.rows), _number(one.epochs),
+         printable(one.optimizer or "-"), _number(one.stability))
+        for one in diagnosis.training
+    ]  # fmt: skip
+    unread = [f"not read: {printable(line)}" for one in diagnosis.training for line in one.unread]
+    return "\n".join([_columns(header, rows), *unread])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _bound(diagnosis: Diagnosis) -> str:
+    if diagnosis.bound is None:
+        return ""
+    parts = {**diagnosis.bound.displacement, **diagnosis.bound.risk}
+    known = [f"{name} {value:.3g}" for name, value in parts.items() if value is not None]
+    missing = [name for name, value in parts.items() if value is None]
+    if not known:
+        return ""
+    lines = ["terms of the bound, to rank causes by: " + ", ".join(known)]
+    lines += [f"not known: {', '.join(missing)}"] if missing else []
+    return "\n".join(lines)
 
 
 def _tasks(diagnosis: Diagnosis) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError
 from consilience.stability.logs.configs import read_adapter_config, read_any_config, read_config, read_own_record
+from consilience.stability.logs.facts import read_facts
 from consilience.stability.logs.reading import LIMIT, Reading, read_bytes
 from consilience.stability.logs.tables import looks_like_log, read_csv, read_jsonl
 from consilience.stability.logs.tensorboard import read_events
-from consilience.stability.logs.trainer import read_arguments, read_pickled_arguments, read_state
+from consilience.stability.logs.trainer import OTHERWISE, read_arguments, read_pickled_arguments, read_state
 
 Reader = Callable[[Path], Reading]
 
@@ -75,6 +76,30 @@ def read_folder(folder: Path) -> list[Reading]:
     Raises:
         InputError: the folder cannot be listed, or holds no log.
     """
+    found = _found(folder)
+    if not _says_something(found):
+        unread = [line for reading in found for line in reading.unread]
+        more = f" ({unread[0]})" if unread else ""
+        raise InputError(
+            f"{folder}: holds no training log that can be read{more}; add a {STATE}, a YAML config or a CSV log"
+        )
+    return found
+
+
+def holds_log(folder: Path) -> bool:
+    """Whether a folder's files say anything of a training.
+
+    Raises:
+        InputError: the folder cannot be listed.
+    """
+    return _says_something(_found(folder))
+
+
+def _says_something(found: Sequence[Reading]) -> bool:
+    return any(reading.facts or reading.curve.series for reading in found)
+
+
+def _found(folder: Path) -> list[Reading]:
     files, left = _inside(folder)
     found = [Reading(unread=tuple(left)), *_states(files, folder)]
     for reader, paths in _readers(files):
@@ -84,18 +109,12 @@ def read_folder(folder: Path) -> list[Reading]:
         found.append(_tried(lambda _: read_events(*events), events[0]))
     if not any("learning_rate" in reading.facts for reading in found):
         found += [_tried(read_pickled_arguments, path) for path in files if path.name == _PICKLED][:1]
-    if not any(reading.facts or reading.curve.series for reading in found):
-        unread = [line for reading in found for line in reading.unread]
-        more = f" ({unread[0]})" if unread else ""
-        raise InputError(
-            f"{folder}: holds no training log that can be read{more}; add a {STATE}, a YAML config or a CSV log"
-        )
     return found
 
 
 def _readers(files: Sequence[Path]) -> Iterator[tuple[Reader, list[Path]]]:
-    """Return readers and their files: our record, then arguments, configs, tables, results, the adapter's config."""
-    yield _own_or_none, [path for path in files if path.name == _OWN]
+    """Return readers and their files: records, then arguments, configs, tables, results, the adapter's config."""
+    yield _by_keys, [path for path in files if path.name == _OWN]
     yield read_arguments, [path for path in files if path.name in _ARGUMENTS]
     yield read_any_config, [path for path in files if path.suffix in _YAML][:_FILES]
     yield _table_or_none, [path for path in files if path.suffix in _TABLES][:_FILES]
@@ -112,8 +131,12 @@ def _states(files: Sequence[Path], folder: Path) -> list[Reading]:
     return [*best, *(state for state in states if state.unread)]
 
 
-def _own_or_none(path: Path) -> Reading:
-    return read_own_record(path) if _json_reader(path) is read_own_record else Reading()
+def _by_keys(path: Path) -> Reading:
+    """Read a record of a training, whose ``steps`` are those that were taken, whoever wrote it."""
+    if _json_reader(path) is read_own_record:
+        return read_own_record(path)
+    known = {key: field for key, field in OTHERWISE.items() if key != "steps"} | {"n_train": "rows"}
+    return Reading(read_facts(read_object(path, LIMIT), str(path), known=known))
 
 
 def _table_or_none(path: Path) -> Reading:

@@ -1,0 +1,190 @@
+"""What training logs add to a diagnosis: figures by expert, the bound's parts as far as they are known, findings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from consilience.stability.bound import (
+    CAUSES,
+    PARTS,
+    Maybe,
+    Terms,
+    constant_power,
+    excess_risk,
+    growth,
+    noise_variance,
+    spread_bound,
+    stability_bound,
+    stability_leading,
+)
+from consilience.stability.diagnosis import BoundFacts, TrainedExpert
+from consilience.stability.findings import Finding
+from consilience.stability.geometry import Geometry, Vector
+from consilience.stability.probe import Probe
+from consilience.stability.training import Comparison, Training, compare
+
+#: Passes over the data beyond which Lemma 1's T^2 / n^2 outweighs its T / (b n) by far.
+MANY_EPOCHS = 10.0
+#: Share of the mean by which the weights that even lengths out must differ to be worth a word.
+_WORTH = 0.1
+#: Fields whose differences make experts hard to compare, in words.
+_WORDS = {"family": "optimizers", "adapter": "kinds of training", "batch_size": "batch sizes",
+          "weight_decay": "weight decays"}  # fmt: skip
+
+
+def trained(trainings: Sequence[Training]) -> tuple[TrainedExpert, ...]:
+    """Return the figures of each training."""
+    return tuple(
+        TrainedExpert(
+            name=one.name,
+            steps=one.steps,
+            learning_rate=one.learning_rate,
+            schedule=one.schedule,
+            batch_size=one.batch_size,
+            rows=one.rows,
+            epochs=one.epochs,
+            optimizer=one.optimizer,
+            adapter=one.adapter,
+            length=None if one.length is None else one.length.value,
+            length_from=None if one.length is None else one.length.how,
+            final_loss=one.final_loss,
+            stability=stability_leading(steps=one.steps, rows=one.rows, batch=one.batch_size, power=_power(one)),
+            unread=one.unread,
+        )
+        for one in trainings
+    )
+
+
+def _variance(training: Training) -> Maybe:
+    """Return sigma^2; without a logged noise scale the logged norms, which hold noise already, stand alone."""
+    if training.noise_scale is None:
+        return 0.0
+    return noise_variance(training.noise_scale, training.gradient, training.batch_size)
+
+
+def _power(training: Training) -> Maybe:
+    """Return sum_t eta_t^2 G_t from the log, or as if steps and norms were constant."""
+    variance = _variance(training)
+    found = training.power(variance)
+    if found is not None:
+        return found
+    return constant_power(training.learning_rate, training.steps, training.gradient, variance)
+
+
+def bound_facts(
+    trainings: Sequence[Training], geometry: Geometry, p: Vector, probe: Probe | None = None
+) -> BoundFacts | None:
+    """Return the parts of the bound that logs, weights and probes tell; None where p is not on the simplex.
+
+    The smoothness is the largest curvature that the probes found; lengths of different optimizers are not compared.
+    """
+    if (p < 0).any() or abs(p.sum() - 1) > 1e-6:
+        return None
+    smooth = None if probe is None or not (probe.curvatures > 0).any() else float(probe.curvatures.max())
+    comparable = len(compare(trainings).lengths) == 1
+    lengths: list[Maybe] = [None if one.length is None or not comparable else one.length.value for one in trainings]
+    own: list[Maybe] = [None if one.length is None else one.length.value for one in trainings]
+    variances: list[Maybe] = [_variance(one) if one.noise_scale is not None else None for one in trainings]
+    if probe is not None:
+        measured = [None if np.isnan(value) else float(value) for value in probe.noise]
+        variances = [one if one is not None else other for one, other in zip(variances, measured, strict=True)]
+    spread = spread_bound(
+        tuple(map(float, p / p.sum())),
+        lengths=lengths,
+        gradient=None if probe is None else probe.base_gradient,
+        heterogeneity=None if probe is None else tuple(map(float, probe.heterogeneity)),
+        smoothness=smooth,
+        excursions=tuple(map(float, np.diag(geometry.gram))),
+        squares=[None if one.length is None else one.length.squares for one in trainings],
+        variances=variances,
+        batches=[one.batch_size for one in trainings],
+    )
+    stabilities = [
+        stability_bound(steps=one.steps, rows=one.rows, batch=one.batch_size, power=_power(one),
+                        growth=growth(length, smooth))
+        for one, length in zip(trainings, own, strict=True)
+    ]  # fmt: skip
+    terms = excess_risk(
+        [1 / len(p)] * len(p),
+        tuple(map(float, p)),
+        smoothness=smooth,
+        gradients=[one.final_gradient for one in trainings],
+        moves=tuple(map(float, geometry.moves(p))),
+        stabilities=stabilities,
+        merged_losses=None if probe is None else tuple(map(float, probe.merged)),
+    )
+    return BoundFacts(
+        {name: spread.part(name) for name in CAUSES}, {name: terms.part(name) for name in PARTS}, _dominant(terms)
+    )
+
+
+def _dominant(terms: Terms) -> str | None:
+    """Return the largest part, where more than one is known."""
+    known = [name for name in PARTS if terms.part(name) is not None]
+    return terms.dominant if len(known) > 1 else None
+
+
+def findings(trainings: Sequence[Training]) -> list[Finding]:
+    """Return what is unequal, contradictory or excessive."""
+    compared = compare(trainings)
+    return [*_lengths(trainings, compared), *_differences(trainings, compared), *_epochs(trainings),
+            *_conflicts(trainings)]  # fmt: skip
+
+
+def _lengths(trainings: Sequence[Training], compared: Comparison) -> list[Finding]:
+    """Unequal training lengths, and the weights that make up for them."""
+    found: list[Finding] = []
+    for group in compared.lengths:
+        if not group.unequal or len(group.experts) < 2:
+            continue
+        for k, value, scale in zip(group.experts, group.values, group.scales, strict=True):
+            if scale is None or abs(scale - 1) < _WORTH:
+                continue
+            name, longer = trainings[k].name, value > group.target
+            times = value / group.target if longer else group.target / value
+            found.append(Finding(
+                "warning" if longer and times > 2 else "note", "unequal-length", (name,),
+                f"{name} was trained {times:.1f} times as {'long' if longer else 'briefly'} as the median: H = "
+                f"sum of learning rates = {value:.3g} against {group.target:.3g}",
+                f"multiply its task vector by {scale:.2f}"
+                + (", or merge an earlier checkpoint of it" if longer else ", or train it longer"),
+                "the part of the displacement that comes of unequal lengths falls; to first order it is the same as "
+                "having trained it that long" + ("" if not group.approximate else
+                                                 f" (approximate: {', '.join(group.approximate)})"),
+                "possible" if group.approximate else "likely",
+            ))  # fmt: skip
+    return found
+
+
+def _differences(trainings: Sequence[Training], compared: Comparison) -> list[Finding]:
+    found: list[Finding] = []
+    for one in compared.differences:
+        if one.field in _WORDS:
+            values = ", ".join(f"{training.name} {'unknown' if value is None else value}"
+                               for training, value in zip(trainings, one.values, strict=True))  # fmt: skip
+            found.append(Finding(
+                "note", f"different-{one.field.replace('_', '-')}", tuple(t.name for t in trainings),
+                f"experts were trained with different {_WORDS[one.field]}: {values}",
+                "compare their lengths with care" if one.field in ("family", "adapter") else
+                "expect the smaller one to carry more gradient noise" if one.field == "batch_size" else
+                "expect lengths of task vectors to say less",
+            ))  # fmt: skip
+    return found
+
+
+def _epochs(trainings: Sequence[Training]) -> list[Finding]:
+    return [
+        Finding("note", "many-epochs", (one.name,), f"{one.name} saw its data {one.epochs:.0f} times",
+                "use more rows, or stop earlier", "the bound's stability term grows with (steps / rows)^2", "possible")
+        for one in trainings if one.epochs is not None and one.epochs > MANY_EPOCHS
+    ]  # fmt: skip
+
+
+def _conflicts(trainings: Sequence[Training]) -> list[Finding]:
+    return [
+        Finding("note", "contradictory-logs", (one.name,),
+                f"{one.name}: {conflict.field} is {conflict.kept.value} in {conflict.kept.source} and "
+                f"{conflict.other.value} in {conflict.other.source}",
+                "see which of the two is this expert's; the first was used")
+        for one in trainings for conflict in one.conflicts
+    ]  # fmt: skip

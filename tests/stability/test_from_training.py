@@ -1,0 +1,126 @@
+"""What logs add to a diagnosis."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stability_models import Make, drawn, moved, write_model
+
+import consilience as cs
+from consilience.recipe.schema import parse_recipe
+from consilience.stability.diagnosis import Diagnosis
+from consilience.stability.from_training import bound_facts, findings
+from consilience.stability.geometry import Geometry
+from consilience.stability.report_text import text
+from consilience.stability.training import Training, read_training
+
+BASE = drawn(0)
+
+
+def _trained(name: str, **facts: Any) -> Training:
+    return read_training({"optimizer": "sgd", "adapter": "full", "schedule": "constant", **facts}, name)
+
+
+def _state(folder: Path, rate: float, steps: int, norm: float = 2.0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    history = [{"step": s, "learning_rate": rate, "grad_norm": norm, "loss": 1.0} for s in range(1, steps + 1)]
+    value = {"log_history": history, "global_step": steps, "max_steps": steps, "train_batch_size": 8}
+    (folder / "trainer_state.json").write_text(json.dumps(value))
+    return folder
+
+
+def _diagnose(recipe: dict[str, Any]) -> Diagnosis:
+    return cs.diagnose(parse_recipe(recipe, "recipe"))
+
+
+def test_logs_that_the_recipe_names_are_read(make: Make, tmp_path: Path) -> None:
+    recipe = make(BASE, a=moved(BASE, drawn(1), 0.05), b=moved(BASE, drawn(2), 0.05))
+    for model, rate in zip(recipe["models"], (0.1, 0.3), strict=True):
+        model["data"] = {"logs": str(_state(tmp_path / f"logs-{model['name']}", rate, 10))}
+    found = _diagnose(recipe)
+    assert found.evidence == ("checkpoints", "logs")
+    assert [one.length for one in found.training] == pytest.approx([1.0, 3.0])
+    assert [one.length_from for one in found.training] == ["logged", "logged"]
+    kinds = {(one.kind, one.experts): one for one in found.findings}
+    # The median of 1 and 3 is 2: b's task vector times 2/3, a's times 2.
+    assert "by 0.67" in kinds["unequal-length", ("b",)].mend
+    assert "by 2.00" in kinds["unequal-length", ("a",)].mend
+    assert not any("training lengths" in one for one in found.unknown)
+    assert "length H" in text(found)
+
+
+def test_logs_in_an_expert_s_own_folder_are_found(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", BASE)
+    one = write_model(tmp_path / "one", moved(BASE, drawn(1), 0.05))
+    two = write_model(tmp_path / "two", moved(BASE, drawn(2), 0.05))
+    _state(one, 0.1, 5)
+    models = [{"model": str(one)}, {"model": str(two)}]
+    found = _diagnose({"merge_method": "linear", "base_model": str(base), "models": models})
+    assert [one.steps for one in found.training] == [5, None]
+    assert any("training lengths" in line and "two" in line for line in found.unknown)
+
+
+@pytest.mark.parametrize(("rates", "steps", "flagged"), [((0.2, 0.05), (10, 40), False), ((0.2, 0.2), (10, 40), True)])
+def test_equal_lengths_are_not_flagged_whatever_the_rates(
+    rates: tuple[float, float], steps: tuple[int, int], flagged: bool
+) -> None:
+    trainings = [_trained(n, learning_rate=r, steps=s) for n, r, s in zip("ab", rates, steps, strict=True)]
+    assert any(one.kind == "unequal-length" for one in findings(trainings)) is flagged
+
+
+def test_lengths_of_different_optimizers_are_not_compared() -> None:
+    other = _trained("b", learning_rate=0.9, steps=90, optimizer="adamw")
+    trainings = [_trained("a", learning_rate=0.1, steps=10), other]
+    kinds = {one.kind for one in findings(trainings)}
+    assert "different-family" in kinds
+    assert "unequal-length" not in kinds
+
+
+def test_contradictions_and_many_epochs_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "training_args.json").write_text(json.dumps({"learning_rate": 0.5, "optim": "sgd"}))
+    _state(tmp_path, 0.1, 4)
+    contradicted = read_training([{"learning_rate": 0.2, "steps": 4}, str(tmp_path)], "a")
+    assert any(one.kind == "contradictory-logs" for one in findings([contradicted]))
+    many = _trained("a", learning_rate=0.1, steps=100, rows=10, batch_size=5, epochs=50)
+    assert [one.kind for one in findings([many])] == ["many-epochs"]
+
+
+def _geometry() -> Geometry:
+    return Geometry(np.array([[2.0, 0.5], [0.5, 1.0]]), np.zeros(2), 9.0)
+
+
+def test_terms_that_nothing_tells_stay_unknown() -> None:
+    trainings = [_trained("a", learning_rate=0.1, steps=10), _trained("b", learning_rate=0.1, steps=30)]
+    found = bound_facts(trainings, _geometry(), np.array([0.5, 0.5]))
+    assert found is not None
+    assert set(found.displacement.values()) == {None}
+    assert set(found.risk.values()) == {None}
+    assert found.dominant is None
+
+
+def test_weights_off_the_simplex_have_no_bound() -> None:
+    trainings = [_trained("a", learning_rate=0.1, steps=10), _trained("b", learning_rate=0.1, steps=30)]
+    assert bound_facts(trainings, _geometry(), np.array([1.0, 1.0])) is None
+
+
+def test_with_logs_and_probes_the_terms_are_the_formulas() -> None:
+    from test_probe import _case, _probe  # pyright: ignore[reportPrivateUsage]
+
+    case = _case(noise=1.0)
+    probe = _probe(case)
+    lengths = (1.0, 2.0, 6.0)
+    facts = {"steps": 10, "batch_size": 4, "rows": 100}
+    trainings = [_trained(n, learning_rate=h / 10, **facts) for n, h in zip("abc", lengths, strict=True)]
+    p = probe.weights
+    found = bound_facts(trainings, case.geometry(), p, probe)
+    assert found is not None
+    h, mean = np.array(lengths), float(p @ np.array(lengths))
+    smooth = probe.curvatures.max()
+    tau = np.diag(case.geometry().gram)
+    assert found.displacement["unequal"] == pytest.approx(4 * p @ (h - mean) ** 2 * probe.base_gradient**2)
+    assert found.displacement["heterogeneity"] == pytest.approx(4 * p @ (h**2 * probe.heterogeneity**2))
+    assert found.displacement["drift"] == pytest.approx(4 * smooth**2 * p @ (h**2 * tau))
+    assert found.displacement["noise"] == pytest.approx(4 * p @ (h**2 / 10 * probe.noise / 4))
+    assert found.risk["displacement"] == pytest.approx(smooth * case.geometry().moves(p).mean())
