@@ -9,7 +9,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 Tensors = Mapping[str, Any]
-SHAPES = {"model.layers.0.mlp.weight": (300, 24), "model.layers.1.mlp.weight": (24, 40), "model.norm.weight": (24,)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.layers.0.mlp.weight": (300, 24),
+    "model.layers.1.mlp.weight": (24, 40),
+    "model.norm.weight": (24,),
+}
 
 
 def write_model(folder: Path, tensors: Tensors, **files: str) -> Path:
@@ -26,7 +30,7 @@ def write_model(folder: Path, tensors: Tensors, **files: str) -> Path:
 
 def write_adapter(folder: Path, module: str, rank: int, seed: int) -> tuple[Any, Any]:
     """Write a PEFT adapter of one module, with a scale of 2, and return its factors a [rank, in] and b [out, rank]."""
-    out, inside = SHAPES[f"{module}.weight"]
+    out, inside = SHAPES[f"{module}.weight"][:2]
     generator = np.random.default_rng(seed)
     a, b = (generator.normal(size=shape).astype(np.float32) for shape in ((rank, inside), (out, rank)))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["mlp"]}

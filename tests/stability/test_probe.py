@@ -59,7 +59,7 @@ def _case(seed: int = 0, at_experts: bool = False, noise: float = 0.0, rows: int
 
 
 def _probe(case: Quadratics, p: Sequence[float] = (0.5, 0.3, 0.2)) -> Probe:
-    return probe(case, case.geometry(), np.array(p))
+    return probe(case, case.geometry().gram, np.array(p))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -88,7 +88,7 @@ def test_a_hill_on_the_way_is_a_barrier() -> None:
             return float(np.sin(np.pi * s) + 2 * s), np.zeros(3)
 
     case = _case()
-    found = probe(Hill(case.tau, case.centres, case.curvatures, case.noise), case.geometry(), np.full(3, 0.5))
+    found = probe(Hill(case.tau, case.centres, case.curvatures, case.noise), case.geometry().gram, np.full(3, 0.5))
     assert found.barriers == pytest.approx(np.ones(3))
 
 
@@ -222,3 +222,29 @@ def test_the_report_shows_the_losses(language: dict[str, Any]) -> None:
     assert "predicted merges, the best first" in shown
     assert not any("probe" in one for one in found.unknown)
     assert json.loads(json.dumps(found.to_dict()))["probes"]["tasks"][0]["task"] == "a"
+
+
+def test_stability_weights_are_the_model_s_best(language: dict[str, Any]) -> None:
+    recipe = parse_recipe(language | {"merge_method": "stability_weights", "parameters": {"alphabar": 0.5}}, "recipe")
+    found = cs.learn(recipe)
+    assert found.alpha.shape == (2, 1)
+    probes = cs.diagnose(parse_recipe(language, "recipe")).probes
+    assert probes is not None
+    best = next(one for one in probes.candidates if one.name == "weights that the model calls best")
+    assert found.alpha[:, 0] == pytest.approx(np.array(best.weights), rel=1e-3)
+    assert found.facts["losses"]["predicted"] == pytest.approx(best.losses, rel=1e-3)
+    assert found.facts["prices"] is None
+
+
+def test_a_task_that_counts_for_nothing_gets_nothing_for_itself(language: dict[str, Any]) -> None:
+    recipe: Any = language | {"merge_method": "stability_weights", "models": [dict(one) for one in language["models"]]}
+    recipe["models"][0]["parameters"], recipe["models"][1]["parameters"] = {"importance": 1}, {"importance": 0}
+    found = cs.learn(parse_recipe(recipe, "recipe"))
+    losses = found.facts["losses"]
+    assert losses["predicted"][0] <= min(losses["own"][0], losses["at_alphabar"][0]) + 1e-6
+
+
+def test_stability_weights_ask_for_probe_rows(language: dict[str, Any]) -> None:
+    models = [{"model": one["model"], "name": one["name"]} for one in language["models"]]
+    with pytest.raises(InputError, match=r"needs probe rows; give the expert data: \{probe: FILE.jsonl\}"):
+        cs.learn(parse_recipe(language | {"merge_method": "stability_weights", "models": models}, "recipe"))

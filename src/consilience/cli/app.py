@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from consilience.cli.advise import EPILOG as ADVISE_EPILOG
+from consilience.cli.advise import advise
 from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
 from consilience.cli.doctor import doctor
 from consilience.cli.route import route
@@ -23,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(route, name="route")
 app.command(epilog=DOCTOR_EPILOG)(doctor)
+app.command(epilog=ADVISE_EPILOG)(advise)
 
 MERGE_EPILOG = """Examples:
 

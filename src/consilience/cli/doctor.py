@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ EPILOG = """Examples:
   consilience doctor recipe.yaml
   consilience doctor base/ -e math=experts/math -e code=adapters/code
   consilience doctor recipe.yaml --json > report.json
+  consilience doctor recipe.yaml --html report.html
 
 Exit status 0 whatever is found; 2 where nothing can be diagnosed.
 """
@@ -30,6 +32,9 @@ def doctor(
     device: Annotated[str, typer.Option(help="Where probes run the model: cpu, cuda, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run .py files that come with the base.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as a page, with pictures.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Workers (default: all cores).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sketches.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
@@ -38,6 +43,8 @@ def doctor(
     from consilience.api import diagnose
     from consilience.cli.app import read_input
 
+    if html is not None:
+        _writable(html)
     found = diagnose(
         read_input(recipe, expert, None, None, {}),
         exact=exact,
@@ -50,7 +57,29 @@ def doctor(
     )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
-        return
-    from consilience.stability.report_text import text
+    else:
+        from consilience.stability.report_text import text
 
-    typer.echo(text(found))
+        typer.echo(text(found))
+    if html is not None:
+        from consilience.stability.report_page import page
+        from consilience.tasks.cache import write_atomically
+
+        write_atomically(html.resolve(), page(found).encode())
+        typer.echo(f"{html}: open it in a browser", err=True)
+
+
+def _writable(html: Path) -> None:
+    """Refuse a page's path before the work is done.
+
+    Raises:
+        InputError: it is a folder, or something else that is not a file, or lies in no folder.
+    """
+    from consilience.errors import InputError
+
+    if html.is_dir():
+        raise InputError(f"--html {html}: is a folder; name a file in it")
+    if html.exists() and not html.is_file():
+        raise InputError(f"--html {html}: is no plain file; name one")
+    if not html.absolute().parent.is_dir():
+        raise InputError(f"--html {html}: there is no folder {html.parent}; make it first")

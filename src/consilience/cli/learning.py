@@ -78,7 +78,8 @@ def learning_lines(plan: Plan) -> list[str]:
 
     run, values = Run(plan, plan.root, where=plan.where), plan.learning
     count = values.get("samples", 0)
-    tasks = run.target(count) if plan.method.reads_target else [run.task(name, rows=count) for name in run.experts]
+    key = plan.method.rows_key
+    tasks = run.target(count) if plan.method.reads_target else [run.task(name, key, count) for name in run.experts]
     rows = {task.name: len(task.rows) for task in tasks if task is not None}
     lines = ["learning (before the merge; the coefficients above are where it starts)"]
     if "grouping" in values:

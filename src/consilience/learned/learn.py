@@ -26,7 +26,7 @@ def check_data(plan: Plan) -> None:
         run.target()
     else:
         for name in run.experts:
-            run.task(name)
+            run.task(name, plan.method.rows_key)
     if "grouping" in plan.learning:
         groups_of(run, plan.learning["grouping"], plan.learning["exclude"], plan.learning["alphabar"])
 

@@ -91,9 +91,10 @@ class Run:
         """
         path = self.path_of(expert, key)
         if path is None:
+            option = f" (--calibration {expert}=FILE.jsonl)" if key == "calibration" else ""
             raise InputError(
                 f"{self.where}: {expert}: method {self.plan.method.name!r} needs {key} rows; give the expert "
-                f"data: {{{key}: FILE.jsonl}} (--{key} {expert}=FILE.jsonl)"
+                f"data: {{{key}: FILE.jsonl}}{option}"
             )
         task = Task(expert, read_rows(path)[: rows or None], path)
         test = self.path_of(expert, "validation")
@@ -398,7 +399,7 @@ def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any
     target = run.plan.recipe.target if run.plan.method.reads_target else None
     for expert, name in enumerate(run.experts if target is None else ["target"]):
         own = [sample for sample in samples if sample.expert == expert]
-        path = run.path_of(name, "calibration") if target is None else Path(target.train or "")
+        path = run.path_of(name, data.key) if target is None else Path(target.train or "")
         hashes = sorted({value for sample in own for value in row_hashes(sample.row)})
         out[name] = {"file": path.name if path else None, "rows": len(own), "responses": data.responses,
                      "hashes": hashes}  # fmt: skip

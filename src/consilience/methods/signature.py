@@ -120,6 +120,11 @@ class Method:
         return self.data.startswith("target")
 
     @property
+    def rows_key(self) -> Literal["calibration", "probe"]:
+        """Which of an expert's files in the recipe's ``data`` it learns from."""
+        return "probe" if self.data.startswith("probe") else "calibration"
+
+    @property
     def summary(self) -> str:
         """The first line of the docstring."""
         return ((self.learn or self.plan).__doc__ or "").strip().splitlines()[0]

@@ -162,7 +162,7 @@ class TrainedExpert:
         length: H, the sum of learning rates over the steps.
         length_from: how H was found: "logged", "interpolated", "schedule", "peak" or "given".
         final_loss: of the training.
-        stability: the leading term of Lemma 1, to rank experts by: how far replacing one row would move this one.
+        stability: the leading term of Lemma 1, of SGD alone: how far replacing one row would move it, for ranking.
         unread: files that were left unread, and why.
     """
 

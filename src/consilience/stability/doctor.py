@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 
 from consilience.coefficients.listing import place_of
-from consilience.engine.plan import resolve_file
 from consilience.recipe.schema import Recipe
 from consilience.stability import from_files, from_training, from_weights, probing
+from consilience.stability.applied import trainings_of
 from consilience.stability.case import Case, open_case
 from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, PairFacts, ProbeFacts, SetFacts
 from consilience.stability.findings import Finding, ranked
 from consilience.stability.geometry import Geometry, Vector
-from consilience.stability.logs.folder import holds_log
 from consilience.stability.probe import Probe
 from consilience.stability.probing import ProbeSettings, has_probes
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
-from consilience.stability.training import read_training
 
 #: Opens what is told of (done, in all), by the name of the part of the work.
 Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
@@ -71,7 +69,7 @@ def diagnose(
         assert base is not None
         beside = from_files.findings(base, case.plan.experts)
         p, said = weights_of(recipe, case)
-        trainings = [read_training(source, name) for name, source in zip(case.names, _logs(case), strict=True)]
+        trainings = trainings_of(case)
         measured: Probe | None = None
         if probed and probes is not None:
             with watch("measuring") as listener:
@@ -106,17 +104,6 @@ def diagnose(
     )
 
 
-def _logs(case: Case) -> list[list[str]]:
-    """Return where each expert's logs may be: what the recipe names, then the folder of the expert itself."""
-    found: list[list[str]] = []
-    for expert, entry in zip(case.plan.experts, case.entries, strict=True):
-        named = None if entry.data is None else entry.data.logs
-        own = expert.folder if expert.folder is not None and expert.folder.is_dir() else None
-        sources = [] if named is None else [str(resolve_file(named, case.root))]
-        found.append(sources + ([str(own)] if own is not None and holds_log(own) else []))
-    return found
-
-
 def _unknown(names: Sequence[str], logged: Sequence[bool], probes: ProbeFacts | None) -> list[str]:
     """Return what could not be said, and what would tell."""
     found: list[str] = []
@@ -147,12 +134,15 @@ def weights_of(recipe: Recipe, case: Case) -> tuple[Vector, str]:
 
 def blocks_of(tensors: Sequence[TensorSurvey]) -> list[tuple[str, list[TensorSurvey]]]:
     """Return tensors by block, in order; what lies outside blocks comes last."""
-    found: dict[str, list[TensorSurvey]] = {}
+    found: dict[tuple[bool, str, int], list[TensorSurvey]] = {}
     for one in tensors:
         place = place_of(one.name)
-        name = _OUTSIDE if place.block is None else f"{place.tower}.{place.block}".lstrip(".")
-        found.setdefault(name, []).append(one)
-    return sorted(found.items(), key=lambda item: item[0] == _OUTSIDE)
+        key = (True, "", 0) if place.block is None else (False, place.tower, place.block)
+        found.setdefault(key, []).append(one)
+    return [
+        (_OUTSIDE if outside else f"{tower}.{number}".lstrip("."), parts)
+        for (outside, tower, number), parts in sorted(found.items(), key=lambda item: item[0])
+    ]
 
 
 def _refusals(case: Case) -> list[Finding]:

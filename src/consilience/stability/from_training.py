@@ -48,7 +48,9 @@ def trained(trainings: Sequence[Training]) -> tuple[TrainedExpert, ...]:
             length=None if one.length is None else one.length.value,
             length_from=None if one.length is None else one.length.how,
             final_loss=one.final_loss,
-            stability=stability_leading(steps=one.steps, rows=one.rows, batch=one.batch_size, power=_power(one)),
+            stability=None
+            if one.family != "sgd"
+            else stability_leading(steps=one.steps, rows=one.rows, batch=one.batch_size, power=power(one)),
             unread=one.unread,
         )
         for one in trainings
@@ -62,7 +64,7 @@ def _variance(training: Training) -> Maybe:
     return noise_variance(training.noise_scale, training.gradient, training.batch_size)
 
 
-def _power(training: Training) -> Maybe:
+def power(training: Training) -> Maybe:
     """Return sum_t eta_t^2 G_t from the log, or as if steps and norms were constant."""
     variance = _variance(training)
     found = training.power(variance)
@@ -76,14 +78,15 @@ def bound_facts(
 ) -> BoundFacts | None:
     """Return the parts of the bound that logs, weights and probes tell; None where p is not on the simplex.
 
-    The smoothness is the largest curvature that the probes found; lengths of different optimizers are not compared.
+    The smoothness is the largest curvature that the probes found. Of experts that were not trained by SGD, what depends
+    on learning rates is not known.
     """
     if (p < 0).any() or abs(p.sum() - 1) > 1e-6:
         return None
     smooth = None if probe is None or not (probe.curvatures > 0).any() else float(probe.curvatures.max())
-    comparable = len(compare(trainings).lengths) == 1
-    lengths: list[Maybe] = [None if one.length is None or not comparable else one.length.value for one in trainings]
-    own: list[Maybe] = [None if one.length is None else one.length.value for one in trainings]
+    # The bound is SGD's: what another optimizer did with the same learning rates is no term of it.
+    ours = [one.length if one.family == "sgd" else None for one in trainings]
+    lengths: list[Maybe] = [None if length is None else length.value for length in ours]
     variances: list[Maybe] = [_variance(one) if one.noise_scale is not None else None for one in trainings]
     if probe is not None:
         measured = [None if np.isnan(value) else float(value) for value in probe.noise]
@@ -95,14 +98,14 @@ def bound_facts(
         heterogeneity=None if probe is None else tuple(map(float, probe.heterogeneity)),
         smoothness=smooth,
         excursions=tuple(map(float, np.diag(geometry.gram))),
-        squares=[None if one.length is None else one.length.squares for one in trainings],
+        squares=[None if length is None else length.squares for length in ours],
         variances=variances,
         batches=[one.batch_size for one in trainings],
     )
     stabilities = [
-        stability_bound(steps=one.steps, rows=one.rows, batch=one.batch_size, power=_power(one),
+        stability_bound(steps=one.steps, rows=one.rows, batch=one.batch_size, power=power(one),
                         growth=growth(length, smooth))
-        for one, length in zip(trainings, own, strict=True)
+        for one, length in zip(trainings, lengths, strict=True)
     ]  # fmt: skip
     terms = excess_risk(
         [1 / len(p)] * len(p),

@@ -44,6 +44,7 @@ class RecipeLandscape:
         threads: int | None = None,
         trust_remote_code: bool = False,
         precision: Any = "mixed",
+        tokens: int = 4096,
     ) -> None:
         """Load the base and read the rows: the first ``rows`` of each file (0: all).
 
@@ -59,9 +60,10 @@ class RecipeLandscape:
             for index, row in enumerate(task.rows):
                 if not row.labelled:
                     raise InputError(f"{task.where(index)}: has no response; the doctor measures losses on answers")
-        coefficients = groups_of(run, "global", (), [0.0] * len(case.names))
-        data = Data(samples=rows, positions="response", key="probe")
-        self.shop = open_workshop(run, coefficients, data, teachers=False, precision=precision)
+        self.run = run
+        self.start = groups_of(run, "global", (), [0.0] * len(case.names))
+        self.data = Data(samples=rows, positions="response", key="probe")
+        self.shop = open_workshop(run, self.start, self.data, teachers=False, precision=precision, tokens=tokens)
         self.problem = self.shop.problem(Objective(logit=0.0, target=1.0, total="mean"))
         self._rows = [
             [i for i, sample in enumerate(self.shop.samples) if sample.expert == k] for k in range(len(case.names))
@@ -70,6 +72,12 @@ class RecipeLandscape:
     def close(self) -> None:
         """Stop the workers."""
         self.shop.close()
+
+    def facts(self, parameters: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Return what is written of a learned method's run."""
+        from consilience.learned.align import facts_of
+
+        return facts_of(self.run, self.shop, parameters, self.data, seconds)
 
     def rows(self, task: int) -> Sequence[int]:
         """Return the numbers of a task's rows."""

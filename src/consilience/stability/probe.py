@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from consilience.stability.geometry import Geometry, Matrix, Vector
+from consilience.stability.bound import distances
+from consilience.stability.geometry import Matrix, Vector
 from consilience.stability.landscape import Landscape
 from consilience.stability.weights import predicted_losses
 
@@ -75,12 +76,12 @@ class Probe:
 Listener = Callable[[int, int], None]
 
 
-def probe(landscape: Landscape, geometry: Geometry, p: Vector, listener: Listener | None = None) -> Probe:
+def probe(landscape: Landscape, gram: Matrix, p: Vector, listener: Listener | None = None) -> Probe:
     """Measure what ``Probe`` holds: of a task five losses and, with gradients, one on all rows, two on half.
 
     Args:
         landscape: the tasks' losses.
-        geometry: of the task vectors.
+        gram: G, the inner products of the task vectors, [K, K].
         p: the weights of the merge in question, [K].
         listener: told of what has been measured.
 
@@ -113,28 +114,27 @@ def probe(landscape: Landscape, geometry: Geometry, p: Vector, listener: Listene
             scan[at, k] = landscape.loss(k, (1 - s) * np.eye(count)[k] + s * p)
             tell()
     known = [len(landscape.rows(k)) for k in range(count)]
-    heterogeneity, noise, together = _disagreement(halves, geometry.gram, known)
+    heterogeneity, noise, together = _disagreement(halves, gram, known)
     return Probe(
         p,
         base,
         own,
         scan,
         slopes,
-        _curvatures(own, slopes, scan, geometry, p),
+        _curvatures(own, slopes, scan, p, distances(gram, p)),
         _barriers(own, scan),
         heterogeneity,
         noise,
         together,
-        geometry.gram,
+        gram,
         tuple(known),
     )
 
 
-def _curvatures(own: Vector, slopes: Matrix, scan: Matrix, geometry: Geometry, p: Vector) -> Vector:
+def _curvatures(own: Vector, slopes: Matrix, scan: Matrix, p: Vector, moves: Vector) -> Vector:
     """Return c_k of the scans; 0 where an expert does not move."""
     s = np.array(SCAN)
     rise = scan - own - s[:, None] * (slopes @ p - np.diag(slopes))
-    moves = geometry.moves(p)
     bends = 2 * (s[:, None] ** 2 * rise).sum(0) / (s**4).sum()
     return np.where(moves > 0, bends / np.where(moves > 0, moves, 1.0), 0.0)
 

@@ -67,7 +67,7 @@ def measure(
         trust_remote_code=settings.trust_remote_code,
     )
     try:
-        return probe(landscape, geometry, p, listener)
+        return probe(landscape, geometry.gram, p, listener)
     finally:
         landscape.close()
 
