@@ -4,6 +4,7 @@ Every fold leaves two experts out, whose tasks are then tasks that nobody was tr
 alone, unless the published protocol is measured, where the router is told the task.
 """
 
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from consilience.tasks.rows import Task, read_rows
 from studies.cells import Study
 from studies.routing_models import held_in, routed
 from studies.routing_tables import page
-from suites.language import ALL_DOMAINS, heldout_path
+from suites.language import ALL_DOMAINS, heldout_path, train_path
 from suites.language.encoder import encoder_path
 
 #: Test rows of a task, scored tokens of a row, and rows whose tokens' weights are averaged.
@@ -68,6 +69,7 @@ MORE: dict[str, Setting] = {
     "PHATGOOSE, top 3": {"routing": PHATGOOSE | {"top_k": 3}},
     "Arrow, top 1": {"routing": ARROW | {"top_k": 1}},
     "Arrow, top 3": {"routing": ARROW | {"top_k": 3}},
+    "LoraHub, five labelled rows a task": {"routing": ARROW, "lorahub": {"rows": 5, "evaluations": 40}},
 }
 #: What the published protocol tells of a query's task: a second wording, written without a look at the cards.
 TASKS = {
@@ -105,7 +107,7 @@ def run(setting: Setting) -> Mapping[str, Any]:
     with _used(model, setting):
         found: dict[str, Any] = {}
         for task in tasks:
-            with _told(model, setting, task):
+            with _told(model, setting, task), _searched(model, setting, task):
                 evaluated = evaluate_routed(model, [task], batch_size=16, dtype="bfloat16", **options)[0]
                 found[task.name] = _scores(evaluated.results[0]) | {"shares": _shares(model, task)}
     semantics = model.routing.asked.semantics
@@ -148,6 +150,39 @@ def _told(model: Any, setting: Setting, task: Task) -> Generator[None]:
         yield
     finally:
         asked.semantics = semantics
+
+
+@contextmanager
+def _searched(model: Any, setting: Setting, task: Task) -> Generator[None]:
+    """Fix the experts' weights to those that LoraHub finds on a few labelled training rows of the task, if asked for.
+
+    w in [-1.5, 1.5]^K minimises the rows' loss + 0.05 mean |w|, from 0, by nevergrad's NGOpt (the paper's search). The
+    experts' products are weighted, and not their factors apart.
+    """
+    search = setting.get("lorahub")
+    if search is None:
+        yield
+        return
+    import nevergrad
+
+    rows = Task(task.name, tuple(read_rows(train_path(task.name))[: search["rows"]]))
+    count = len(model.routing.names)
+    place = nevergrad.p.Array(init=np.zeros(count)).set_bounds(-1.5, 1.5)
+    place.random_state.seed(setting["seed"])
+    optimizer: Any = nevergrad.optimizers.NGOpt(parametrization=place, budget=search["evaluations"], num_workers=1)
+
+    def loss(weights: Any) -> float:
+        with model.routing.only(weights):
+            found = evaluate_routed(model, [rows], batch_size=16, dtype="bfloat16", max_tokens=TOKENS)[0]
+        value = found.results[0].loss
+        assert value is not None
+        return value.value + 0.05 * float(np.abs(weights).mean())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        best = optimizer.minimize(loss).value
+    with model.routing.only(best):
+        yield
 
 
 def _scores(result: Any) -> dict[str, Any]:

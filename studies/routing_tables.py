@@ -54,6 +54,7 @@ of an answer, matrix products in bfloat16.
 - Two experts a token, unless said. *a = 100* and *a = 3* are what GLIDER's code has for held-in and for held-out tasks:
   it chooses by knowing which is which. *Adaptive* chooses for each query, without labels.
 - [95%] are bootstrap intervals: tasks are drawn with replacement, then rows within each.
+- LoraHub is given five labelled training rows of every task, held out or not, and searches one weight an expert.
 - Oracle is the expert of the model that does best on the task's test rows.
 """
 
