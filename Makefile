@@ -31,6 +31,7 @@ bench: setup
 	$(PY) -m benchmarks.coefficient_step
 	$(PY) -m benchmarks.glue_step
 	$(PY) -m benchmarks.routed_forward
+	$(PY) -m benchmarks.doctor
 
 results: setup
 	$(PY) -m studies.cells
