@@ -320,7 +320,7 @@ def _sweep(found: Mapping[str, Outcomes]) -> bytes:
         axis.set_xlabel("a")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     axes[0].set_ylabel("loss, nats per token")
     figure.tight_layout()
     return _png(pyplot, figure)
