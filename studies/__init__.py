@@ -7,4 +7,5 @@ STUDIES: tuple[str, ...] = (
     "studies.glue_vision.STUDY",
     "studies.glue_language.STUDY",
     "studies.routing.STUDY",
+    "studies.doctor.STUDY",
 )

@@ -5,15 +5,26 @@ its figures, first from checkpoints alone, then with the logs, then with probes 
 does is measured on test rows, which the doctor never sees. Every figure is the library's own.
 """
 
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch
 
+from consilience.stability import from_probe
+from consilience.stability.bound import Maybe, noise_variance, spread_bound, total
+from consilience.stability.candidates import Candidate, candidates
+from consilience.stability.from_training import bound_facts, trained
+from consilience.stability.geometry import Geometry, Vector
+from consilience.stability.probe import Probe, probe
+from consilience.stability.probing import saturation
+from consilience.stability.saturation import expected_member_losses
+from consilience.stability.training import Training, compare
 from studies.cells import Study
-from studies.doctor_experts import Expert, Suite, Tuning, World, expert, world
+from studies.doctor_experts import Expert, Score, Suite, Tuning, World, expert, world
 from studies.doctor_tables import page
 
 Setting = dict[str, Any]
@@ -22,13 +33,12 @@ SEEDS = (0, 1, 2)
 #: Sizes of merges.
 SIZES = (2, 3, 4, 6, 8)
 BATCH, ROWS = 32, 400
-RATES, STEPS = (0.0125, 0.025, 0.05, 0.1), (50, 100, 200, 400)
+RATES, STEPS = (0.0125, 0.025, 0.05, 0.1, 0.2), (50, 100, 200, 400)
 
 #: Learning rate times steps.
 CORE = tuple(Tuning("sgd", rate, steps, BATCH, ROWS) for rate in RATES for steps in STEPS)
-#: Where more training harms, and others of two lengths: in batches, in rows.
+#: A longer one, and others of two lengths: in batches, in rows.
 MORE = (
-    Tuning("sgd", 0.2, 100, BATCH, ROWS),
     Tuning("sgd", 0.05, 800, BATCH, ROWS),
     *(Tuning("sgd", 0.05, steps, batch, ROWS) for batch in (8, 64) for steps in (100, 400)),
     *(Tuning("sgd", 0.05, steps, BATCH, rows) for rows in (50, 150) for steps in (100, 400)),
@@ -77,14 +87,190 @@ def run(setting: Setting) -> Mapping[str, Any]:
 @contextmanager
 def _one_thread() -> Generator[None]:
     """Compute on one core: networks as small as these are no faster on two."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+# What the doctor is asked, and what experts and merges do.
+
+
+class NetLandscape:
+    """Losses of experts' tasks on validation rows, by merge weights."""
+
+    def __init__(self, made: World, experts: Sequence[Expert]) -> None:
+        self.made = made
+        self.tasks = [one.task for one in experts]
+        self.stack = torch.stack([one.tau for one in experts])
+
+    def theta(self, alpha: Vector | Sequence[float]) -> torch.Tensor:
+        """Return theta_0 + sum_j alpha_j tau_j."""
+        return self.made.theta + torch.as_tensor(np.asarray(alpha), dtype=torch.float32) @ self.stack
+
+    def rows(self, task: int) -> Sequence[int]:
+        """Return the numbers of a task's rows."""
+        return range(len(self.made.tasks[self.tasks[task]].validation))
+
+    def loss(self, task: int, alpha: Vector) -> float:
+        """Return a task's mean loss, in nats."""
+        number = self.tasks[task]
+        return self.made.score(self.theta(alpha), number, self.made.tasks[number].validation).loss
+
+    def slope(self, task: int, alpha: Vector, rows: Sequence[int]) -> tuple[float, Vector]:
+        """Return the mean loss of some rows, and its derivatives by alpha."""
+        number = self.tasks[task]
+        loss, gradient = self.made.gradient(self.theta(alpha), number, self.made.tasks[number].validation.take(rows))
+        return loss, (self.stack.double() @ gradient.double()).numpy()
+
+
+def geometry_of(made: World, experts: Sequence[Expert]) -> Geometry:
+    """Return the inner products of task vectors and the base."""
+    stack, base = torch.stack([one.tau for one in experts]).double(), made.theta.double()
+    return Geometry((stack @ stack.T).numpy(), (stack @ base).numpy(), float(base @ base))
+
+
+class Asked:
+    """The doctor on a set of experts that are averaged."""
+
+    def __init__(self, made: World, experts: Sequence[Expert]) -> None:
+        self.experts = experts
+        self.names = tuple(made.tasks[one.task].name for one in experts)
+        self.p = np.full(len(experts), 1 / len(experts))
+        self.geometry = geometry_of(made, experts)
+        self.measured: Probe = probe(NetLandscape(made, experts), self.geometry.gram, self.p)
+
+    def says(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of each kind of evidence, by name."""
+        return {"checkpoints": self._checkpoints(), "logs": self._logs(), "probes": self._probes()}
+
+    def _checkpoints(self) -> dict[str, Any]:
+        geometry = self.geometry
+        between = geometry.cosines[~np.eye(geometry.count, dtype=bool)]
+        return {
+            "norms": float(geometry.norms.sum()), "displacement": geometry.displacement(self.p),
+            "moves": geometry.moves(self.p).tolist(), "cosine": float(between.mean()),
+            "sigma_max": geometry.sigma_max, "sigma_max_centred": geometry.sigma_max_centred,
+            "common": geometry.common,
+        }  # fmt: skip
+
+    def _logs(self) -> dict[str, Maybe]:
+        """Return the mean length and the parts of the bound on V that logs tell; H of SGD alone."""
+        said = [logged(one.training) for one in self.experts]
+        lengths = [one["length"] for one in said]
+        parts = spread_bound(
+            self.p.tolist(),
+            lengths=lengths,
+            gradient=float(np.mean([one["first_gradient"] or 0.0 for one in said])),
+            squares=[one["squares"] for one in said],
+            variances=[one["variance"] for one in said],
+            batches=[one.training.batch_size for one in self.experts],
+        )
+        whole = total(lengths)
+        return {"length": None if whole is None else whole / len(lengths), "unequal": parts.part("unequal"),
+                "noise": parts.part("noise")}  # fmt: skip
+
+    def _probes(self) -> dict[str, Any]:
+        facts = bound_facts([one.training for one in self.experts], self.geometry, self.p, self.measured)
+        assert facts is not None
+        return {
+            "quadratic": float(self.measured.predicted(self.p).mean()), "measured": float(self.measured.merged.mean()),
+            "causes": {name: _finite(value) for name, value in facts.displacement.items()},
+            "risk": {name: _finite(value) for name, value in facts.risk.items()},
+        }  # fmt: skip
+
+    def predicts(self, members: Sequence[int]) -> Vector:
+        """Return the predicted losses of the members' tasks in their average, from the probes of the whole set."""
+        p = np.zeros(len(self.p))
+        p[list(members)] = 1 / len(members)
+        return self.measured.predicted(p)[list(members)]
+
+    def advice(self) -> tuple[dict[str, tuple[float, ...]], str]:
+        """Return weights by the kind of advice, and the kind that the doctor gives."""
+        found = candidates(self.names, self.measured)
+        ways = {"average": tuple(self.p.tolist())}
+        for one in found:
+            ways.setdefault(kind_of(one), one.weights)
+        (lengths,) = compare([one.training for one in self.experts]).lengths
+        scales = [1.0 if scale is None else scale for scale in lengths.scales]
+        ways["equal lengths"] = tuple((self.p * scales).tolist())
+        told = any(one.kind == "better-weights" for one in from_probe.findings(self.names, self.measured, found))
+        return ways, kind_of(found[0]) if told else "average"
+
+    def saturates(self) -> dict[str, list[float]]:
+        """Return the predicted mean losses of all tasks, and of those that are merged, for k = 1 ... K."""
+        every, _ = saturation(self.measured)
+        one = self.measured
+        members = [
+            float(expected_member_losses(k, one.gram, one.own, one.slopes, one.curvatures).mean())
+            for k in range(1, len(self.p) + 1)
+        ]
+        return {"all": list(every), "members": members}
+
+
+def kind_of(one: Candidate) -> str:
+    """Return what sort of merge a candidate is."""
+    if one.name.startswith("task arithmetic"):
+        return "one scale"
+    kinds = {"the weights given": "average", "weights that the model calls best": "best weights"}
+    return kinds.get(one.name, "some left out")
+
+
+def logged(training: Training) -> dict[str, Maybe]:
+    """Return what an expert's log says of it; lengths and stability of SGD alone."""
+    (facts,) = trained([training])
+    sgd = training.length if training.family == "sgd" else None
+    norms = training.curve.series["grad_norm"].values
+    return {
+        "length": None if sgd is None else sgd.value,
+        "squares": None if sgd is None else sgd.squares,
+        "first_gradient": float(norms[: max(1, len(norms) // 10)].mean()),
+        "final_gradient": training.final_gradient,
+        "final_loss": facts.final_loss,
+        "variance": noise_variance(training.noise_scale, training.gradient, training.batch_size),
+        "stability": facts.stability,
+    }
+
+
+def _finite(value: Maybe) -> Maybe:
+    """Return a number that JSON can hold: the largest there is instead of an infinite one."""
+    return None if value is None else min(value, sys.float_info.max)
+
+
+def alone(made: World, one: Expert) -> Setting:
+    """Return an expert's figures on its own task."""
+    task, theta = made.tasks[one.task], made.theta + one.tau
+    seen = task.train.take(range(one.tuning.rows))
+    return {
+        "task": one.task, "tuning": one.tuning.name, "norm": float(one.tau.norm()), "logs": logged(one.training),
+        "base": _shown(made.score(made.theta, one.task, task.test)), "train": _shown(made.score(theta, one.task, seen)),
+        "test": _shown(made.score(theta, one.task, task.test)),
+    }  # fmt: skip
+
+
+def does(made: World, experts: Sequence[Expert], members: Sequence[int]) -> Setting:
+    """Return test losses and accuracies of the members' tasks in their average, and the other tasks' mean loss."""
+    theta = NetLandscape(made, [experts[k] for k in members]).theta(np.full(len(members), 1 / len(members)))
+    found = [made.score(theta, one.task, made.tasks[one.task].test) for one in experts]
+    others = [found[k].loss for k in range(len(experts)) if k not in members]
+    return {
+        "losses": [round(found[k].loss, 5) for k in members],
+        "accuracies": [round(found[k].accuracy, 5) for k in members],
+        "others": round(float(np.mean(others)), 5) if others else None,
+    }
+
+
+def losses_of(made: World, experts: Sequence[Expert], weights: Sequence[float], purpose: str) -> list[float]:
+    """Return the losses of the experts' tasks in a merge, on the rows of one purpose."""
+    theta = NetLandscape(made, experts).theta(weights)
+    scores = [made.score(theta, one.task, getattr(made.tasks[one.task], purpose)) for one in experts]
+    return [round(score.loss, 5) for score in scores]
+
+
+def _shown(score: Score) -> dict[str, float]:
+    return {"loss": round(score.loss, 5), "accuracy": round(score.accuracy, 5)}
 
 
 # Experts of one setting, and of unequal lengths.
@@ -132,8 +318,6 @@ def _experts(made: World, tunings: Sequence[Tuning], seed: int) -> list[Expert]:
 
 def examined(made: World, experts: Sequence[Expert], merges: Sequence[Sequence[int]]) -> Setting:
     """Return every expert's figures, and every merge's: what the doctor says, and what the merge does."""
-    from studies.doctor_measures import Asked, alone, does
-
     every = Asked(made, experts)
     found: list[Setting] = []
     for members in merges:
@@ -166,13 +350,11 @@ def run_advice(made: World, setting: Setting) -> Setting:
 
 def advised(made: World, experts: Sequence[Expert]) -> Setting:
     """Return the test losses of the plain average and of every kind of advice, by its name."""
-    from studies.doctor_measures import Asked, test_losses
-
     asked = Asked(made, experts)
     advice, followed = asked.advice()
     ways = {
         name: {"weights": list(weights), "predicted": float(asked.measured.predicted(np.array(weights)).mean()),
-               "losses": test_losses(made, experts, weights)}
+               "losses": losses_of(made, experts, weights, "test")}
         for name, weights in advice.items()
     }  # fmt: skip
     return {
@@ -186,8 +368,6 @@ def advised(made: World, experts: Sequence[Expert]) -> Setting:
 
 def run_saturation(made: World, setting: Setting) -> Setting:
     """Predict the mean loss of all tasks for merges of k experts, and measure some of each size."""
-    from studies.doctor_measures import Asked, losses_of, test_losses
-
     experts = _experts(made, [Tuning(**setting["tuning"])] * len(made.tasks), setting["seed"])
     count = len(experts)
     predicted = Asked(made, experts).saturates()
@@ -197,7 +377,7 @@ def run_saturation(made: World, setting: Setting) -> Setting:
         for members in _some_subsets(count, size, setting["subsets"], generator):
             weights = [1 / size if k in members else 0.0 for k in range(count)]
             probed = losses_of(made, experts, weights, "validation")
-            measured.append({"members": list(members), "losses": test_losses(made, experts, weights),
+            measured.append({"members": list(members), "losses": losses_of(made, experts, weights, "test"),
                              "validation": float(np.mean(probed))})  # fmt: skip
     return {"predicted": predicted, "measured": measured}
 

@@ -188,7 +188,7 @@ def gather(suite: Suite, seed: int, load: Callable[[str], DataSet] = data.load) 
             "base": _cut(published[0], least, suite.base),
             "test": _cut(published[1], 0, suite.test),
         }
-        found |= {f"{name}/{purpose}": _resized(images, suite.size) for purpose, images in cuts.items()}
+        found |= {f"{name}/{purpose}": resized(images, suite.size) for purpose, images in cuts.items()}
     return found
 
 
@@ -204,7 +204,7 @@ def _cut(images: Images, start: int, count: int) -> Images:
     return Images(images.images[start : start + count], images.labels[start : start + count])
 
 
-def _resized(images: Images, size: int) -> Images:
+def resized(images: Images, size: int) -> Images:
     """Return images of three channels and ``size`` pixels; coloured ones as what stands out from their ground."""
     pixels = images.images.float()
     pixels = (_ink(pixels) if pixels.shape[1] == 3 else pixels).expand(-1, 3, -1, -1)

@@ -120,8 +120,9 @@ def test_candidates_are_in_order_and_the_best_weights_are_best() -> None:
     found = candidates(NAMES, _probe(case))
     assert [one.mean for one in found] == sorted(one.mean for one in found)
     best = next(one for one in found if one.name == "weights that the model calls best")
-    others = np.random.default_rng(0).normal(size=(300, 3))
+    others = np.random.default_rng(0).uniform(size=(300, 3))
     least = min(np.mean([case.loss(k, p) for k in range(3)]) for p in [*others, *np.eye(3)])
+    assert all(0 <= value <= 1 for value in best.weights)
     assert best.mean <= least + 1e-9
     assert best.worst == pytest.approx(max(np.array(best.losses) - _probe(case).own))
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from consilience.errors import InputError
 from consilience.stability.weights import (
+    bounded_weights,
     objective,
     optimal_weights,
     predicted_increase,
@@ -177,3 +178,21 @@ def test_penalties_are_the_quadratic_part_of_lemma_2() -> None:
 def test_wrong_values_are_named(wrong: Callable[[], Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         wrong()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bounded_weights_are_the_best_of_the_box(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    tau, slopes = generator.normal(size=(3, 5)), generator.normal(size=(3, 3))
+    known: dict[str, Any] = {"curvatures": np.array([1.0, 0.5, 2.0]), "slopes": 2 * slopes}
+    found = bounded_weights(tau @ tau.T, **known)
+    assert ((found >= 0) & (found <= 1)).all()
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 21)] * 3), -1).reshape(-1, 3)
+    values = [float(objective(p, tau @ tau.T, **known)) for p in grid]
+    assert float(objective(found, tau @ tau.T, **known)) <= min(values) + 1e-9
+
+
+def test_bounds_that_do_not_bind_change_nothing() -> None:
+    tau = np.array([[1.0, 0.2], [0.1, 1.0]])
+    assert bounded_weights(tau @ tau.T) == pytest.approx(optimal_weights(tau @ tau.T))
+    assert bounded_weights(tau @ tau.T, penalties=[0.0, np.inf])[1] == 0

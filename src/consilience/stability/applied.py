@@ -13,7 +13,7 @@ from consilience.stability.geometry import Vector
 from consilience.stability.logs.folder import holds_log
 from consilience.stability.probe import Probe
 from consilience.stability.training import Training, read_training
-from consilience.stability.weights import optimal_weights, stability_penalties
+from consilience.stability.weights import bounded_weights, stability_penalties
 
 
 def case_of(run: Run) -> Case:
@@ -39,7 +39,9 @@ def trainings_of(case: Case) -> list[Training]:
     return found
 
 
-def best_weights(case: Case, measured: Probe, importance: Vector, stability: float) -> tuple[Vector, dict[str, Any]]:
+def best_weights(
+    case: Case, measured: Probe, importance: Vector, stability: float, bound: float
+) -> tuple[Vector, dict[str, Any]]:
     """Return the weights [K], and what they rest on, for the record.
 
     Raises:
@@ -54,8 +56,8 @@ def best_weights(case: Case, measured: Probe, importance: Vector, stability: flo
             "stability_weights: on the way to the merge losses bend downwards on the whole, so that the quadratic "
             "model has no best weights; use another method, or more probe rows"
         )
-    weights = optimal_weights(
-        measured.gram, w=w, curvatures=measured.curvatures, slopes=measured.slopes, penalties=prices
+    weights = bounded_weights(
+        measured.gram, high=bound, w=w, curvatures=measured.curvatures, slopes=measured.slopes, penalties=prices
     )
     found: dict[str, Any] = {
         "curvatures": measured.curvatures.tolist(),

@@ -15,7 +15,7 @@ import numpy as np
 from consilience.errors import InputError
 from consilience.stability.geometry import Vector
 from consilience.stability.probe import Probe
-from consilience.stability.weights import optimal_weights
+from consilience.stability.weights import bounded_weights
 
 #: With more experts than this, subsets are those that leave one out.
 _ENUMERATED = 10
@@ -55,7 +55,7 @@ def candidates(names: tuple[str, ...], probe: Probe) -> tuple[Candidate, ...]:
     if scale is not None:
         found.append(_candidate(names, probe, f"task arithmetic, scale {scale:.2f}", np.full(count, scale)))
     try:
-        best = optimal_weights(probe.gram, curvatures=probe.curvatures, slopes=probe.slopes)
+        best = bounded_weights(probe.gram, curvatures=probe.curvatures, slopes=probe.slopes)
         found.append(_candidate(names, probe, "weights that the model calls best", best))
     except InputError:
         pass  # bent downwards on the whole: there is no best

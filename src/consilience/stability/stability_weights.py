@@ -20,6 +20,7 @@ def stability_weights(
     alphabar: Annotated[PerExpert, Default(0.3), "weights of the merge towards which curvatures are measured"],
     importance: Annotated[PerExpert, Default(1.0), Range(0), "what an expert's task counts"],
     stability: Annotated[float, Default(1.0), Range(0), "weight of the price of instability, where logs tell it"],
+    bound: Annotated[float, Default(1.0), Range(1e-3), "largest weight; the least is 0"],
     samples: Samples,
     precision: Precision,
     batch_tokens: Tokens,
@@ -29,10 +30,10 @@ def stability_weights(
     J(p) = sum_k w_k [<g_k, d_k> + c_k ||d_k||^2 / 2] + 1/2 sum_k r_k p_k^2,    d_k = sum_j p_j tau_j - tau_k
     (cbar G + diag r) p = G (w o c) - S^T w,     cbar = sum_k w_k c_k,   r_k = stability w_k L eps_k^2
 
-    w is ``importance`` divided by its sum. Gradients S and curvatures c come of a scan of each expert's loss on its
-    probe rows, on the way from the expert to the merge with weights ``alphabar``. eps_k is Lemma 1's leading term, and
-    L the largest curvature; r is 0 unless logs tell it of every expert, and all were trained by SGD, which the lemma
-    is about.
+    within 0 <= p_k <= bound, as the model is not to be trusted far from the experts. w is ``importance`` divided by its
+    sum. Gradients S and curvatures c come of a scan of each expert's loss on its probe rows, on the way from the expert
+    to the merge with weights ``alphabar``. eps_k is Lemma 1's leading term, and L the largest curvature; r is 0 unless
+    logs tell it of every expert, and all were trained by SGD, which the lemma is about.
     """
     values = {key: value for key, value in locals().items() if key != "run"}
     from consilience.stability.applied import best_weights, case_of
@@ -59,5 +60,5 @@ def stability_weights(
         facts = landscape.facts(values, time.perf_counter() - begun)
     finally:
         landscape.close()
-    weights, found = best_weights(case, measured, np.asarray(importance, np.float64), stability)
+    weights, found = best_weights(case, measured, np.asarray(importance, np.float64), stability, bound)
     return landscape.start.with_alpha(weights[:, None], **facts, **found)

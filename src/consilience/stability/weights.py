@@ -14,6 +14,8 @@ One curvature stands for a whole Hessian, and losses far from an expert are not 
 do not promise losses. All functions take stacks, such as one matrix a layer: the model is a sum over layers.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +26,8 @@ Array = npt.NDArray[np.float64]
 
 #: Eigenvalues of the scaled system below this share of the largest are rounding: the task vectors are dependent.
 _NULL = 1e-10
+#: Rounds over the weights in a search within bounds, and the change at which it ends.
+_SWEEPS, _STILL = 20_000, 1e-12
 #: A Gram matrix of float32 sums may have eigenvalues so far below 0, as a share of the largest.
 _ROUNDING = 1e-5
 
@@ -65,6 +69,42 @@ def optimal_weights(
         right = right - np.einsum("...kj,...k->...j", _like("slopes", slopes, g), weights)
     start = np.where(out, 0.0, np.broadcast_to(weights, right.shape))
     return start + _least_change(system, right - np.einsum("...ij,...j->...i", system, start), ~out)
+
+
+def bounded_weights(
+    gram: npt.ArrayLike,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    w: npt.ArrayLike | None = None,
+    curvatures: npt.ArrayLike | None = None,
+    penalties: npt.ArrayLike | None = None,
+    slopes: npt.ArrayLike | None = None,
+) -> Array:
+    """Return the weights [K] that minimise J within ``low <= p_k <= high``.
+
+    Far from the experts the model is not to be trusted: without bounds its best weights may be far outside what was
+    ever measured. Other arguments and errors are those of ``optimal_weights``, for one matrix.
+    """
+    known: dict[str, Any] = {"w": w, "curvatures": curvatures, "penalties": penalties, "slopes": slopes}
+    free = np.asarray(optimal_weights(gram, **known), np.float64)
+    if ((free >= low) & (free <= high)).all():
+        return free
+    g = _gram(gram)
+    weights, c, r = _settings(g, w, curvatures, penalties)
+    out = np.isinf(r)
+    system = float((weights * c).sum()) * g + np.diag(np.where(out, 0.0, r))
+    right = g @ (weights * c) - (0.0 if slopes is None else np.asarray(slopes, np.float64).T @ weights)
+    found = np.clip(free, low, high) * ~out
+    curved = [k for k in range(len(found)) if not out[k] and system[k, k] > 0]
+    for _ in range(_SWEEPS):  # J is convex: going down one weight at a time ends at its least value
+        before = found.copy()
+        for k in curved:
+            rest = right[k] - system[k] @ found + system[k, k] * found[k]
+            found[k] = min(max(rest / system[k, k], low), high)
+        if np.abs(found - before).max(initial=0.0) <= _STILL:
+            break
+    return found
 
 
 def objective(
