@@ -126,7 +126,7 @@ def journal() -> Path:
 # Signals, on a real process that writes slowly.
 
 DRIVER = """
-import sys, time
+import itertools, sys, time
 import consilience.engine.merge as merge
 import consilience.engine.plan as plan
 from consilience.engine.journal import Journal
@@ -134,9 +134,10 @@ from consilience.engine.output import FileSink
 
 plan.SEGMENT = 4096
 merge.Journal = lambda path, flush: Journal(path, flush, period=0.02)
-write = FileSink.write
+write, calls = FileSink.write, itertools.count()
 def slow(self, *arguments):
-    time.sleep(0.05)
+    # The first few are on disk soon; the rest takes so long that a busy machine has time to send its signal.
+    time.sleep(0.05 if next(calls) < 12 else 0.5)
     write(self, *arguments)
 FileSink.write = slow
 from consilience.__main__ import main
