@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from consilience.errors import InputError, MachineError
 from consilience.routing.expert import Expert
 from consilience.routing.install import install
-from consilience.routing.layer import Factors
+from consilience.routing.layer import Factors, LowRank
 from consilience.routing.local.answers import answer_losses
 from consilience.routing.local.gate_settings import GateSettings
 from consilience.routing.local.gate_training import GateRecord, train_gates
@@ -326,7 +326,7 @@ def test_what_does_not_suit_is_one_line() -> None:
     first = tasks[0].sequences[0]
     mute = Examples(tasks[0].task, (first, replace(first, row=2, targets=())))
     misfit = {"model.layers.9.mlp.down_proj": next(iter(expert.factors.values()))}
-    cases: list[tuple[str, Mapping[str, Factors], list[Examples]]] = [
+    cases: list[tuple[str, Mapping[str, LowRank], list[Examples]]] = [
         ("expert 'own': has no rows of its own", expert.factors, []),
         ("expert 'own': task copy has no rows", expert.factors, [Examples(tasks[0].task, ())]),
         ("task copy, row 3: has no response to learn", expert.factors, [mute]),

@@ -130,6 +130,10 @@ class FileStorage:
             self._descriptors.clear()
             self._views.clear()
 
+    def __del__(self) -> None:
+        """Close what is still open."""
+        self.close()
+
 
 class MemoryStorage:
     """Tensors held as flat byte views of the caller's arrays (state dicts, ``torch.load``-ed files)."""

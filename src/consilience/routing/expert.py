@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from consilience.checkpoints.adapter import Adapter, open_adapter
+from consilience.checkpoints.adapter import Adapter, LoraPair, open_adapter
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
 from consilience.checkpoints.dtypes import TORCH_NAMES
 from consilience.errors import InputError
-from consilience.routing.layer import Factors
+from consilience.routing.layer import LowRank
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,58 @@ class Expert:
     """Factors by module name; ``vectors`` has, by kind of local router, a vector [in] for each module."""
 
     name: str
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, LowRank]
     vectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     instruction: Instruction | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFactors:
+    """Factors that stay in their adapter's file and are read, in float32, whenever they are asked for.
+
+    So that a routed model is loaded in little more memory than it takes. Reading raises ``InputError`` if a factor
+    holds NaN or Inf, or the file has become shorter.
+    """
+
+    adapter: Adapter
+    pair: LoraPair
+
+    @property
+    def a(self) -> Tensor:
+        """A."""
+        return self._read(self.pair.a, 1.0)
+
+    @property
+    def b(self) -> Tensor:
+        """B, scaled."""
+        return self._read(self.pair.b, self.pair.scale)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.pair.rank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.pair.b.shape[0], self.pair.a.shape[1]
+
+    def check(self) -> None:
+        """Read both factors once.
+
+        Raises:
+            InputError: one holds NaN or Inf.
+        """
+        self._read(self.pair.a, 1.0)
+        self._read(self.pair.b, self.pair.scale)
+
+    def _read(self, tensor: TensorInfo, scale: float) -> Tensor:
+        found = read_tensor(self.adapter.checkpoint, tensor).float().mul_(scale)
+        if not bool(torch.isfinite(found).all()):
+            raise InputError(
+                f"{self.adapter.path}: {module_of(self.pair)}: holds NaN or Inf; train or download the adapter again"
+            )
+        return found
 
 
 def read_tensor(checkpoint: Checkpoint, tensor: TensorInfo) -> Tensor:
@@ -38,8 +87,8 @@ def read_tensor(checkpoint: Checkpoint, tensor: TensorInfo) -> Tensor:
     return torch.from_numpy(checkpoint.read(tensor.name)).view(kind).reshape(tensor.shape)
 
 
-def read_factors(path: Path) -> dict[str, Factors]:
-    """Read a PEFT LoRA adapter's factors by the names of the modules it adapts.
+def read_factors(path: Path) -> dict[str, StoredFactors]:
+    """Return a PEFT LoRA adapter's factors by the names of the modules it adapts; all are read once, to be checked.
 
     Raises:
         InputError: the adapter is malformed, or changes something that cannot be routed token by token.
@@ -50,18 +99,14 @@ def read_factors(path: Path) -> dict[str, Factors]:
             f"{path}: holds the whole tensor {next(iter(adapter.whole))!r} beside its factors, which cannot be routed; "
             "train the adapter without modules_to_save and without biases"
         )
-    try:
-        return {target.removesuffix(".weight"): _factors(adapter, target, path) for target in adapter.pairs}
-    finally:
-        adapter.checkpoint.storage.close()
+    found = {module_of(pair): StoredFactors(adapter, pair) for pair in adapter.pairs.values()}
+    for module, one in found.items():
+        if len(one.pair.a.shape) != 2 or len(one.pair.b.shape) != 2:
+            raise InputError(f"{path}: {module}: adapts a convolution; only linear layers are routed")
+        one.check()
+    return found
 
 
-def _factors(adapter: Adapter, target: str, path: Path) -> Factors:
-    pair = adapter.pairs[target]
-    if len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
-        raise InputError(f"{path}: {target}: adapts a convolution; only linear layers are routed")
-    a = read_tensor(adapter.checkpoint, pair.a).float()
-    b = read_tensor(adapter.checkpoint, pair.b).float() * pair.scale
-    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        raise InputError(f"{path}: {target}: holds NaN or Inf; train or download the adapter again")
-    return Factors(a, b)
+def module_of(pair: LoraPair) -> str:
+    """Return the name of the module that a pair adapts."""
+    return pair.target.removesuffix(".weight")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from consilience.errors import InputError, nearest
 from consilience.routing import scores
 from consilience.routing.expert import Expert
-from consilience.routing.layer import Experts, Factors, RoutedLinear, put, routed
+from consilience.routing.layer import Experts, Factors, LowRank, RoutedLinear, put, routed
 from consilience.routing.router import Router
 from consilience.routing.settings import Settings
 
@@ -51,7 +51,7 @@ def install(model: nn.Module, experts: Sequence[Expert], settings: Settings) -> 
 
 def installed(model: nn.Module, experts: Sequence[Expert]) -> list[Expert]:
     """Return experts whose factors are those that the model holds: views, so that nothing is kept twice."""
-    factors: list[dict[str, Factors]] = [{} for _ in experts]
+    factors: list[dict[str, LowRank]] = [{} for _ in experts]
     for name, module in model.named_modules():
         if isinstance(module, RoutedLinear):
             stack = module.experts
@@ -72,7 +72,7 @@ def _layer(name: str, module: nn.Module, experts: Sequence[Expert], router: Rout
 
 
 def _prototypes(name: str, experts: Sequence[Expert], settings: Settings) -> Tensor:
-    width = next(expert.factors[name].a.shape[1] for expert in experts if name in expert.factors)
+    width = next(expert.factors[name].shape[1] for expert in experts if name in expert.factors)
     empty = torch.zeros(width)
     if settings.local == "none":
         return empty.repeat(len(experts), 1)
@@ -102,10 +102,11 @@ def check_fit(model: nn.Module, expert: Expert) -> None:
                 "so train the adapter without it"
             )
         assert isinstance(module, nn.Linear)
-        if one.a.shape[1] != module.in_features or one.b.shape[0] != module.out_features:
+        height, width = one.shape
+        if width != module.in_features or height != module.out_features:
             raise InputError(
-                f"expert {expert.name!r}: {name}: adapts a layer of {one.a.shape[1]} inputs and {one.b.shape[0]} "
-                f"outputs, and the base's has {module.in_features} and {module.out_features}; check its base"
+                f"expert {expert.name!r}: {name}: adapts a layer of {width} inputs and {height} outputs, and the "
+                f"base's has {module.in_features} and {module.out_features}; check its base"
             )
 
 

@@ -10,7 +10,7 @@ there are few tokens, as when a sequence is generated, only theirs are read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,36 @@ DENSE_SHARE = 0.5
 FEW = 2
 
 
+class LowRank(Protocol):
+    """One expert at one module: ``a`` [r, in], ``b`` [out, r] with the adapter's scale in it, held or read when asked.
+
+    ``shape`` is (out, in), as the module's weight has it.
+    """
+
+    @property
+    def a(self) -> Tensor:
+        """A."""
+        ...
+
+    @property
+    def b(self) -> Tensor:
+        """B, scaled."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """One expert at one module: ``a`` [r, in], ``b`` [out, r] with the adapter's scale in it."""
+    """Factors in memory."""
 
     a: Tensor
     b: Tensor
@@ -37,6 +64,11 @@ class Factors:
     def rank(self) -> int:
         """r."""
         return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.b.shape[0], self.a.shape[1]
 
 
 class Experts(nn.Module):
@@ -51,21 +83,29 @@ class Experts(nn.Module):
     owner: Tensor
 
     def __init__(
-        self, name: str, factors: Sequence[Factors | None], prototypes: Tensor, like: Tensor, router: Router
+        self, name: str, factors: Sequence[LowRank | None], prototypes: Tensor, like: Tensor, router: Router
     ) -> None:
-        """Stack factors and prototypes [K, in] in the dtype and on the device of ``like``."""
+        """Stack factors and prototypes [K, in] in the dtype and on the device of ``like``.
+
+        One expert after the other, so that no more than one is in memory beside the stack.
+        """
         super().__init__()
         self.name, self.router, self.count = name, router, len(factors)
-        present = [one for one in factors if one is not None]
         ranks = [0 if one is None else one.rank for one in factors]
         self.edges = [sum(ranks[:k]) for k in range(len(ranks) + 1)]
         self.total, self.rank = self.edges[-1], ranks[0] if len(set(ranks)) == 1 else 0
-        into = torch.cat([*(one.a.to(like) for one in present), prototypes.to(like)])
+        height, width = next(one.shape for one in factors if one is not None)
+        into, out_of = like.new_empty(self.total + self.count, width), like.new_empty(self.total, height)
+        into[self.total :] = prototypes
+        for k, one in enumerate(factors):
+            if one is not None:
+                span = slice(self.edges[k], self.edges[k + 1])
+                into[span], out_of[span] = one.a, one.b.t()
         owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-        self.register_buffer("into", into.contiguous(), persistent=False)
-        self.register_buffer("out_of", torch.cat([one.b.t().to(like) for one in present]).contiguous(), False)
+        self.register_buffer("into", into, persistent=False)
+        self.register_buffer("out_of", out_of, persistent=False)
         self.register_buffer("owner", owner.to(like.device), persistent=False)
-        share = self.total * (1 / self.into.shape[1] + 1 / self.out_of.shape[1])
+        share = self.total * (1 / width + 1 / height)
         self.dense = share <= DENSE_SHARE or self.into.element_size() < 4
 
     def add(self, u: Tensor, y: Tensor) -> Tensor:

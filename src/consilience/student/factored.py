@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from consilience.checkpoints.mapped import mapped
 from consilience.engine.plan import TensorPlan
 from consilience.experts.model import Source
 from consilience.student import low_rank
@@ -182,13 +183,7 @@ def _stored(source: Source) -> tuple[Any, Any]:
     pair, storage = source.pair, source.pair_storage
     assert pair is not None
     assert storage is not None
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-    sides: list[Any] = []
-    for tensor in (pair.b, pair.a):
-        held = storage.view(tensor)
-        aligned = held if held.ctypes.data % tensor.dtype.itemsize == 0 else held.copy()
-        sides.append(torch.from_numpy(aligned).view(kinds[tensor.dtype.name]))
-    b, a = sides[0].view(-1, pair.rank), sides[1].view(pair.rank, -1)
+    b, a = mapped(storage, pair.b).view(-1, pair.rank), mapped(storage, pair.a).view(pair.rank, -1)
     return (a.T, b.T) if pair.transposed else (b, a)
 
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from consilience.checkpoints.json_files import read_object
+from consilience.checkpoints.mapped import mapped
 from consilience.checkpoints.open import WEIGHT_SUFFIXES, open_checkpoint
 from consilience.checkpoints.reference import resolve
 from consilience.engine.output import OURS, write_json
@@ -217,7 +218,7 @@ def read_expert(folder: Path, name: str) -> Expert:
 
 
 def read_vectors(place: Path) -> dict[str, dict[str, Tensor]]:
-    """Read an expert's vectors by kind and module.
+    """Return an expert's vectors by kind and module, as pages of their file: only one kind is in use at a time.
 
     Raises:
         InputError: the file is missing, or holds something else.
@@ -232,7 +233,7 @@ def read_vectors(place: Path) -> dict[str, dict[str, Tensor]]:
             kind, slash, module = name.partition("/")
             if not slash or len(tensor.shape) != 1 or not tensor.dtype.mergeable:
                 raise InputError(f"{path}: tensor {name!r} is not a vector of a module; restore the file")
-            found.setdefault(kind, {})[module] = read_tensor(checkpoint, tensor)
+            found.setdefault(kind, {})[module] = mapped(checkpoint.storage, tensor)
     finally:
         checkpoint.storage.close()
     return found

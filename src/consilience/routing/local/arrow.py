@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from consilience.routing.layer import Factors
+from consilience.routing.layer import LowRank
 
 
-def direction(factors: Factors) -> Tensor:
+def direction(factors: LowRank) -> Tensor:
     """Return v [in] of an update, in float32; its sign is arbitrary and made such that the largest entry is positive.
 
     An update of zero has no direction: its v is 0.
@@ -25,11 +25,11 @@ def direction(factors: Factors) -> Tensor:
     left_a, right_a = torch.linalg.qr(a.t())
     _, values, rows = torch.linalg.svd(right_b @ right_a.t())
     if not float(values[0]) > 0:
-        return torch.zeros(factors.a.shape[1])
+        return torch.zeros(factors.shape[1])
     v = left_a @ rows[0]
     return (v * torch.sign(v[v.abs().argmax()])).float()
 
 
-def directions(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+def directions(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """Return v of every module of an expert."""
     return {module: direction(one) for module, one in factors.items()}

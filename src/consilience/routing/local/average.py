@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from consilience.progress import Listener, listening
 from consilience.routing.expert import Expert
 from consilience.routing.install import check_fit
-from consilience.routing.layer import Experts, Factors, routed
+from consilience.routing.layer import Experts, LowRank, routed
 from consilience.routing.local.answers import answer_losses
 from consilience.routing.local.borrowed import borrowed
 from consilience.routing.local.own_rows import check_rows, some_rows
@@ -63,7 +63,7 @@ class Mean:
 def average_activations(
     model: Any,
     name: str,
-    factors: Mapping[str, Factors],
+    factors: Mapping[str, LowRank],
     examples: Sequence[Examples],
     *,
     rows: int = ROWS,
@@ -88,7 +88,7 @@ def average_activations(
     check_whole("rows", rows, 1)
     check_rows(name, examples)
     chosen = some_rows(examples, rows)
-    means = {module: Mean.of_nothing(one.a.shape[1]) for module, one in factors.items()}
+    means = {module: Mean.of_nothing(one.shape[1]) for module, one in factors.items()}
     title = f"mean activations of {name}"
     with torch.no_grad(), _watched(model, Expert(name, factors), means), listening(title, progress) as listener:
         for done, (task, sequence) in enumerate(chosen, 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 from consilience.errors import InputError, MachineError
 from consilience.progress import LossListener, listening_to_loss
 from consilience.routing.expert import Expert
-from consilience.routing.layer import Factors
+from consilience.routing.layer import LowRank
 from consilience.routing.local.answers import answer_losses
 from consilience.routing.local.gate_settings import GateSettings
 from consilience.routing.local.gates import GatedLinear, gated
@@ -70,7 +70,7 @@ class GateRecord:
 def train_gates(
     model: Any,
     name: str,
-    factors: Mapping[str, Factors],
+    factors: Mapping[str, LowRank],
     examples: Sequence[Examples],
     settings: GateSettings,
     state: Path | None = None,

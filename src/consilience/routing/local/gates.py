@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from consilience.routing.expert import Expert
 from consilience.routing.install import check_fit
-from consilience.routing.layer import Factors, sharing
+from consilience.routing.layer import LowRank, sharing
 from consilience.routing.local.borrowed import borrowed
 
 
@@ -27,7 +27,7 @@ class GatedLinear(nn.Linear):
     b: Tensor
 
     @classmethod
-    def around(cls, linear: nn.Linear, factors: Factors) -> "GatedLinear":
+    def around(cls, linear: nn.Linear, factors: LowRank) -> "GatedLinear":
         """Return a gated layer that shares a linear layer's parameters."""
         made, weight = sharing(cls, linear), linear.weight
         made.register_buffer("a", factors.a.to(weight), persistent=False)
