@@ -16,7 +16,7 @@ import torch
 
 from consilience.stability import from_probe
 from consilience.stability.bound import Maybe, noise_variance, spread_bound, total
-from consilience.stability.candidates import Candidate, candidates
+from consilience.stability.candidates import candidates, tried
 from consilience.stability.from_training import bound_facts, trained
 from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe, probe
@@ -60,6 +60,9 @@ ADVISED, ADVICE_SIZES = 10, (4, 6, 8)
 SATURATED = (Tuning("sgd", 0.05, 50, BATCH, ROWS), Tuning("sgd", 0.05, 200, BATCH, ROWS),
              Tuning("sgd", 0.1, 400, BATCH, ROWS))  # fmt: skip
 SUBSETS = 6
+#: What the tables call a candidate, by its kind.
+KINDS = {"given": "average", "average": "average", "scale": "one scale", "weights": "best weights",
+         "subset": "some left out"}  # fmt: skip
 
 
 def _cells() -> list[tuple[str, Setting]]:
@@ -140,7 +143,8 @@ class Asked:
         self.names = tuple(made.tasks[one.task].name for one in experts)
         self.p = np.full(len(experts), 1 / len(experts))
         self.geometry = geometry_of(made, experts)
-        self.measured: Probe = probe(NetLandscape(made, experts), self.geometry.gram, self.p)
+        self.landscape = NetLandscape(made, experts)
+        self.measured: Probe = probe(self.landscape, self.geometry.gram, self.p)
 
     def says(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each kind of evidence, by name."""
@@ -189,15 +193,15 @@ class Asked:
 
     def advice(self) -> tuple[dict[str, tuple[float, ...]], str]:
         """Return weights by the kind of advice, and the kind that the doctor gives."""
-        found = candidates(self.names, self.measured)
+        found = tried(self.names, self.measured, candidates(self.names, self.measured), self.landscape)
         ways = {"average": tuple(self.p.tolist())}
         for one in found:
-            ways.setdefault(kind_of(one), one.weights)
+            ways.setdefault(KINDS[one.kind], one.weights)
         (lengths,) = compare([one.training for one in self.experts]).lengths
         scales = [1.0 if scale is None else scale for scale in lengths.scales]
         ways["equal lengths"] = tuple((self.p * scales).tolist())
         told = any(one.kind == "better-weights" for one in from_probe.findings(self.names, self.measured, found))
-        return ways, kind_of(found[0]) if told else "average"
+        return ways, KINDS[found[0].kind] if told else "average"
 
     def saturates(self) -> dict[str, list[float]]:
         """Return the predicted mean losses of all tasks, and of those that are merged, for k = 1 ... K."""
@@ -208,14 +212,6 @@ class Asked:
             for k in range(1, len(self.p) + 1)
         ]
         return {"all": list(every), "members": members}
-
-
-def kind_of(one: Candidate) -> str:
-    """Return what sort of merge a candidate is."""
-    if one.name.startswith("task arithmetic"):
-        return "one scale"
-    kinds = {"the weights given": "average", "weights that the model calls best": "best weights"}
-    return kinds.get(one.name, "some left out")
 
 
 def logged(training: Training) -> dict[str, Maybe]:

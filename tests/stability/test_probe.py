@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tiny_models import make_llama, make_tokenizer, shake
 import consilience as cs
 from consilience.errors import InputError
 from consilience.recipe.schema import parse_recipe
-from consilience.stability.candidates import best_scale, candidates
+from consilience.stability.candidates import Candidate, best_scale, candidates, tried
 from consilience.stability.findings import Finding
 from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe, probe, pseudo_inverse
@@ -127,6 +127,46 @@ def test_candidates_are_in_order_and_the_best_weights_are_best() -> None:
     assert best.worst == pytest.approx(max(np.array(best.losses) - _probe(case).own))
 
 
+def test_the_best_of_each_kind_is_tried() -> None:
+    case = _case(3)
+    measured = _probe(case)
+    predicted, told = candidates(NAMES, measured), list[tuple[int, int]]()
+    found = tried(NAMES, measured, predicted, case, lambda done, total: told.append((done, total)))
+    assert sorted(one.name for one in found) == sorted(one.name for one in predicted)
+    shown = [one for one in found if one.measured is not None]
+    assert sorted(one.kind for one in shown) == ["average", "given", "scale", "subset", "weights"]
+    assert found[: len(shown)] == tuple(shown)
+    for one in shown:
+        assert one.measured == pytest.approx([case.loss(k, np.array(one.weights)) for k in range(3)])
+        assert one.mean == min(other.mean for other in predicted if other.kind == one.kind)
+        assert one.worst == pytest.approx(max(np.array(one.measured) - measured.own))
+    assert told == [(done, 12) for done in range(1, 13)]
+
+
+class Cliff(Quadratics):
+    """Quadratics that jump where weights are as unequal as those that the model calls best."""
+
+    def loss(self, task: int, alpha: Vector) -> float:
+        """Return the loss at weights alpha."""
+        unequal = np.ptp(alpha) > 0.2 and np.ptp(alpha) < 0.9 and not np.allclose(alpha, (0.5, 0.3, 0.2))
+        return super().loss(task, alpha) + (5.0 if unequal else 0.0)
+
+
+def test_weights_that_fail_when_tried_are_not_advised() -> None:
+    easy = _case(at_experts=True)
+    steep = Cliff(easy.tau, easy.centres, easy.curvatures, easy.noise)
+    measured = replace(_probe(steep), curvatures=easy.curvatures * np.array([1.0, 4.0, 0.3]))
+    found = tried(NAMES, measured, candidates(NAMES, measured), steep)
+    by_kind: dict[str, Candidate] = {}
+    for one in found:
+        by_kind.setdefault(one.kind, one)
+    assert by_kind["weights"].mean == min(one.mean for one in found)
+    assert by_kind["weights"].measured_mean == max(one.measured_mean or 0.0 for one in found)
+    advised = [one.what for one in facts(NAMES, measured, found)[1] if one.kind == "better-weights"]
+    assert not any("the model calls best" in what for what in advised)
+    assert found[0].kind != "weights"
+
+
 def test_the_best_scale_is_found_where_a_search_finds_it() -> None:
     case = _case(4)
     found = best_scale(_probe(case))
@@ -147,13 +187,18 @@ def test_saturation_is_the_mean_over_all_subsets() -> None:
     assert gain > 0
 
 
+def _found(case: Quadratics, p: Sequence[float] = (0.5, 0.3, 0.2)) -> list[Finding]:
+    measured = _probe(case, p)
+    return facts(NAMES, measured, tried(NAMES, measured, candidates(NAMES, measured), case))[1]
+
+
 def _kinds(case: Quadratics, p: Sequence[float]) -> dict[str, Finding]:
-    return {one.kind: one for one in facts(NAMES, _probe(case, p))[1]}
+    return {one.kind: one for one in _found(case, p)}
 
 
 def test_a_task_that_is_lost_is_named_with_its_losses() -> None:
     case = _case(at_experts=True)
-    found = facts(NAMES, _probe(case, (0.0, 0.0, 0.05)))[1]
+    found = _found(case, (0.0, 0.0, 0.05))
     finding = next(one for one in found if one.kind == "lost-in-the-merge" and one.experts == ("a",))
     assert f"{case.loss(0, np.array([0.0, 0.0, 0.05])):.3f} merged" in finding.what
 
@@ -167,7 +212,7 @@ def test_an_expert_that_is_no_better_than_the_base_is_named() -> None:
 def test_an_expert_that_was_stopped_early_is_named() -> None:
     case = _case(at_experts=True)
     case.centres = case.centres * np.array([[2.0], [1.0], [0.7]])
-    found = {(one.kind, one.experts) for one in facts(NAMES, _probe(case))[1]}
+    found = {(one.kind, one.experts) for one in _found(case)}
     assert ("stopped-early", ("a",)) in found
     assert ("trained-too-far", ("c",)) in found
     assert not any(kind in ("stopped-early", "trained-too-far") and experts == ("b",) for kind, experts in found)
@@ -220,7 +265,7 @@ def test_probes_can_be_left_out_and_must_be_whole(language: dict[str, Any]) -> N
 def test_the_report_shows_the_losses(language: dict[str, Any]) -> None:
     found = cs.diagnose(parse_recipe(language, "recipe"))
     shown = text(found)
-    assert "predicted merges, the best first" in shown
+    assert "merges by fixed weights, the best first" in shown
     assert not any("probe" in one for one in found.unknown)
     assert json.loads(json.dumps(found.to_dict()))["probes"]["tasks"][0]["task"] == "a"
 

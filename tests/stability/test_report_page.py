@@ -156,10 +156,10 @@ def probed(names: tuple[str, ...]) -> ProbeFacts:
     )  # fmt: skip
     uniform = (1 / len(names),) * len(names)
     merges = tuple(
-        Candidate(f"average without {name}", uniform, (2.0,) * len(names), 1 + 0.05 * k, 0.7, name)
+        Candidate(f"average without {name}", "subset", uniform, (2.0,) * len(names), 1 + 0.05 * k, 0.7, name)
         for k, name in enumerate(names)
     )
-    given = Candidate("the weights given", uniform, (2.0,) * len(names), 2.5, 0.9, names[0])
+    given = Candidate("the weights given", "given", uniform, (2.0,) * len(names), 2.5, 0.9, names[0])
     curve = tuple(2 + 1 / k for k in range(1, len(names) + 1)) if len(names) > 1 else ()
     return ProbeFacts((0.25, 0.5, 0.75, 1.0), tasks, (*merges, given), curve, 0.05 if len(names) > 2 else None)
 
@@ -262,7 +262,10 @@ def test_blocks_stand_in_the_order_of_the_model() -> None:
 def test_bars_and_marks_stand_where_their_values_are() -> None:
     found = diagnosis(2, 2)
     task = ProbedTask("a", 1, 10.0, 0.0, 5.0, (5.0,), 1.0, 0.0, 1.0, None)
-    merges = [Candidate(name, (1.0, 0.0), (1.0, 1.0), mean, 0.0, "a") for name, mean in (("one", 4.0), ("two", -2.0))]
+    merges = [
+        Candidate(name, "subset", (1.0, 0.0), (1.0, 1.0), mean, 0.0, "a")
+        for name, mean in (("one", 4.0), ("two", -2.0))
+    ]
     probes = ProbeFacts((1.0,), (task,), tuple(merges), (3.0, 2.0), None)
     read = Page(page(dataclasses.replace(found, probes=probes)))
     marks = [own["x"] for own in read.all("svg", "at") if own.get("y") == "15.0"]

@@ -133,7 +133,7 @@ class ProbeFacts:
     Attributes:
         points: shares of the way from an expert to the merge that were measured.
         tasks: by expert.
-        candidates: merges by predicted mean loss, the best first.
+        candidates: merges, the best first: those that were tried by measured mean loss, then others by predicted.
         saturation: predicted mean loss of all tasks under uniform merges of k random experts, k = 1 ... K.
         next_gain: predicted gain of one more expert like these, on those tasks; None: fewer than three experts.
     """

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,18 @@ from consilience.coefficients.listing import place_of
 from consilience.recipe.schema import Recipe
 from consilience.stability import from_files, from_training, from_weights, probing
 from consilience.stability.applied import trainings_of
+from consilience.stability.candidates import Candidate
 from consilience.stability.case import Case, open_case
 from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, PairFacts, ProbeFacts, SetFacts
 from consilience.stability.findings import Finding, ranked
 from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe
-from consilience.stability.probing import ProbeSettings, has_probes
+from consilience.stability.probing import ProbeSettings, Watch, has_probes, quiet
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
 
-#: Opens what is told of (done, in all), by the name of the part of the work.
-Watch = Callable[[str], AbstractContextManager[Callable[[int, int], None] | None]]
 #: Methods whose ``weight`` is p itself.
 _WEIGHTED = ("linear", "task_arithmetic", "dare_linear", "ties", "dare_ties")
 _OUTSIDE = "outside blocks"
-
-
-def quiet(_part: str) -> AbstractContextManager[None]:
-    """Tell nobody."""
-    return nullcontext()
 
 
 def diagnose(
@@ -71,12 +64,12 @@ def diagnose(
         p, said = weights_of(recipe, case)
         trainings = trainings_of(case)
         measured: Probe | None = None
+        others: tuple[Candidate, ...] = ()
         if probed and probes is not None:
-            with watch("measuring") as listener:
-                measured = probing.measure(case, read.geometry, p, probes, threads=threads, listener=listener)
+            measured, others = probing.measure(case, read.geometry, p, probes, threads=threads, watch=watch)
     finally:
         case.close()
-    facts, found = (None, list[Finding]()) if measured is None else probing.facts(case.names, measured)
+    facts, found = (None, list[Finding]()) if measured is None else probing.facts(case.names, measured, others)
     logged = [one.steps is not None or one.length is not None for one in trainings]
     blocks = blocks_of(read.tensors)
     geometries = [

@@ -1,5 +1,7 @@
 """The doctor's part that needs data: run the probes of a case and put what they say into the report."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from consilience.engine.plan import resolve_file
 from consilience.errors import InputError
 from consilience.stability import from_probe
-from consilience.stability.candidates import candidates
+from consilience.stability.candidates import Candidate, candidates, tried
 from consilience.stability.case import Case
 from consilience.stability.diagnosis import ProbedTask, ProbeFacts
 from consilience.stability.findings import Finding
@@ -15,6 +17,14 @@ from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.landscape import RecipeLandscape
 from consilience.stability.probe import SCAN, Listener, Probe, probe
 from consilience.stability.saturation import expected_losses
+
+#: Opens what is told of (done, in all), by the name of the part of the work.
+Watch = Callable[[str], AbstractContextManager[Listener | None]]
+
+
+def quiet(_part: str) -> AbstractContextManager[None]:
+    """Tell nobody."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,9 @@ def measure(
     settings: ProbeSettings,
     *,
     threads: int | None = None,
-    listener: Listener | None = None,
-) -> Probe:
-    """Measure a case on its probe rows.
+    watch: Watch = quiet,
+) -> tuple[Probe, tuple[Candidate, ...]]:
+    """Measure a case on its probe rows, and the best of the merges that could be made instead.
 
     Raises:
         InputError: a file or row is wrong, or the base is no Hugging Face folder.
@@ -66,15 +76,15 @@ def measure(
         threads=threads,
         trust_remote_code=settings.trust_remote_code,
     )
-    try:
-        return probe(landscape, geometry.gram, p, listener)
-    finally:
-        landscape.close()
+    with closing(landscape):
+        with watch("measuring") as listener:
+            measured = probe(landscape, geometry.gram, p, listener)
+        with watch("trying other weights") as listener:
+            return measured, tried(case.names, measured, candidates(case.names, measured), landscape, listener)
 
 
-def facts(names: tuple[str, ...], measured: Probe) -> tuple[ProbeFacts, list[Finding]]:
-    """Return what was measured, and the findings."""
-    found = candidates(names, measured)
+def facts(names: tuple[str, ...], measured: Probe, found: tuple[Candidate, ...]) -> tuple[ProbeFacts, list[Finding]]:
+    """Return what was measured, of the experts and of other merges, and the findings."""
     tasks = tuple(
         ProbedTask(
             task=name,

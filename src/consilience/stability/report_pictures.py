@@ -11,8 +11,6 @@ from consilience.stability.draw import Line, Shading, Value, drawable, number, p
 _SHORT = 40
 #: Heights of a small picture and of a large one.
 _SMALL, _LARGE = 110, 200
-#: What candidates call the merge that was probed.
-_GIVEN = "the weights given"
 _BLOCK = re.compile(r"(.*?)\.?(\d{1,9})")
 
 
@@ -309,36 +307,44 @@ def _candidates(diagnosis: Diagnosis, probes: ProbeFacts) -> str:
     if not probes.candidates:
         return ""
     mean = _mean([one.merged for one in probes.tasks])
-    scale = draw.scale_of([mean, *(one.mean for one in probes.candidates)], zero=True)
+    means = [value for one in probes.candidates for value in (one.mean, one.measured_mean) if value is not None]
+    scale = draw.scale_of([mean, *means], zero=True)
     rows = [
         Line(
             safe(one.name),
-            draw.span(scale, 0.0, one.mean, "mark given" if one.name == _GIVEN else "mark") + draw.upright(scale, mean),
-            number(one.mean, ".3f"),
+            draw.span(scale, 0.0, one.mean, "mark given" if one.kind == "given" else "mark")
+            + draw.upright(scale, mean)
+            + ("" if one.measured_mean is None else draw.mark("merged", scale.at(one.measured_mean), 15.0)),
+            number(one.mean if one.measured_mean is None else one.measured_mean, ".3f"),
         )
         for one in probes.candidates
     ]
-    said = "Predicted mean losses, the best first: " + "; ".join(
-        f"{draw.clipped(one.name, _SHORT)}: {number(one.mean, '.3f')}" for one in probes.candidates[: draw.MOST_ROWS]
+    said = "Mean losses, the best first: " + "; ".join(
+        f"{draw.clipped(one.name, _SHORT)}: {number(one.mean, '.3f')} predicted"
+        + ("" if one.measured_mean is None else f", {number(one.measured_mean, '.3f')} measured")
+        for one in probes.candidates[: draw.MOST_ROWS]
     )
     note = (
-        "Mean loss of all tasks as a quadratic model of the probes has it: it ranks merges and promises nothing. "
-        f"Orange: the weights given, whose measured mean, {number(mean, '.3f')}, is the dashed line."
+        "Bars: mean loss of all tasks as a quadratic model of the probes has it, which promises nothing. The best of "
+        "each kind was tried on the probe rows: marks. Orange: the weights given, whose measured mean, "
+        f"{number(mean, '.3f')}, is the dashed line."
     )
-    drawing = draw.lines(rows, scale, said, "predicted mean loss, nats a token")
+    drawing = draw.lines(rows, scale, said, "mean loss, nats a token")
     head = (
         "Merge",
-        "Mean loss",
+        "Measured mean loss",
+        "Predicted mean loss",
         "Worst rise",
         "of",
         *(f"Weight of {draw.name(one.name)}" for one in diagnosis.experts),
     )
     cells = [
-        (draw.name(one.name), number(one.mean, ".3f"), number(one.worst, ".3f"), draw.name(one.worst_task),
+        (draw.name(one.name), number(one.measured_mean, ".3f"), number(one.mean, ".3f"),
+         number(one.worst, ".3f"), draw.name(one.worst_task),
          *(number(value, ".3g") for value in one.weights), *["–"] * (len(diagnosis.experts) - len(one.weights)))
         for one in probes.candidates
     ]  # fmt: skip
-    return draw.figure("Merges that could be made instead", note, drawing, draw.table(head, cells, words=(3,)))
+    return draw.figure("Merges that could be made instead", note, drawing, draw.table(head, cells, words=(4,)))
 
 
 def _mean(values: Sequence[float]) -> Value:

@@ -142,9 +142,15 @@ def _tasks(diagnosis: Diagnosis) -> str:
 def _candidates(diagnosis: Diagnosis) -> str:
     if diagnosis.probes is None:
         return ""
-    header = ("predicted merges, the best first", "mean loss", "worst rise", "of")
+    header = ("merges by fixed weights, the best first", "measured", "predicted", "worst rise", "of")
     rows = [
-        (printable(one.name), f"{one.mean:.3f}", f"{one.worst:.3f}", printable(one.worst_task))
+        (
+            printable(one.name),
+            "-" if one.measured_mean is None else f"{one.measured_mean:.3f}",
+            f"{one.mean:.3f}",
+            f"{one.worst:.3f}",
+            printable(one.worst_task),
+        )
         for one in diagnosis.probes.candidates
     ]
     lines = [_columns(header, rows)]
