@@ -19,8 +19,8 @@ from benchmarks import records, rounds
 from benchmarks.floors import warm
 from benchmarks.measure import measure
 from benchmarks.options import make_parser, names_of, positive
-from benchmarks.page import busy, compose, measured, without_numbers
-from benchmarks.provenance import machine, now, versions
+from benchmarks.page import busy, compose, without_numbers
+from benchmarks.records import Results
 from benchmarks.synthetic import CACHE, ROOT, SIZES, SyntheticSet, ensure
 from benchmarks.tables import Table, at_most, cell, spread
 from benchmarks.terminal import make_console, show_page
@@ -42,17 +42,6 @@ class Row:
     anon_mb: float = 0.0
     other_cores: float = 0.0
     failure: str = ""
-
-
-@dataclass(frozen=True)
-class Results:
-    """One run."""
-
-    date: str
-    machine: dict[str, str]
-    versions: dict[str, str]
-    settings: dict[str, str]
-    rows: tuple[Row, ...]
 
 
 def experts_of(made: SyntheticSet, folder: Path) -> list[Path]:
@@ -89,7 +78,7 @@ def run_size(made: SyntheticSet, repeat: int, threads: int, folder: Path) -> Row
     return Row(made.size.name, size / 1e9, {side: values[1:] for side, values in seconds.items()}, memory, others)
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: Results[Row]) -> list[Table]:
     """Return the page's tables."""
     body: list[tuple[str, ...]] = []
     for row in results.rows:
@@ -102,12 +91,9 @@ def tables(results: Results) -> list[Table]:
     return [Table("Five experts from checkpoints alone", header, tuple(body))]
 
 
-def page(results: Results, source: str) -> str:
+def page(results: Results[Row], source: str) -> str:
     """Return the Markdown page of a run."""
-    machine_words = ", ".join(f"{key} {value}" for key, value in results.machine.items() if key != "class")
-    introduction = measured(
-        results.date, "python -m benchmarks.doctor", machine_words, results.versions, results.settings
-    )
+    introduction = results.made_by("python -m benchmarks.doctor")
     failed = {row.size: row.failure for row in results.rows if row.failure}
     remarks = [busy(row.other_cores for row in results.rows), without_numbers("Failed", failed)]
     return compose(source, "python -m benchmarks.doctor --page", introduction, tables(results), remarks)
@@ -127,13 +113,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--page", type=Path, default=None, help="write the page of this results file, and no more")
     options = parser.parse_args(arguments)
     if options.page is not None:
-        records.write_page(records.load(Results, options.page), options.page, page)
+        records.rewrite_page(Results[Row], options.page, page)
         return 0
     made = [ensure(size) for size in options.sizes]
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         rows = tuple(run_size(one, options.repeat, options.threads, Path(folder)) for one in made)
     settings = {"threads": str(options.threads), "repeat": str(options.repeat)}
-    results = Results(now(), machine(CACHE), versions(PACKAGES), settings, rows)
+    results = records.results_of(rows, CACHE, PACKAGES, settings)
     records.save(results, options.results, page)
     show_page(make_console(), options.results)
     return 0

@@ -30,8 +30,8 @@ from benchmarks import records, rounds
 from benchmarks.glue_sides import BATCH, NETS, SIDES, SIZE, Found, Spec
 from benchmarks.measure import Measurement
 from benchmarks.options import make_parser, positive
-from benchmarks.page import busy, compose, listed, measured, without_numbers
-from benchmarks.provenance import machine, now, versions
+from benchmarks.page import busy, compose, without_numbers
+from benchmarks.records import Results
 from benchmarks.synthetic import CACHE
 from benchmarks.tables import Table, at_least, at_most, cell, mark, milliseconds
 from benchmarks.terminal import make_console, show_page
@@ -75,17 +75,6 @@ class Row:
         return max((abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=False)), default=float("nan"))
 
 
-@dataclass(frozen=True)
-class Results:
-    """One run."""
-
-    date: str
-    machine: dict[str, str]
-    versions: dict[str, str]
-    settings: dict[str, str]
-    rows: tuple[Row, ...]
-
-
 def _peak(spec: Spec, folder: Path) -> float:
     """Return what a process needs beyond its imports, in MB; NaN if it failed."""
     found, done = run_process(spec, folder)
@@ -106,7 +95,7 @@ def run_net(net: str, k: int, threads: int, repeat: int, folder: Path) -> Row:
     return Row(net, k, threads, found, memory, done.other_cores)
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: Results[Row]) -> list[Table]:
     """Return the page's tables."""
     steps: list[tuple[str, ...]] = []
     aims: list[tuple[str, ...]] = []
@@ -141,10 +130,9 @@ def tables(results: Results) -> list[Table]:
     ]  # fmt: skip
 
 
-def page(results: Results, source: str) -> str:
+def page(results: Results[Row], source: str) -> str:
     """Return the Markdown page of a run."""
-    place = listed(results.machine)
-    made = measured(results.date, "python -m benchmarks.glue_step", place, results.versions, results.settings)
+    made = results.made_by("python -m benchmarks.glue_step")
     introduction = (
         f"{made} Times are medians of steps, the sides in turn in one process; ratios are medians over rounds."
     )
@@ -166,21 +154,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def save(results: Results, folder: Path) -> Path:
+def save(results: Results[Row], folder: Path) -> Path:
     """Write the JSON and its page into ``folder`` and return the JSON's path."""
     return records.save(results, folder / "glue_step.json", page)
-
-
-def load(path: Path) -> Results:
-    """Read a results file."""
-    return records.load(Results, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 when a net failed or its losses differ, 130 when interrupted."""
     options = _parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     if options.page is not None:
-        records.write_page(load(options.page), options.page, page)
+        records.rewrite_page(Results[Row], options.page, page)
         return 0
     console = make_console()
     complete = (options.net, options.k, options.threads) == (None, 10, 1)
@@ -193,16 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 console.print(f"{net}: {escape(rows[-1].failure or 'done')}")
     except KeyboardInterrupt:
         return 130
-    results = Results(
-        now(),
-        machine(cache),
-        versions(PACKAGES),
-        {
-            "experts": str(options.k), "batch": str(BATCH), "images": f"3 x {SIZE} x {SIZE}",
-            "threads": str(options.threads), "rounds": str(options.repeat),
-        },
-        tuple(rows),
-    )  # fmt: skip
+    settings = {
+        "experts": str(options.k), "batch": str(BATCH), "images": f"3 x {SIZE} x {SIZE}",
+        "threads": str(options.threads), "rounds": str(options.repeat),
+    }  # fmt: skip
+    results = records.results_of(rows, cache, PACKAGES, settings)
     path = save(results, records.KEPT if complete else cache / "results")
     show_page(console, path)
     return 1 if any(row.failure or not row.error <= TOLERANCE for row in rows) else 0

@@ -35,8 +35,8 @@ from rich.markup import escape
 from benchmarks import records, rounds
 from benchmarks.measure import Measurement
 from benchmarks.options import make_parser, positive, thread_counts
-from benchmarks.page import busy, compose, listed, measured, without_numbers
-from benchmarks.provenance import machine, now, versions
+from benchmarks.page import busy, compose, without_numbers
+from benchmarks.records import Results
 from benchmarks.routed_sides import NETS, SIDES, TOP_K, Found, Side, Spec, base_folder, make_adapters
 from benchmarks.synthetic import CACHE
 from benchmarks.tables import Table, at_most, cell, mark, milliseconds
@@ -112,17 +112,6 @@ class Row:
         most, found = TOLERANCE[self.dtype], self.found.agreement.values()
         whole = all(one.logits <= most for one in found) or self.dtype != "float32"
         return bool(found) and whole and all(one.module <= most for one in found)
-
-
-@dataclass(frozen=True)
-class Results:
-    """One run."""
-
-    date: str
-    machine: dict[str, str]
-    versions: dict[str, str]
-    settings: dict[str, str]
-    rows: tuple[Row, ...]
 
 
 def run_process(spec: Spec, folder: Path, more: Mapping[str, str]) -> tuple[Found | None, Measurement]:
@@ -210,16 +199,15 @@ def _checks(rows: Sequence[Row]) -> Table:
     return Table("Are they right? (a loop over tokens)", header, tuple(body), note, text=2)
 
 
-def tables(results: Results) -> list[Table]:
+def tables(results: Results[Row]) -> list[Table]:
     """Return the page's tables."""
     rows = [row for row in results.rows if not row.failure and not row.skipped]
     return [_times(rows), _aims(rows), _memory(rows), _checks(rows)]
 
 
-def page(results: Results, source: str) -> str:
+def page(results: Results[Row], source: str) -> str:
     """Return the Markdown page of a run."""
-    place = listed(results.machine)
-    made = measured(results.date, "python -m benchmarks.routed_forward", place, results.versions, results.settings)
+    made = results.made_by("python -m benchmarks.routed_forward")
     introduction = f"{made} Times are medians, the sides in turn in one process; ratios are medians over rounds."
     remarks = (
         busy(row.other_cores for row in results.rows),
@@ -229,19 +217,14 @@ def page(results: Results, source: str) -> str:
     return compose(source, "python -m benchmarks.routed_forward --page", introduction, tables(results), remarks)
 
 
-def name_of(results: Results) -> str:
+def name_of(results: Results[Row]) -> str:
     """Return the file that keeps a run."""
     return "routed_forward_cuda.json" if results.settings.get("device") == "cuda" else "routed_forward.json"
 
 
-def save(results: Results, folder: Path) -> Path:
+def save(results: Results[Row], folder: Path) -> Path:
     """Write the JSON and its page into ``folder`` and return the JSON's path."""
     return records.save(results, folder / name_of(results), page)
-
-
-def load(path: Path) -> Results:
-    """Read a results file."""
-    return records.load(Results, path)
 
 
 @dataclass(frozen=True)
@@ -286,7 +269,7 @@ def options_of(given: argparse.Namespace) -> Options:
     return Options(tuple(cases), dtypes, given.threads, given.device, given.repeat, cache, folder)
 
 
-def run(options: Options, console: Console) -> Results:
+def run(options: Options, console: Console) -> Results[Row]:
     """Make the experts, run every case and return the results."""
     rows: list[Row] = []
     options.cache.mkdir(parents=True, exist_ok=True)
@@ -307,17 +290,15 @@ def run(options: Options, console: Console) -> Results:
                         rows.append(Row(net, k, dtype, threads, skipped=why))
                     row = rows[-1]
                     console.print(f"{row.title}: {escape(row.failure or row.skipped or 'done')}")
-    return Results(
-        now(), machine(options.cache), versions(PACKAGES),
-        {"device": options.device, "rounds": str(options.repeat), "experts a token": str(TOP_K)}, tuple(rows),
-    )  # fmt: skip
+    settings = {"device": options.device, "rounds": str(options.repeat), "experts a token": str(TOP_K)}
+    return records.results_of(rows, options.cache, PACKAGES, settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 when a case failed or differs from the loop, 130 when interrupted."""
     given = parser().parse_args(sys.argv[1:] if arguments is None else arguments)
     if given.page is not None:
-        records.write_page(load(given.page), given.page, page)
+        records.rewrite_page(Results[Row], given.page, page)
         return 0
     options = options_of(given)
     console = make_console()

@@ -292,7 +292,7 @@ def save(results: Results, folder: Path) -> Path:
 def main(paths: Sequence[str]) -> None:
     """Write the page of a results file beside it."""
     for path in map(Path, paths):
-        records.write_page(load(path), path, page)
+        records.rewrite_page(Results, path, page)
 
 
 if __name__ == "__main__":

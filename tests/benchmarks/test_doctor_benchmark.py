@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks import doctor, records
+from benchmarks.records import Results
 from benchmarks.synthetic import ensure
 
 
@@ -11,9 +12,9 @@ def test_it_measures_the_tiny_set_and_writes_its_page(tmp_path: Path) -> None:
     assert not row.failure
     assert all(len(values) == 1 and values[0] > 0 for values in row.wall_s.values())
     assert row.anon_mb > 0
-    results = doctor.Results("2026-01-01", {"processor": "p", "class": "c"}, {"python": "3"}, {"repeat": "1"}, (row,))
+    results = Results("2026-01-01", {"processor": "p", "class": "c"}, {"python": "3"}, {"repeat": "1"}, (row,))
     path = records.save(results, tmp_path / "doctor.json", doctor.page)
-    assert records.load(doctor.Results, path) == results
+    assert records.load(Results[doctor.Row], path) == results
     text = path.with_suffix(".md").read_text()
     assert "| tiny |" in text
     assert text.startswith("<!-- Generated from doctor.json by")
@@ -28,5 +29,5 @@ def test_five_experts_are_read_whatever_the_set_has(tmp_path: Path) -> None:
 
 def test_a_failure_is_told_on_the_page() -> None:
     row = doctor.Row("7b", 80.0, {}, failure="exit status 1: no room")
-    results = doctor.Results("2026-01-01", {"processor": "p", "class": "c"}, {"python": "3"}, {"repeat": "1"}, (row,))
+    results = Results("2026-01-01", {"processor": "p", "class": "c"}, {"python": "3"}, {"repeat": "1"}, (row,))
     assert "Failed: 7b (exit status 1: no room)." in doctor.page(results, "doctor.json")

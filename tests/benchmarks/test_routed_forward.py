@@ -9,9 +9,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from benchmarks import routed_forward, routed_sides
+from benchmarks import records, routed_forward, routed_sides
 from benchmarks.measure import Measurement
-from benchmarks.routed_forward import DTYPES, Results, Row
+from benchmarks.records import Results
+from benchmarks.routed_forward import DTYPES, Row
 from benchmarks.routed_sides import (
     ARROW,
     INSTRUCTED,
@@ -118,7 +119,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert routed_forward.main(arguments) == 0
     assert [spec.sides for spec in asked] == [SIDES, *((side,) for side in SIDES)]
     assert [spec.repeat for spec in asked] == [1, 0, 0, 0, 0, 0]
-    found = routed_forward.load(tmp_path / "results" / "routed_forward.json")
+    found = records.load(Results[Row], tmp_path / "results" / "routed_forward.json")
     (row,) = found.rows
     assert (row.net, row.k, row.dtype, row.threads, row.failure) == ("tiny", 2, "float32", 1, "")
     assert row.memory_mb == pytest.approx(dict.fromkeys(SIDES, 20.0))
@@ -146,7 +147,7 @@ def row_of(net: str, k: int, ours: float, adapter: float, memory: float, differe
     return Row(net, k, "float32", 1, found, {"base": 100.0, "ours": memory, "ours, arrow": 120.0}, 0.1)
 
 
-def results(*rows: Row) -> Results:
+def results(*rows: Row) -> Results[Row]:
     return Results("2026-01-02T03:04:05+00:00", {"cores": "2"}, {"python": "3.11"}, {"device": "cpu"}, rows)
 
 
@@ -174,7 +175,7 @@ def test_memory_and_differences_are_judged(tmp_path: Path) -> None:
     made = results(*rows)
     path = routed_forward.save(made, tmp_path)
     assert path.name == "routed_forward.json"
-    assert routed_forward.load(path) == made
+    assert records.load(Results[Row], path) == made
     text = path.with_suffix(".md").read_text()
     few, many = rows[0].title, rows[1].title
     assert f"| {few} | memory, ours / (base + adapters + gates) | 1.05 | <= 1.05 | met |" in text

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import glue_step
+from benchmarks import glue_step, records
 from benchmarks.glue_sides import SIDES, Found, Spec, work
-from benchmarks.glue_step import Results, Row
+from benchmarks.glue_step import Row
+from benchmarks.records import Results
 
 
 def test_the_sides_agree() -> None:
@@ -18,7 +19,7 @@ def test_the_sides_agree() -> None:
     assert {"forward", "backward", "blend", "slopes", "predicted", "measured"} <= set(found.costs)
 
 
-def results() -> Results:
+def results() -> Results[Row]:
     seconds = {"floor": [0.10, 0.12], "spsa": [0.11, 0.12], "gradient": [0.22, 0.12], "straightforward": [0.2, 0.2]}
     losses = {side: [1.0, 2.0] for side in SIDES} | {"spsa": [1.0, 2.000002]}
     costs = {"forward": 0.05, "backward": 0.1, "blend": 0.001, "slopes": 0.002, "predicted": 1.5, "measured": 1.4}
@@ -32,7 +33,7 @@ def results() -> Results:
 
 def test_a_page_says_what_was_found(tmp_path: Path) -> None:
     path = glue_step.save(results(), tmp_path)
-    assert glue_step.load(path) == results()
+    assert records.load(Results[Row], path) == results()
     text = path.with_suffix(".md").read_text()
     assert "| vit8 | time, spsa / floor | 1.05 | <= 1.1 | met |" in text
     assert "| vit8 | memory, gradient / spsa | 2.50 | >= 2.0 | met |" in text

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from consilience.coefficients import Group
+from consilience.coefficients.gram import largest_singular_value
 from consilience.learned.run import Run
 from consilience.student.bank import Bank
 from consilience.tasks.cache import write_atomically
@@ -61,11 +62,7 @@ def _sides(gram: Matrix) -> tuple[float, float]:
     count = len(gram) - 1
     experts = np.hstack([np.ones((count, 1)), np.eye(count)])
     apart = np.hstack([np.zeros((count, 1)), np.eye(count) - 1.0 / count])
-    return _largest(experts @ gram @ experts.T), _largest(apart @ gram @ apart.T)
-
-
-def _largest(gram: Matrix) -> float:
-    return float(np.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-1]))))
+    return largest_singular_value(experts @ gram @ experts.T), largest_singular_value(apart @ gram @ apart.T)
 
 
 def _path(run: Run, groups: Sequence[Group]) -> Path | None:

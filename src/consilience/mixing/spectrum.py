@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from consilience.coefficients.coefficients import Alpha
+from consilience.coefficients.gram import largest_singular_value
 from consilience.mixing.bank import ExpertBank
 
 Matrices = npt.NDArray[np.float64]
@@ -59,12 +60,12 @@ class Spectrum:
 
         That matrix is block-diagonal, so it is the largest of the groups'.
         """
-        return _largest(self.gram)
+        return max(map(largest_singular_value, self.gram))
 
     @property
     def sigma_max_centred(self) -> float:
         """The same of Theta_c."""
-        return _largest(self.centred[:, : self.experts, : self.experts])
+        return max(map(largest_singular_value, self.centred[:, : self.experts, : self.experts]))
 
     @property
     def spread(self) -> float:
@@ -87,7 +88,3 @@ class Spectrum:
         """Return ``||theta(alpha) - theta_bar||``."""
         away = (alpha - 1.0 / self.experts).T
         return float(np.sqrt(max(0.0, float(np.einsum("nk,nkj,nj->", away, self.metric, away)))))
-
-
-def _largest(grams: Matrices) -> float:
-    return float(np.sqrt(max(0.0, *(float(np.linalg.eigvalsh(gram)[-1]) for gram in grams))))
