@@ -8,6 +8,7 @@ and merges are trunks, each one vector of parameters, so that a merge is a sum o
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,12 @@ class Tuning:
     def name(self) -> str:
         """A name for files and tables."""
         return f"{self.optimizer}-lr{self.learning_rate:g}-t{self.steps}-b{self.batch}-n{self.rows}"
+
+    @classmethod
+    def of(cls, name: str) -> "Tuning":
+        """Return the setting with a name."""
+        optimizer, rate, steps, batch, rows = re.split(r"-(?:lr|t|b|n)(?=\d)", name)
+        return cls(optimizer, float(rate), int(steps), int(batch), int(rows))
 
     @property
     def length(self) -> float:

@@ -182,6 +182,7 @@ def diagnose(
     threads: int | None = None,
     seed: int = 0,
     probe_rows: int | None = 100,
+    methods: Sequence[str] = (),
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: "bool | Callable[[int, int], None]" = False,
@@ -194,6 +195,7 @@ def diagnose(
         threads: number of workers (default: the cores this process may use); changes no figure beyond rounding.
         seed: of the sketches.
         probe_rows: rows that are used of each expert's ``data.probe`` (0: all); None: probes are left out.
+        methods: merge methods to try on the probe rows, as ``METHOD`` or ``METHOD:KEY=VALUE,KEY=VALUE``.
         device: where probes run the model.
         trust_remote_code: run ``.py`` files that come with the base.
         progress: True for bars on the terminal, or a function called with (done, in all) of each part of the work.
@@ -205,11 +207,16 @@ def diagnose(
     from consilience.recipe.schema import Recipe, read_recipe
     from consilience.stability.doctor import diagnose
     from consilience.stability.probing import ProbeSettings
+    from consilience.stability.trying import wanted
 
     where, root = "recipe", None
     if not isinstance(recipe, Recipe):
         path = Path(recipe)
         recipe, where, root = read_recipe(path), str(path), path.parent
+    tried = tuple(wanted(text) for text in methods)
+    if tried and probe_rows is None:
+        raise InputError("methods: are tried on probe rows, and probes are left out; give probe_rows")
+    probes = None if probe_rows is None else ProbeSettings(probe_rows, device, trust_remote_code, tried)
     return diagnose(
         recipe,
         where=where,
@@ -217,7 +224,7 @@ def diagnose(
         exact=exact,
         threads=threads,
         seed=seed,
-        probes=None if probe_rows is None else ProbeSettings(probe_rows, device, trust_remote_code),
+        probes=probes,
         watch=lambda part: listening(part, progress),
     )
 

@@ -1,6 +1,7 @@
 """Advice before training: terms by their formulas, and what equalises lengths."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_lengths_are_evened_out_with_those_of_one_optimizer() -> None:
     assert first.plan.length == pytest.approx(40)
     assert (second.plan.steps, second.plan.learning_rate) == (400, PLAN.learning_rate)
     assert "0.25 times as long" in found.said[1]
+
+
+def test_noise_is_compared_with_those_of_one_optimizer() -> None:
+    others = [_other(0.1, 200), _other(0.2, 200), _other(0.4, 100), _other(9.0, 900, "adamw")]
+    batches = [replace(one, batch_size=8) for one in others]
+    assert PLAN.temperature == pytest.approx(PLAN.learning_rate / PLAN.batch_size)
+    assert not any("learning rate over batch" in line for line in advise(PLAN, others).said)
+    (line,) = [line for line in advise(PLAN, batches).said if "learning rate over batch" in line]
+    assert f"{PLAN.temperature / (0.2 / 8):.2g} times" in line
+    changes = {change.what: change for change in advise(PLAN).changes}
+    assert changes["batches of 16"].temperature == pytest.approx(0.5)
+    assert changes["50 steps"].temperature == 1
 
 
 def test_equal_lengths_need_no_change() -> None:

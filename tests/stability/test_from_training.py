@@ -78,6 +78,26 @@ def test_lengths_of_different_optimizers_are_not_compared() -> None:
     assert "unequal-length" not in kinds
 
 
+@pytest.mark.parametrize(
+    ("rate", "batch", "flagged"), [(0.1, 8, False), (0.8, 8, True), (0.8, 64, False), (0.2, 2, True)]
+)
+def test_a_hot_training_is_named(rate: float, batch: int, flagged: bool) -> None:
+    others = [_trained(name, learning_rate=0.1, steps=100, batch_size=8) for name in "ab"]
+    hot = _trained("c", learning_rate=rate, steps=int(10 / rate), batch_size=batch)
+    found = {one.experts: one.what for one in findings([*others, hot]) if one.kind == "hot-training"}
+    assert (("c",) in found) is flagged
+    assert len(found) == flagged
+    assert hot.temperature == pytest.approx(rate / batch)
+
+
+def test_a_schedule_s_temperature_weighs_rates_by_themselves(tmp_path: Path) -> None:
+    rates = np.linspace(0.3, 0.1, 21)
+    history = [{"step": s, "learning_rate": r, "loss": 1.0} for s, r in enumerate(rates.tolist(), 1)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history, "global_step": 21}))
+    found = read_training([{"batch_size": 8}, str(tmp_path)], "a").temperature
+    assert found == pytest.approx((rates**2).sum() / rates.sum() / 8, rel=1e-3)
+
+
 def test_contradictions_and_many_epochs_are_noted(tmp_path: Path) -> None:
     (tmp_path / "training_args.json").write_text(json.dumps({"learning_rate": 0.5, "optim": "sgd"}))
     _state(tmp_path, 0.1, 4)

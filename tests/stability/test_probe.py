@@ -20,6 +20,7 @@ from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe, probe, pseudo_inverse
 from consilience.stability.probing import facts, saturation
 from consilience.stability.report_text import text
+from consilience.stability.trying import Tried
 
 NAMES = ("a", "b", "c")
 
@@ -265,7 +266,7 @@ def test_probes_can_be_left_out_and_must_be_whole(language: dict[str, Any]) -> N
 def test_the_report_shows_the_losses(language: dict[str, Any]) -> None:
     found = cs.diagnose(parse_recipe(language, "recipe"))
     shown = text(found)
-    assert "merges by fixed weights, the best first" in shown
+    assert "merges, the best first" in shown
     assert not any("probe" in one for one in found.unknown)
     assert json.loads(json.dumps(found.to_dict()))["probes"]["tasks"][0]["task"] == "a"
 
@@ -294,3 +295,14 @@ def test_stability_weights_ask_for_probe_rows(language: dict[str, Any]) -> None:
     models = [{"model": one["model"], "name": one["name"]} for one in language["models"]]
     with pytest.raises(InputError, match=r"needs probe rows; give the expert data: \{probe: FILE.jsonl\}"):
         cs.learn(parse_recipe(language | {"merge_method": "stability_weights", "models": models}, "recipe"))
+
+
+def test_a_method_that_beats_all_weights_is_advised() -> None:
+    case = _case(at_experts=True)
+    measured = _probe(case)
+    found = tried(NAMES, measured, candidates(NAMES, measured), case)
+    best = min(one.measured_mean for one in found if one.measured_mean is not None)
+    for mean, advised in ((0.9 * best, True), (0.999 * best, False), (1.1 * best, False)):
+        methods = (Tried("ties", (mean,) * 3, 0.0, "a"), Tried("dare_ties", (9.0,) * 3, 0.0, "a"))
+        kinds = {one.kind: one for one in facts(NAMES, measured, found, methods)[1]}
+        assert ("better-method" in kinds) is advised

@@ -29,6 +29,7 @@ from consilience.stability.diagnosis import (
 )
 from consilience.stability.findings import Finding, Severity, ranked
 from consilience.stability.report_page import page
+from consilience.stability.trying import Tried
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 EVIL = '<b onload="x()">&\'\u202e' + "n" * 90
@@ -144,7 +145,9 @@ def diagnosis(experts: int, blocks: int, *, probes: bool = True, prefix: str = "
 
 def trained(name: str) -> TrainedExpert:
     """What a log says of an expert, and one that it does not say."""
-    return TrainedExpert(name, 100, 1e-4, "linear", 8, 800, None, name, "lora", 0.005, "logged", 0.7, None, (name,))
+    return TrainedExpert(
+        name, 100, 1e-4, "linear", 8, 800, None, name, "lora", 0.005, "logged", 0.7, None, 1e-5, (name,)
+    )
 
 
 def probed(names: tuple[str, ...]) -> ProbeFacts:
@@ -159,9 +162,11 @@ def probed(names: tuple[str, ...]) -> ProbeFacts:
         Candidate(f"average without {name}", "subset", uniform, (2.0,) * len(names), 1 + 0.05 * k, 0.7, name)
         for k, name in enumerate(names)
     )
+    methods = (Tried("ties:density=0.3", (2.0,) * len(names), 0.4, names[0]),)
     given = Candidate("the weights given", "given", uniform, (2.0,) * len(names), 2.5, 0.9, names[0])
     curve = tuple(2 + 1 / k for k in range(1, len(names) + 1)) if len(names) > 1 else ()
-    return ProbeFacts((0.25, 0.5, 0.75, 1.0), tasks, (*merges, given), curve, 0.05 if len(names) > 2 else None)
+    gain = 0.05 if len(names) > 2 else None
+    return ProbeFacts((0.25, 0.5, 0.75, 1.0), tasks, (*merges, given), methods, curve, gain)
 
 
 @pytest.mark.parametrize(("experts", "blocks"), [(1, 1), (2, 2), (3, 120), (20, 30), (60, 120)])
@@ -223,7 +228,7 @@ def test_numbers_that_are_none_are_a_dash(experts: int, number: float) -> None:
 
 
 def test_what_is_not_there_is_left_out() -> None:
-    nothing = ProbeFacts((), (), (), (), None)
+    nothing = ProbeFacts((), (), (), (), (), None)
     together = dataclasses.replace(diagnosis(2, 1).together, displacement=None)
     empty = diagnosis(2, 1, findings=(), unknown=(), refused=(), pairs=(), training=(), bound=None, together=together)
     read = checked(dataclasses.replace(empty, blocks=(), probes=nothing))
@@ -266,7 +271,7 @@ def test_bars_and_marks_stand_where_their_values_are() -> None:
         Candidate(name, "subset", (1.0, 0.0), (1.0, 1.0), mean, 0.0, "a")
         for name, mean in (("one", 4.0), ("two", -2.0))
     ]
-    probes = ProbeFacts((1.0,), (task,), tuple(merges), (3.0, 2.0), None)
+    probes = ProbeFacts((1.0,), (task,), tuple(merges), (), (3.0, 2.0), None)
     read = Page(page(dataclasses.replace(found, probes=probes)))
     marks = [own["x"] for own in read.all("svg", "at") if own.get("y") == "15.0"]
     assert marks == ["100.00%", "0.00%", "50.00%"]

@@ -35,10 +35,20 @@ STEP = Tuning("sgd", 0.05, 4, 4, 16)
 # The page.
 
 
-def _expert(task: int, single: float, tuning: str = "sgd-x") -> dict[str, Any]:
-    logs = {"final_loss": 1.0, "final_gradient": 0.0, "stability": 0.0}
+def _expert(task: int, single: float, tuning: Tuning = STEP) -> dict[str, Any]:
+    sgd = tuning.optimizer == "sgd"
+    squares, length = (tuning.learning_rate * tuning.length, tuning.length) if sgd else (None, None)
+    logs = {"final_loss": 1.0, "final_gradient": 0.0, "stability": 0.0, "squares": squares, "length": length}
     score = {"loss": single, "accuracy": 0.9}
-    return {"task": task, "tuning": tuning, "norm": 1.0, "logs": logs, "base": score, "train": score, "test": score}
+    return {
+        "task": task,
+        "tuning": tuning.name,
+        "norm": 1.0,
+        "logs": logs,
+        "base": score,
+        "train": score,
+        "test": score,
+    }
 
 
 def _average(members: Sequence[int], loss: float, v: float, length: float | None) -> dict[str, Any]:
@@ -56,7 +66,7 @@ def _equal(rate: float, steps: int, losses: Mapping[tuple[int, ...], tuple[float
            seed: int = 0, **changes: Any) -> Cell:  # fmt: skip
     """A cell of two experts, by members its loss and V."""
     tuning = asdict(Tuning("sgd", rate, steps, 32, 400)) | changes
-    one = {"experts": [_expert(task, single, f"{tuning['optimizer']}-x") for task in (0, 1)],
+    one = {"experts": [_expert(task, single, Tuning(**tuning)) for task in (0, 1)],
            "merges": [_average(members, loss, v, rate * steps) for members, (loss, v) in losses.items()]}  # fmt: skip
     setting = {"kind": "equal", "tuning": tuning, "suite": asdict(TINY), "seed": seed}
     name = "-".join(str(value) for value in (*tuning.values(), seed))
@@ -121,6 +131,17 @@ def test_correlations_need_four_points_that_differ() -> None:
     assert agreement(merges, "V", lambda merge: merge.loss).within.value == pytest.approx(0.8)
     assert np.isnan(agreement(merges[:3], "V", lambda merge: merge.loss).pooled.value)
     assert np.isnan(agreement(merges, "K", lambda merge: merge.loss).pooled.value)
+
+
+def test_seeds_are_told_apart() -> None:
+    # In seed 0 loss rises with the rate, in seed 1 it falls.
+    cells = [
+        _equal(0.01 * k, 100, {(0, 1): (1.0 + sign * 0.01 * k, 1.0)}, seed=seed)
+        for k in range(1, 6)
+        for seed, sign in ((0, 1), (1, -1))
+    ]
+    found = _line(page(cells).markdown.partition("seed 0 | seed 1")[2], "learning rate / batch")
+    assert [value.split()[0] for value in found[1:]] == ["+1.00", "-1.00"]
 
 
 def test_the_optimum_of_merges_is_found_and_compared_with_single_experts() -> None:
@@ -312,3 +333,8 @@ def test_every_kind_of_cell_runs_and_is_on_the_page(made: World, monkeypatch: py
     assert all(
         part in text for part in ("## Equal and unequal", "## More experts", "## The advice", "## Every setting")
     )
+
+
+@pytest.mark.parametrize("tuning", [STEP, Tuning("adam", 3e-4, 400, 32, 400), Tuning("sgd", 1e-5, 1, 8, 50)])
+def test_a_setting_is_told_from_its_name(tuning: Tuning) -> None:
+    assert Tuning.of(tuning.name) == tuning

@@ -40,7 +40,8 @@ def advise(
         return
     for line in found.said:
         typer.echo(line)
-    typer.echo("\nchange                length   instability   why")
+    typer.echo("\nchange                length   instability   rate / batch   why")
     for one in found.changes:
-        typer.echo(f"{one.what:<20}  x {one.length:<6.3g} x {one.stability:<10.3g}  {one.why}")
+        terms = f"x {one.length:<6.3g} x {one.stability:<10.3g}  x {one.temperature:<11.3g}"
+        typer.echo(f"{one.what:<20}  {terms}  {one.why}")
     typer.echo("\nFactors are of the bound's terms, for SGD and one task; none is a guarantee.")

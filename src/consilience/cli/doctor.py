@@ -14,6 +14,7 @@ EPILOG = """Examples:
   consilience doctor base/ -e math=experts/math -e code=adapters/code
   consilience doctor recipe.yaml --json > report.json
   consilience doctor recipe.yaml --html report.html
+  consilience doctor recipe.yaml --try ties:density=0.3 --try dare_ties:density=0.5
 
 Exit status 0 whatever is found; 2 where nothing can be diagnosed.
 """
@@ -29,6 +30,12 @@ def doctor(
     ] = False,
     probe_rows: Annotated[int, typer.Option(min=0, help="Rows used of each expert's data.probe (0: all).")] = 100,
     probes: Annotated[bool, typer.Option(help="Measure losses where all experts have probe rows.")] = True,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try", metavar="METHOD[:KEY=VALUE,...]", help="Merge with this method and measure (repeatable)."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where probes run the model: cpu, cuda, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run .py files that come with the base.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -51,6 +58,7 @@ def doctor(
         threads=threads,
         seed=seed,
         probe_rows=probe_rows if probes else None,
+        methods=methods or [],
         device=device,
         trust_remote_code=trust_remote_code,
         progress=not quiet and sys.stderr.isatty(),

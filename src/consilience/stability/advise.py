@@ -1,6 +1,7 @@
 """Advice for people about to fine-tune an expert that is to be merged.
 
-    H = sum_t eta_t,    epochs = b T / n,    eps^2 ~ 4 eta^2 (T^2 / n^2 + T / (b n)) (||grad||^2 + sigma^2)
+    H = sum_t eta_t,    epochs = b T / n,    temperature = eta / b
+    eps^2 ~ 4 eta^2 (T^2 / n^2 + T / (b n)) (||grad||^2 + sigma^2)
 
 The bound (``docs/theory-of-merging.md``) says in which direction each setting moves which term; where others'
 trainings are known, their median length is what to aim at. Directions are those of the bound, for SGD; they are no
@@ -49,6 +50,11 @@ class Planned:
         return self.batch_size * self.steps / self.rows
 
     @property
+    def temperature(self) -> float:
+        """Learning rate over batch: how noisy the training ends."""
+        return self.learning_rate / self.batch_size
+
+    @property
     def stability(self) -> float:
         """The leading term of Lemma 1 for a gradient of norm 1: for comparing settings of one task alone."""
         power = constant_power(self.learning_rate, self.steps, 1.0, 0.0)
@@ -65,6 +71,7 @@ class Change:
     why: str
     length: float
     stability: float
+    temperature: float
     plan: Planned
 
 
@@ -91,17 +98,23 @@ def advise(plan: Planned, others: Sequence[Training] = ()) -> Advice:
     """Return advice on a plan, beside how the experts that it will be merged with were trained."""
     lengths = _lengths(plan, others)
     target = median(lengths) if lengths else None
-    return Advice(plan, target, len(lengths), tuple(_said(plan, target, len(lengths))), tuple(_changes(plan, target)))
+    return Advice(
+        plan, target, len(lengths), tuple(_said(plan, target, len(lengths), others)), tuple(_changes(plan, target))
+    )
 
 
 def _lengths(plan: Planned, others: Sequence[Training]) -> list[float]:
     """Return the lengths of those that were trained by the same optimizer, of either kind of training."""
     found = compare(others).lengths if others else ()
-    family = Training("plan", optimizer=plan.optimizer).family
+    family = _family(plan)
     return [value for group in found if group.optimizer in (family, None) for value in group.values]
 
 
-def _said(plan: Planned, target: Maybe, count: int) -> list[str]:
+def _family(plan: Planned) -> str | None:
+    return Training("plan", optimizer=plan.optimizer).family
+
+
+def _said(plan: Planned, target: Maybe, count: int, others: Sequence[Training]) -> list[str]:
     said = [
         f"training length H = {plan.length:.3g} (constant rate), {plan.epochs:.2g} passes over {plan.rows} rows",
     ]
@@ -110,6 +123,13 @@ def _said(plan: Planned, target: Maybe, count: int) -> list[str]:
         said.append(
             f"the median of {count} other(s) trained by the same optimizer is H = {target:.3g}: this one would be "
             + ("about as long" if 1 / UNEQUAL <= times <= UNEQUAL else f"{times:.2g} times as long")
+        )
+    known = [value for one in others if one.family in (_family(plan), None) and (value := one.temperature) is not None]
+    if known:
+        times = plan.temperature / median(known)
+        said.append(
+            f"learning rate over batch = {plan.temperature:.3g}, {times:.2g} times the others' median: the higher it "
+            "is, the more noise ends in the expert, and the worse experts merged in the project's study"
         )
     if plan.epochs > _MANY_EPOCHS:
         said.append(
@@ -140,4 +160,5 @@ def _changes(plan: Planned, target: Maybe) -> list[Change]:
 
 
 def _change(plan: Planned, changed: Planned, what: str, why: str) -> Change:
-    return Change(what, why, changed.length / plan.length, changed.stability / plan.stability, changed)
+    return Change(what, why, changed.length / plan.length, changed.stability / plan.stability,
+                  changed.temperature / plan.temperature, changed)  # fmt: skip

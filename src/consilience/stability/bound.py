@@ -275,6 +275,22 @@ def optimisation_bound(
     )  # fmt: skip
 
 
+def temperature(*, squares: Maybe, length: Maybe, batch: Maybe) -> Maybe:
+    """Return ``sum_t eta_t^2 / (b sum_t eta_t)``, which is ``eta / b`` of a constant rate: SGD's temperature.
+
+    The floor that noise sets to a training, ``optimisation_bound``'s second part, is ``L sigma^2 / (2 mu)`` times it:
+    what logs know of that floor. As ``eta / b`` it is known as what decides how noisy a training ends (arXiv
+    1711.04623); of the figures that logs alone give, it ranked merges best in docs/results/doctor.md.
+
+    Args:
+        squares: sum of eta_t^2.
+        length: H, sum of eta_t.
+        batch: b.
+    """
+    return _known(lambda square, whole, b: square / (whole * b), squares, _positive("length", length),
+                  _positive("batch", batch))  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """The bound on the excess risk by expert and part, in nats: for ranking settings and naming causes, no guarantee.

@@ -6,6 +6,7 @@ from typing import Any
 
 from consilience.stability.candidates import Candidate
 from consilience.stability.findings import Finding
+from consilience.stability.trying import Tried
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class ProbeFacts:
         points: shares of the way from an expert to the merge that were measured.
         tasks: by expert.
         candidates: merges, the best first: those that were tried by measured mean loss, then others by predicted.
+        methods: merges by other methods that were asked for, as they were measured, the best first.
         saturation: predicted mean loss of all tasks under uniform merges of k random experts, k = 1 ... K.
         next_gain: predicted gain of one more expert like these, on those tasks; None: fewer than three experts.
     """
@@ -141,6 +143,7 @@ class ProbeFacts:
     points: tuple[float, ...]
     tasks: tuple[ProbedTask, ...]
     candidates: tuple[Candidate, ...]
+    methods: tuple[Tried, ...]
     saturation: tuple[float, ...]
     next_gain: float | None
 
@@ -163,6 +166,7 @@ class TrainedExpert:
         length_from: how H was found: "logged", "interpolated", "schedule", "peak" or "given".
         final_loss: of the training.
         stability: the leading term of Lemma 1, of SGD alone: how far replacing one row would move it, for ranking.
+        temperature: learning rate over batch, as the mean over the training weighs it.
         unread: files that were left unread, and why.
     """
 
@@ -179,6 +183,7 @@ class TrainedExpert:
     length_from: str | None
     final_loss: float | None
     stability: float | None
+    temperature: float | None
     unread: tuple[str, ...]
 
 

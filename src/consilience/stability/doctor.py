@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from consilience.coefficients.listing import place_of
+from consilience.errors import InputError
 from consilience.recipe.schema import Recipe
 from consilience.stability import from_files, from_training, from_weights, probing
 from consilience.stability.applied import trainings_of
@@ -20,6 +21,7 @@ from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe
 from consilience.stability.probing import ProbeSettings, Watch, has_probes, quiet
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
+from consilience.stability.trying import Tried, try_methods
 
 #: Methods whose ``weight`` is p itself.
 _WEIGHTED = ("linear", "task_arithmetic", "dare_linear", "ties", "dare_ties")
@@ -56,6 +58,10 @@ def diagnose(
     case = open_case(recipe, where, root)
     try:
         probed = probes is not None and has_probes(case)
+        if probes is not None and probes.methods and not probed:
+            raise InputError(
+                f"{where}: no expert has data: {{probe: FILE}}, and methods are tried on probe rows; add them"
+            )
         with watch("reading") as listener:
             read = survey(case.plan, threads=threads, exact=exact, seed=seed, listener=listener)
         base = case.plan.base
@@ -65,11 +71,13 @@ def diagnose(
         trainings = trainings_of(case)
         measured: Probe | None = None
         others: tuple[Candidate, ...] = ()
+        methods: tuple[Tried, ...] = ()
         if probed and probes is not None:
             measured, others = probing.measure(case, read.geometry, p, probes, threads=threads, watch=watch)
+            methods = try_methods(case, recipe, measured.own, probes, threads, watch)
     finally:
         case.close()
-    facts, found = (None, list[Finding]()) if measured is None else probing.facts(case.names, measured, others)
+    facts, found = (None, list[Finding]()) if measured is None else probing.facts(case.names, measured, others, methods)
     logged = [one.steps is not None or one.length is not None for one in trainings]
     blocks = blocks_of(read.tensors)
     geometries = [

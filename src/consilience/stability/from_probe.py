@@ -5,6 +5,7 @@ import numpy as np
 from consilience.stability.candidates import Candidate
 from consilience.stability.findings import Finding
 from consilience.stability.probe import Probe
+from consilience.stability.trying import Tried
 
 #: A merge that keeps less than this share of an expert's gain over the base has lost the expert.
 LOST = 0.5
@@ -12,9 +13,14 @@ LOST = 0.5
 _GAIN, _UNFINISHED = 0.02, 0.1
 
 
-def findings(names: tuple[str, ...], probe: Probe, found: tuple[Candidate, ...]) -> list[Finding]:
+def findings(
+    names: tuple[str, ...], probe: Probe, found: tuple[Candidate, ...], methods: tuple[Tried, ...] = ()
+) -> list[Finding]:
     """Return what the losses show."""
-    return [*_useless(names, probe), *_lost(names, probe), *_unfinished(names, probe), *_better(names, probe, found)]
+    return [
+        *_useless(names, probe), *_lost(names, probe), *_unfinished(names, probe), *_better(names, probe, found),
+        *_method(probe, found, methods),
+    ]  # fmt: skip
 
 
 def _useless(names: tuple[str, ...], probe: Probe) -> list[Finding]:
@@ -74,4 +80,18 @@ def _better(names: tuple[str, ...], probe: Probe, found: tuple[Candidate, ...]) 
         "merge with these weights, and evaluate on rows that the doctor has not seen",
         f"mean loss {given:.3f} -> {best.measured_mean:.3f} nats a token, both measured on the probe rows",
         "likely",
+    )]  # fmt: skip
+
+
+def _method(probe: Probe, found: tuple[Candidate, ...], methods: tuple[Tried, ...]) -> list[Finding]:
+    """The best method that was tried, if it gains something over the best fixed weights that were."""
+    weights = min([float(np.mean(probe.merged)), *(one.measured_mean or np.inf for one in found)])
+    if not methods or weights - methods[0].mean <= _GAIN * abs(weights):
+        return []
+    best = methods[0]
+    return [Finding(
+        "warning", "better-method", (),
+        f"{best.name} does better on the probe rows than any fixed weights that were tried",
+        "merge with it, and evaluate on rows that the doctor has not seen",
+        f"mean loss {weights:.3f} -> {best.mean:.3f} nats a token, both measured on the probe rows", "likely",
     )]  # fmt: skip

@@ -25,6 +25,8 @@ from consilience.stability.training import Comparison, Training, compare
 
 #: Passes over the data beyond which Lemma 1's T^2 / n^2 outweighs its T / (b n) by far.
 MANY_EPOCHS = 10.0
+#: Times the median temperature from which on an expert is called hot.
+HOT = 4.0
 #: Share of the mean by which the weights that even lengths out must differ to be worth a word.
 _WORTH = 0.1
 #: Fields whose differences make experts hard to compare, in words.
@@ -51,6 +53,7 @@ def trained(trainings: Sequence[Training]) -> tuple[TrainedExpert, ...]:
             stability=None
             if one.family != "sgd"
             else stability_leading(steps=one.steps, rows=one.rows, batch=one.batch_size, power=power(one)),
+            temperature=one.temperature,
             unread=one.unread,
         )
         for one in trainings
@@ -130,8 +133,8 @@ def _dominant(terms: Terms) -> str | None:
 def findings(trainings: Sequence[Training]) -> list[Finding]:
     """Return what is unequal, contradictory or excessive."""
     compared = compare(trainings)
-    return [*_lengths(trainings, compared), *_differences(trainings, compared), *_epochs(trainings),
-            *_conflicts(trainings)]  # fmt: skip
+    return [*_lengths(trainings, compared), *_hot(trainings, compared), *_differences(trainings, compared),
+            *_epochs(trainings), *_conflicts(trainings)]  # fmt: skip
 
 
 def _lengths(trainings: Sequence[Training], compared: Comparison) -> list[Finding]:
@@ -156,6 +159,27 @@ def _lengths(trainings: Sequence[Training], compared: Comparison) -> list[Findin
                                                  f" (approximate: {', '.join(group.approximate)})"),
                 "possible" if group.approximate else "likely",
             ))  # fmt: skip
+    return found
+
+
+def _hot(trainings: Sequence[Training], compared: Comparison) -> list[Finding]:
+    """Experts that were trained with much more noise than the others of their optimizer."""
+    found: list[Finding] = []
+    for group in compared.lengths:
+        known = [(trainings[k], value) for k in group.experts if (value := trainings[k].temperature) is not None]
+        middle = float(np.median([value for _, value in known])) if known else 0.0
+        found += [
+            Finding(
+                "warning", "hot-training", (one.name,),
+                f"{one.name} was trained at {value / middle:.1f} times the median learning rate over batch "
+                f"({value:.3g} against {middle:.3g})",
+                "train it with a smaller learning rate or larger batches",
+                "its noise goes into the merge: in the project's study, experts of one optimizer merged the worse the "
+                "higher this was",
+                "possible",
+            )
+            for one, value in known if value >= HOT * middle
+        ]  # fmt: skip
     return found
 
 

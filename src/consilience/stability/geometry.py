@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from consilience.coefficients.gram import largest_singular_value
+from consilience.stability.bound import distances, spread_of_lengths
+
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
 
@@ -57,12 +60,11 @@ class Geometry:
 
     def moves(self, p: Vector) -> Vector:
         """Return D_k^2 of weights p [K], of any sum: the squared distance of the merge from each expert, [K]."""
-        together = self.gram @ p
-        return np.clip(p @ together - 2 * together + np.diag(self.gram), 0, None)
+        return distances(self.gram, p)
 
     def displacement(self, p: Vector) -> float:
         """Return V of weights p [K] that sum to 1."""
-        return max(0.0, float(p @ np.diag(self.gram) - p @ self.gram @ p))
+        return max(0.0, float(spread_of_lengths(self.gram, p)))
 
     @property
     def centred(self) -> Matrix:
@@ -73,12 +75,12 @@ class Geometry:
     @property
     def sigma_max(self) -> float:
         """The largest singular value of the matrix of task vectors."""
-        return largest(self.gram)
+        return largest_singular_value(self.gram)
 
     @property
     def sigma_max_centred(self) -> float:
         """The same of the task vectors less their mean."""
-        return largest(self.centred)
+        return largest_singular_value(self.centred)
 
     @property
     def common(self) -> float:
@@ -92,8 +94,3 @@ def cosines(gram: Matrix) -> Matrix:
     lengths = np.sqrt(np.clip(np.diag(gram), 0, None))
     scale = lengths[:, None] * lengths[None]
     return np.clip(np.where(scale > 0, gram / np.where(scale > 0, scale, 1.0), 0.0), -1, 1)
-
-
-def largest(gram: Matrix) -> float:
-    """Return the largest singular value of the matrix whose Gram matrix is given."""
-    return float(np.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-1]))))

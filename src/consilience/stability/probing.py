@@ -17,6 +17,7 @@ from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.landscape import RecipeLandscape
 from consilience.stability.probe import SCAN, Listener, Probe, probe
 from consilience.stability.saturation import expected_losses
+from consilience.stability.trying import Tried, Wanted
 
 #: Opens what is told of (done, in all), by the name of the part of the work.
 Watch = Callable[[str], AbstractContextManager[Listener | None]]
@@ -29,11 +30,15 @@ def quiet(_part: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How probes are run: the first ``rows`` of each file (0: all), where, and whether a model's own code may run."""
+    """How probes are run: the first ``rows`` of each file (0: all), where, and whether a model's own code may run.
+
+    ``methods`` are merged and measured too.
+    """
 
     rows: int = 100
     device: str = "cpu"
     trust_remote_code: bool = False
+    methods: tuple[Wanted, ...] = ()
 
 
 def has_probes(case: Case) -> bool:
@@ -83,7 +88,9 @@ def measure(
             return measured, tried(case.names, measured, candidates(case.names, measured), landscape, listener)
 
 
-def facts(names: tuple[str, ...], measured: Probe, found: tuple[Candidate, ...]) -> tuple[ProbeFacts, list[Finding]]:
+def facts(
+    names: tuple[str, ...], measured: Probe, found: tuple[Candidate, ...], methods: tuple[Tried, ...] = ()
+) -> tuple[ProbeFacts, list[Finding]]:
     """Return what was measured, of the experts and of other merges, and the findings."""
     tasks = tuple(
         ProbedTask(
@@ -101,7 +108,10 @@ def facts(names: tuple[str, ...], measured: Probe, found: tuple[Candidate, ...])
         for k, name in enumerate(names)
     )
     curve, gain = saturation(measured)
-    return ProbeFacts(SCAN, tasks, found, curve, gain), from_probe.findings(names, measured, found)
+    return (
+        ProbeFacts(SCAN, tasks, found, methods, curve, gain),
+        from_probe.findings(names, measured, found, methods),
+    )
 
 
 def saturation(measured: Probe) -> tuple[tuple[float, ...], float | None]:

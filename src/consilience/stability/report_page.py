@@ -1,10 +1,8 @@
 """A diagnosis as one HTML page that needs no network, no script and no other file."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from importlib.resources import files
 
+from consilience.pages.page import compose
 from consilience.stability import draw
 from consilience.stability.diagnosis import Diagnosis, TrainedExpert
 from consilience.stability.draw import number, percent, safe
@@ -24,22 +22,12 @@ _VERDICTS: dict[Severity, str] = {
 }
 #: Characters of a path.
 _LONG = 32
-_SLOT = re.compile(r"@@(\w+)@@")
 
 
 def page(diagnosis: Diagnosis) -> str:
     """Return the page."""
-    slots = {
-        "title": safe(diagnosis.recipe),
-        "head": _head(diagnosis),
-        "body": "".join(section(diagnosis) for section in _SECTIONS),
-    }
-    return _SLOT.sub(lambda match: slots[match[1]], _template())
-
-
-@lru_cache(maxsize=1)
-def _template() -> str:
-    return (files("consilience.stability") / "report_page.html").read_text(encoding="utf-8")
+    slots = {"head": _head(diagnosis), "body": "".join(section(diagnosis) for section in _SECTIONS)}
+    return compose("consilience.stability", "report_page", f"Merge doctor: {safe(diagnosis.recipe)}", slots)
 
 
 def _head(diagnosis: Diagnosis) -> str:
@@ -176,13 +164,15 @@ def _trained(training: Sequence[TrainedExpert]) -> str:
     rows = [
         (draw.name(one.name), number(one.length) + draw.bar(one.length, longest), _said(one.length_from),
          _said(one.optimizer), _said(one.schedule), number(one.steps), number(one.learning_rate),
-         number(one.batch_size), number(one.rows), number(one.epochs), number(one.final_loss), number(one.stability))
+         number(one.batch_size), number(one.rows), number(one.epochs), number(one.final_loss), number(one.stability),
+         number(one.temperature))
         for one in training
     ]  # fmt: skip
     head = ("Expert", "Length H", "found by", "Optimizer", "Schedule", "Steps", "Peak rate", "Batch", "Rows", "Epochs",
-            "Final loss", "Stability term")  # fmt: skip
+            "Final loss", "Stability term", "Rate / batch")  # fmt: skip
     note = (
-        "H is the sum of learning rates over the steps. The lower the stability term, the less one row moves an expert."
+        "H is the sum of learning rates over the steps. The lower the stability term, the less one row moves an "
+        "expert; the lower rate over batch, the less noise it ended with."
     )
     return f'<p class="hint">{note}</p>{draw.table(head, rows, words=(2, 3, 4), fold=draw.MOST_ROWS)}'
 

@@ -308,17 +308,22 @@ def _candidates(diagnosis: Diagnosis, probes: ProbeFacts) -> str:
         return ""
     mean = _mean([one.merged for one in probes.tasks])
     means = [value for one in probes.candidates for value in (one.mean, one.measured_mean) if value is not None]
-    scale = draw.scale_of([mean, *means], zero=True)
+    scale = draw.scale_of([mean, *means, *(one.mean for one in probes.methods)], zero=True)
     rows = [
         Line(
             safe(one.name),
             draw.span(scale, 0.0, one.mean, "mark given" if one.kind == "given" else "mark")
             + draw.upright(scale, mean)
-            + ("" if one.measured_mean is None else draw.mark("merged", scale.at(one.measured_mean), 15.0)),
+            + _measured(scale, one.measured_mean),
             number(one.mean if one.measured_mean is None else one.measured_mean, ".3f"),
         )
         for one in probes.candidates
     ]
+    tried = [
+        Line(safe(one.name), draw.upright(scale, mean) + _measured(scale, one.mean),
+             number(one.mean, ".3f"))
+        for one in probes.methods
+    ]  # fmt: skip
     said = "Mean losses, the best first: " + "; ".join(
         f"{draw.clipped(one.name, _SHORT)}: {number(one.mean, '.3f')} predicted"
         + ("" if one.measured_mean is None else f", {number(one.measured_mean, '.3f')} measured")
@@ -326,10 +331,10 @@ def _candidates(diagnosis: Diagnosis, probes: ProbeFacts) -> str:
     )
     note = (
         "Bars: mean loss of all tasks as a quadratic model of the probes has it, which promises nothing. The best of "
-        "each kind was tried on the probe rows: marks. Orange: the weights given, whose measured mean, "
-        f"{number(mean, '.3f')}, is the dashed line."
+        "each kind was tried on the probe rows, and every method that was asked for: marks. Orange: the weights given, "
+        f"whose measured mean, {number(mean, '.3f')}, is the dashed line."
     )
-    drawing = draw.lines(rows, scale, said, "mean loss, nats a token")
+    drawing = draw.lines([*tried, *rows], scale, said, "mean loss, nats a token")
     head = (
         "Merge",
         "Measured mean loss",
@@ -339,12 +344,23 @@ def _candidates(diagnosis: Diagnosis, probes: ProbeFacts) -> str:
         *(f"Weight of {draw.name(one.name)}" for one in diagnosis.experts),
     )
     cells = [
+        (draw.name(one.name), number(one.mean, ".3f"), "–", number(one.worst, ".3f"), draw.name(one.worst_task),
+         *["–"] * len(diagnosis.experts))
+        for one in probes.methods
+    ]  # fmt: skip
+    cells += [
         (draw.name(one.name), number(one.measured_mean, ".3f"), number(one.mean, ".3f"),
          number(one.worst, ".3f"), draw.name(one.worst_task),
          *(number(value, ".3g") for value in one.weights), *["–"] * (len(diagnosis.experts) - len(one.weights)))
         for one in probes.candidates
     ]  # fmt: skip
     return draw.figure("Merges that could be made instead", note, drawing, draw.table(head, cells, words=(4,)))
+
+
+def _measured(scale: draw.Scale, value: Value) -> str:
+    """Return the mark of a measured mean on its row."""
+    shown = drawable(value)
+    return "" if shown is None else draw.mark("merged", scale.at(shown), 15.0)
 
 
 def _mean(values: Sequence[float]) -> Value:

@@ -98,11 +98,23 @@ def _blocks(diagnosis: Diagnosis) -> str:
 def _training(diagnosis: Diagnosis) -> str:
     if not diagnosis.training:
         return ""
-    header = ("training", "length H", "from", "steps", "peak rate", "batch", "rows", "epochs", "optimizer", "stability")
+    header = (
+        "training",
+        "length H",
+        "from",
+        "steps",
+        "peak rate",
+        "batch",
+        "rows",
+        "epochs",
+        "optimizer",
+        "stability",
+        "rate / batch",
+    )
     rows = [
         (printable(one.name), _number(one.length), one.length_from or "-", _number(one.steps),
          _number(one.learning_rate), _number(one.batch_size), _number(one.rows), _number(one.epochs),
-         printable(one.optimizer or "-"), _number(one.stability))
+         printable(one.optimizer or "-"), _number(one.stability), _number(one.temperature))
         for one in diagnosis.training
     ]  # fmt: skip
     unread = [f"not read: {printable(line)}" for one in diagnosis.training for line in one.unread]
@@ -142,7 +154,7 @@ def _tasks(diagnosis: Diagnosis) -> str:
 def _candidates(diagnosis: Diagnosis) -> str:
     if diagnosis.probes is None:
         return ""
-    header = ("merges by fixed weights, the best first", "measured", "predicted", "worst rise", "of")
+    header = ("merges, the best first", "measured", "predicted", "worst rise", "of")
     rows = [
         (
             printable(one.name),
@@ -152,6 +164,10 @@ def _candidates(diagnosis: Diagnosis) -> str:
             printable(one.worst_task),
         )
         for one in diagnosis.probes.candidates
+    ]
+    rows += [
+        (printable(one.name), f"{one.mean:.3f}", "-", f"{one.worst:.3f}", printable(one.worst_task))
+        for one in diagnosis.probes.methods
     ]
     lines = [_columns(header, rows)]
     if diagnosis.probes.saturation:

@@ -18,7 +18,7 @@ import numpy as np
 
 from consilience.checkpoints.files import exists, siblings
 from consilience.errors import InputError, nearest
-from consilience.stability.bound import Maybe, gradient_power
+from consilience.stability.bound import Maybe, gradient_power, temperature
 from consilience.stability.logs.combine import Conflict, combine
 from consilience.stability.logs.curve import Curve
 from consilience.stability.logs.facts import fold, read_facts, same
@@ -107,6 +107,13 @@ class Training:
         weight = float((eta**2).sum())
         power = gradient_power(eta.tolist(), norms.tolist(), variance)
         return None if power is None or weight == 0 else power * self.length.squares / weight
+
+    @property
+    def temperature(self) -> float | None:
+        """SGD's temperature (``bound.temperature``); None where lengths or batch are not known."""
+        if self.length is None or not self.length.value > 0:
+            return None
+        return temperature(squares=self.length.squares, length=self.length.value, batch=self.batch_size)
 
 
 def read_training(source: str | Path | Mapping[str, Any] | Sequence[Any], where: str) -> Training:

@@ -9,14 +9,13 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from html import escape
-from importlib.resources import files
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from consilience.pages.page import compose
 from consilience.routing.explaining.explain_text import sentences
 
 if TYPE_CHECKING:
@@ -37,14 +36,13 @@ _PARTS = {
 }
 #: What HTML forbids, and what would turn the text around it: neither may act, and both are shown.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_SLOT = re.compile(r"@@(\w+)@@")
 
 
 def page(explanation: "Explanation") -> str:
     """Return the page."""
     short = " ".join(explanation.prompt.split())
+    title = f"Which expert took which token: {_safe(short if len(short) <= 60 else short[:59] + '…')}"
     slots = {
-        "title": _safe(short if len(short) <= 60 else short[:59] + "…"),
         "prompt": _safe(explanation.prompt),
         "answer": _safe(explanation.answer) or "(nothing)",
         "sentences": "".join(f"<p>{_safe(sentence)}</p>" for sentence in sentences(explanation)),
@@ -56,7 +54,7 @@ def page(explanation: "Explanation") -> str:
         "tokens": "".join(_strip(explanation, i, part) for i, part in enumerate(explanation.parts)),
         "data": _embedded(data(explanation)),
     }
-    return _SLOT.sub(lambda match: slots[match[1]], _template())
+    return compose("consilience.routing.explaining", "explain_page", title, slots, scripted=True)
 
 
 def data(explanation: "Explanation") -> dict[str, Any]:
@@ -83,11 +81,6 @@ def data(explanation: "Explanation") -> dict[str, Any]:
 def _packed(part: "Part") -> str:
     values = np.rint(part.weights * 255).clip(0, 255).astype(np.uint8)
     return base64.b64encode(zlib.compress(values.tobytes())).decode()
-
-
-@lru_cache(maxsize=1)
-def _template() -> str:
-    return (files("consilience.routing.explaining") / "explain_page.html").read_text(encoding="utf-8")
 
 
 def _embedded(value: Any) -> str:

@@ -1,0 +1,150 @@
+"""Methods that are more than fixed weights, tried: merged into a folder of their own, and measured on the probe rows.
+
+What TIES, DARE and their like do to task vectors is not in the quadratic model of the probes, so nothing predicts it
+here. A merge takes as much room on disk as the model, one at a time, below the folder for temporary files (TMPDIR).
+"""
+
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from consilience.errors import InputError
+from consilience.recipe.schema import Recipe
+from consilience.stability.case import Case, open_case
+from consilience.stability.geometry import Vector
+from consilience.stability.landscape import RecipeLandscape
+from consilience.stability.probe import Listener
+
+if TYPE_CHECKING:
+    from consilience.stability.probing import ProbeSettings, Watch
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A method and the parameters that are not its defaults; ``text`` is as it was asked for."""
+
+    text: str
+    method: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A method's merge: losses on the probe rows, by task, in nats; the largest rise over a task's own expert."""
+
+    name: str
+    losses: tuple[float, ...]
+    worst: float
+    worst_task: str
+
+    @property
+    def mean(self) -> float:
+        """The mean loss."""
+        return sum(self.losses) / len(self.losses)
+
+
+def wanted(text: str) -> Wanted:
+    """Read ``METHOD`` or ``METHOD:KEY=VALUE,KEY=VALUE``.
+
+    Raises:
+        InputError: there is no such method, it has to learn first, or the parameters are not written so.
+    """
+    from consilience.methods.registry import load
+    from consilience.recipe.yaml_file import parse_yaml
+
+    name, _, rest = text.partition(":")
+    if load(name).learn is not None:
+        raise InputError(f"--try {text!r}: {name} learns; merge with it, then measure with 'consilience evaluate'")
+    parameters: dict[str, Any] = {}
+    for part in rest.split(",") if rest else []:
+        key, equals, value = part.partition("=")
+        if not (key and equals and value):
+            raise InputError(f"--try {text!r}: write it as METHOD or METHOD:KEY=VALUE,KEY=VALUE")
+        parameters[key] = parse_yaml(value, f"--try {text}: {key}")
+    return Wanted(text, name, parameters)
+
+
+def try_methods(
+    case: Case, recipe: Recipe, own: Vector, settings: "ProbeSettings", threads: int | None, watch: "Watch"
+) -> tuple[Tried, ...]:
+    """Merge a case's experts with every method of ``settings``, and return what was measured, the best first.
+
+    Args:
+        case: the experts, and what the merges have in common with the recipe.
+        recipe: gives the base, dtypes and seed.
+        own: losses of each task's own expert, [K].
+        settings: the methods, and how probes are run.
+        threads: workers; None: all cores.
+        watch: opens what is told of progress, by the name of the part.
+
+    Raises:
+        InputError: a method does not take these experts or parameters, or a loss is not finite.
+        MachineError: the disk is full.
+    """
+    found = [_tried(one, case, recipe, own, settings, threads, watch) for one in settings.methods]
+    return tuple(sorted(found, key=lambda one: one.mean))
+
+
+def _tried(
+    one: Wanted, case: Case, recipe: Recipe, own: Vector, settings: "ProbeSettings", threads: int | None,
+    watch: "Watch",
+) -> Tried:  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="consilience-try-") as place:
+        folder = Path(place) / "merged"
+        _merge(one, case, recipe, folder, threads, watch)
+        losses = _losses(one, case, recipe, folder, settings, threads, watch)
+    rises = losses - own
+    at = int(np.argmax(rises))
+    return Tried(one.text, tuple(map(float, losses)), float(rises[at]), case.names[at])
+
+
+def _merge(one: Wanted, case: Case, recipe: Recipe, folder: Path, threads: int | None, watch: "Watch") -> None:
+    from consilience.engine.merge import run_merge
+    from consilience.engine.plan import make_plan
+
+    entries = [entry.model_copy(update={"parameters": {}}) for entry in case.entries]
+    changes = {"merge_method": one.method, "parameters": one.parameters, "models": entries, "coefficients": None}
+    plan = make_plan(recipe.model_copy(update=changes), where=f"--try {one.text}", root=case.root)
+    with closing(plan), watch(f"merging: {one.text}") as listener:
+        run_merge(
+            plan, folder, threads=threads, listener=_Bytes(listener, sum(tensor.bytes_read for tensor in plan.tensors))
+        )
+
+
+class _Bytes:
+    """Tells of bytes as of things done."""
+
+    def __init__(self, listener: Listener | None, total: int) -> None:
+        self.listener, self.done, self.total = listener, 0, total
+
+    def advance(self, nbytes: int) -> None:
+        """Tell that so many more were processed."""
+        self.done += nbytes
+        if self.listener is not None:
+            self.listener(self.done, self.total)
+
+
+def _losses(
+    one: Wanted, case: Case, recipe: Recipe, folder: Path, settings: "ProbeSettings", threads: int | None,
+    watch: "Watch",
+) -> Vector:  # fmt: skip
+    """Return a merge's losses: it stands in every expert's place, on that expert's rows."""
+    entries = [entry.model_copy(update={"model": str(folder), "parameters": {}}) for entry in case.entries]
+    changes = {"merge_method": "task_arithmetic", "parameters": {}, "models": entries, "coefficients": None}
+    with closing(open_case(recipe.model_copy(update=changes), f"--try {one.text}", case.root)) as merged:
+        landscape = RecipeLandscape(
+            merged, rows=settings.rows, device=settings.device, threads=threads,
+            trust_remote_code=settings.trust_remote_code,
+        )  # fmt: skip
+        count = len(case.names)
+        with closing(landscape), watch(f"measuring: {one.text}") as listener:
+            found = np.zeros(count)
+            for k in range(count):
+                found[k] = landscape.loss(k, np.eye(count)[k])
+                if listener is not None:
+                    listener(k + 1, count)
+            return found
