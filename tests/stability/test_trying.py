@@ -72,6 +72,7 @@ def test_nothing_is_left_behind(recipe: dict[str, Any], tmp_path: Path, monkeypa
 def test_the_report_shows_them(recipe: dict[str, Any]) -> None:
     found = cs.diagnose(parse_recipe(recipe, "recipe"), methods=["ties:density=0.4"])
     assert "ties:density=0.4" in text(found)
+    assert ("Not known" in text(found)) is bool(found.unknown)
     assert "ties:density=0.4" in page(found)
     assert json.loads(json.dumps(found.to_dict()))["probes"]["methods"][0]["name"] == "ties:density=0.4"
 

@@ -14,7 +14,8 @@ def text(diagnosis: Diagnosis) -> str:
     """Return the report."""
     parts = [_summary(diagnosis), _findings(diagnosis), _experts(diagnosis), _pairs(diagnosis), _blocks(diagnosis)]
     parts += [_training(diagnosis), _bound(diagnosis), _tasks(diagnosis), _candidates(diagnosis)]
-    parts.append("Not known from what was given:\n" + "\n".join(f"  - {one}" for one in diagnosis.unknown))
+    if diagnosis.unknown:
+        parts.append("Not known from what was given:\n" + "\n".join(f"  - {one}" for one in diagnosis.unknown))
     parts.append("Figures describe these weights; none is a guarantee of what a merge will do.")
     return "\n\n".join(part for part in parts if part)
 
