@@ -152,11 +152,11 @@ def _lengths(trainings: Sequence[Training], compared: Comparison) -> list[Findin
                 "warning" if longer and times > 2 else "note", "unequal-length", (name,),
                 f"{name} was trained {times:.1f} times as {'long' if longer else 'briefly'} as the median: H = "
                 f"sum of learning rates = {value:.3g} against {group.target:.3g}",
-                f"multiply its task vector by {scale:.2f}"
-                + (", or merge an earlier checkpoint of it" if longer else ", or train it longer"),
-                "the part of the displacement that comes of unequal lengths falls; to first order it is the same as "
-                "having trained it that long" + ("" if not group.approximate else
-                                                 f" (approximate: {', '.join(group.approximate)})"),
+                ("merge an earlier checkpoint of it" if longer else "train it longer")
+                + f"; to first order that is multiplying its task vector by {scale:.2f}: measure it before it is used",
+                "the part of the displacement that comes of unequal lengths falls; in the project's study, scaling all "
+                "task vectors so did worse than averaging them as they were in 27 of 30 sets"
+                + ("" if not group.approximate else f" (approximate: {', '.join(group.approximate)})"),
                 "possible" if group.approximate else "likely",
             ))  # fmt: skip
     return found
