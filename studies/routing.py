@@ -17,7 +17,7 @@ from consilience.routing.instructions.semantics import Instructions
 from consilience.tasks.encoding import encode
 from consilience.tasks.rows import Task, read_rows
 from studies.cells import Study
-from studies.routing_models import held_in, routed
+from studies.routing_models import held_in, multitask, routed
 from studies.routing_tables import page
 from suites.language import ALL_DOMAINS, heldout_path, train_path
 from suites.language.encoder import encoder_path
@@ -69,6 +69,7 @@ MORE: dict[str, Setting] = {
     "PHATGOOSE, top 3": {"routing": PHATGOOSE | {"top_k": 3}},
     "Arrow, top 1": {"routing": ARROW | {"top_k": 1}},
     "Arrow, top 3": {"routing": ARROW | {"top_k": 3}},
+    "multitask adapter": {"routing": ARROW, "multitask": 300},
     "LoraHub, five labelled rows a task": {"routing": ARROW, "lorahub": {"rows": 5, "evaluations": 40}},
 }
 #: What the published protocol tells of a query's task: a second wording, written without a look at the cards.
@@ -101,7 +102,8 @@ def run(setting: Setting) -> Mapping[str, Any]:
     single = setting["kind"] == "single"
     domains = list(ALL_DOMAINS) if single else held_in(setting["held_out"])
     routing = {"local": "arrow"} if single else setting["routing"]
-    model = routed(domains, routing, _instructions(setting.get("instructions")))
+    steps = setting.get("multitask")
+    model = multitask(domains, steps) if steps else routed(domains, routing, _instructions(setting.get("instructions")))
     tasks = [Task(domain, tuple(read_rows(heldout_path(domain, "test")))) for domain in ALL_DOMAINS]
     options: Any = {"max_examples": setting["examples"], "max_tokens": setting["tokens"]}
     with _used(model, setting):
@@ -133,7 +135,8 @@ def _used(model: Any, setting: Setting) -> AbstractContextManager[None]:
     if setting["kind"] == "single":
         return model.routing.plain() if setting["expert"] == "base" else model.routing.only(setting["expert"])
     count = len(model.routing.names)
-    return model.routing.only([1 / count] * count) if setting.get("uniform") else nullcontext()
+    alike = setting.get("uniform") or setting.get("multitask")
+    return model.routing.only([1 / count] * count) if alike else nullcontext()
 
 
 @contextmanager

@@ -22,9 +22,12 @@ from consilience.routing.folder.build import Base
 from consilience.routing.local.gate_settings import GateSettings
 from consilience.routing.local.gate_training import train_gates
 from consilience.tasks.rows import Task, read_rows
+from consilience.training import fine_tune
 from suites.language import ALL_DOMAINS, CACHE, adapter_path, train_path
 from suites.language.base import base_path
 from suites.language.data import train_rows
+from suites.language.train import ALPHA, RANK
+from suites.language.train_full import say_progress
 from suites.packages import locked
 
 #: PHATGOOSE's steps, rate and warm-up; batches of 8 rows instead of 1,024.
@@ -42,26 +45,48 @@ def recipe(domains: Sequence[str], instructions: Mapping[str, Any] | None) -> di
         {"model": str(adapter_path(domain)), "name": domain, "data": {"train": str(train_path(domain))}}
         for domain in domains
     ]
-    made: dict[str, Any] = {"base_model": str(base_path()), "models": entries, "routing": {"local": "arrow"}}
+    made = _recipe(entries)
     return made if instructions is None else made | {"instructions": dict(instructions)}
+
+
+def _recipe(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"base_model": str(base_path()), "models": entries, "routing": {"local": "arrow"}}
 
 
 def routed(domains: Sequence[str], routing: Mapping[str, Any], instructions: Mapping[str, Any] | None = None) -> Any:
     """Return a routed model with the gates of its experts, built in a folder that is thrown away."""
     for domain in domains:
         _ready(domain)
-    CACHE.mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="routed-", dir=CACHE))
-    try:
-        build_routed(recipe(domains, instructions), work / "model")
-        model = load_routed(work / "model")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    model = _built(recipe(domains, instructions))
     if routing.get("local") == "phatgoose":
         experts = [replace(one, vectors={**one.vectors, "phatgoose": gates(one.name)}) for one in model.routing.experts]
         model.routing.replace(experts, model.routing.asked.semantics)
     model.routing.set(**routing)
     return model
+
+
+def _built(made: dict[str, Any]) -> Any:
+    CACHE.mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="routed-", dir=CACHE))
+    try:
+        build_routed(made, work / "model")
+        return load_routed(work / "model")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def multitask(domains: Sequence[str], steps: int) -> Any:
+    """Return a model whose one expert was trained on the rows of all these domains, once, as each of theirs was."""
+    place = CACHE / "language" / "multitask" / f"{'-'.join(sorted(domains))}-{steps}"
+    with locked(place.with_suffix(".lock")):
+        if not place.is_dir():
+            for domain in domains:
+                train_rows(domain)
+            fine_tune(
+                base_path(), [f"{domain}={train_path(domain)}" for domain in domains], place, learning_rate=1e-3,
+                steps=steps, lora_rank=RANK, lora_alpha=ALPHA, seed=0, threads=1, progress=say_progress,
+            )  # fmt: skip
+    return _built(_recipe([{"model": str(place), "name": "multitask"}]))
 
 
 def _ready(domain: str) -> None:
