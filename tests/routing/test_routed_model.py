@@ -11,6 +11,7 @@ from tiny_models import make_llama, make_t5, make_tokenizer
 from torch import Tensor
 
 from consilience.errors import InputError
+from consilience.routing import bfloat16
 from consilience.routing.expert import Expert
 from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors, RoutedLinear
@@ -137,14 +138,17 @@ def test_few_tokens_read_only_their_experts(dtype: torch.dtype, monkeypatch: pyt
         gathered: list[int] = []
         original = Experts._gathered  # pyright: ignore[reportPrivateUsage]
 
-        def spied(self: Experts, *args: Any, into: list[int] = gathered, of: Any = original) -> None:
+        def spied(self: Any, *args: Any, into: list[int] = gathered, of: Any = original) -> None:
             into.append(1)
             of(self, *args)
 
         monkeypatch.setattr(Experts, "_gathered", spied)
+        compiled = bfloat16.add_own
+        monkeypatch.setattr(bfloat16, "add_own", partial(spied, into=gathered, of=compiled))
         few = logits(model, ids)
         assert gathered
         monkeypatch.setattr(Experts, "_gathered", original)
+        monkeypatch.setattr(bfloat16, "add_own", compiled)
         with monkeypatch.context() as patch:
             patch.setattr("consilience.routing.layer.FEW", 1000)
             tolerance = 1e-4 if dtype == torch.float32 else 0.1

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consilience.routing import scores
+from consilience.routing import bfloat16, scores
 from consilience.routing.router import Router
 
 #: Up to this share of the base's product all experts are computed, beyond it only those that are used. In half
@@ -105,6 +106,7 @@ class Experts(nn.Module):
         self.register_buffer("into", into, persistent=False)
         self.register_buffer("out_of", out_of, persistent=False)
         self.register_buffer("owner", owner.to(like.device), persistent=False)
+        self._bounds = np.array(self.edges, np.int64)
         share = self.total * (1 / width + 1 / height)
         self.dense = share <= DENSE_SHARE or self.into.element_size() < 4
 
@@ -112,7 +114,13 @@ class Experts(nn.Module):
         """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""
         tokens = u if u.ndim == 3 else self._sequences(u)
         flat, found = tokens.reshape(-1, u.shape[-1]), y.view(-1, y.shape[-1])
-        few = self.rank > 0 and FEW * len(flat) * max(1, self.router.settings.top_k) <= self.count
+        little = FEW * len(flat) * max(1, self.router.settings.top_k) <= self.count
+        plan = self.router.plan(tokens) if bfloat16.suits(self.into, flat, found) else None
+        if plan is not None:
+            add = bfloat16.add_own if little else bfloat16.add_all
+            add(flat.contiguous(), found, self.into, self.out_of, self._bounds, plan)
+            return y
+        few = self.rank > 0 and little
         if self.dense and not few:
             products = F.linear(flat, self.into)
             scored, hidden = products[:, self.total :], products[:, : self.total]

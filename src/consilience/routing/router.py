@@ -7,13 +7,14 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from consilience.errors import InputError
 from consilience.routing import scores
+from consilience.routing.bfloat16 import Plan, fits
 from consilience.routing.settings import Settings
 
 #: Called with a layer's name and its weights [sequences, tokens, K] at every forward pass.
@@ -56,6 +57,7 @@ class Router:
     excluded: Tensor | None = None
     watchers: list[Watcher] = field(default_factory=list[Watcher])
     _last: "tuple[weakref.ref[Tensor], int | None, Tensor] | None" = field(default=None, init=False)
+    _shared: "tuple[tuple[Tensor | None, Tensor | None, torch.Size], Any] | None" = field(default=None, init=False)
 
     def index(self, name: str) -> int:
         """Return an expert's number.
@@ -85,6 +87,30 @@ class Router:
         if self.fixed is not None:
             return self._rows(self.fixed, u).to(torch.float32).expand(*u.shape[:-1], len(self.experts)), None
         return scores.choose(self.settings, self._logits(products, u))
+
+    def plan(self, u: Tensor) -> Plan | None:
+        """Return how activations [sequences, tokens, d] are routed by compiled kernels; None: the general way."""
+        if self.fixed is not None or self.watchers or not fits(self.settings, len(self.experts)):
+            return None
+        bias = self._added(u)
+        scales = bias[:, 0]
+        if self.settings.local == "phatgoose":
+            scales = self._inverse_deviation(u).detach().float().reshape(-1).numpy()
+        return Plan(bias, scales, self.settings)
+
+    def _added(self, u: Tensor) -> Any:
+        """Return what is added to the tokens' logits, float32 [T, K]; layers of one pass share it."""
+        key = (self.bias, self.excluded, u.shape[:2])
+        if (
+            self._shared is None
+            or any(a is not b for a, b in zip(self._shared[0][:2], key[:2], strict=True))
+            or (self._shared[0][2] != key[2])
+        ):
+            rows = torch.zeros(1, 1, len(self.experts)) if self.bias is None else self._rows(self.bias, u).float()
+            if self.excluded is not None:
+                rows = rows.masked_fill(self.excluded, -torch.inf)
+            self._shared = key, rows.expand(*key[2], -1).reshape(-1, len(self.experts)).contiguous().numpy()
+        return self._shared[1]
 
     def _logits(self, products: Tensor, u: Tensor) -> Tensor:
         settings = self.settings

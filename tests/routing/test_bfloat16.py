@@ -1,0 +1,148 @@
+"""Routed layers in bfloat16 on a CPU, whose small steps are compiled."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from routed_models import make_experts
+from tiny_models import make_llama
+from torch import Tensor
+
+from consilience.routing import bfloat16
+from consilience.routing.install import install
+from consilience.routing.layer import Experts, Factors
+from consilience.routing.router import Router
+from consilience.routing.scores import NORM_EPSILON
+from consilience.routing.settings import Settings
+
+NAMES = tuple("abcdefghi")
+IN, OUT = 64, 48
+RANKS = (2, 3, 0, 1, 2, 4, 2, 1, 2)
+
+
+def _layer(settings: Settings, dtype: torch.dtype = torch.bfloat16) -> Experts:
+    """A layer of nine experts of different ranks; the third leaves it alone."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(3))
+    factors = [None if not r else Factors(0.3 * draw(r, IN), 0.3 * draw(OUT, r)) for r in RANKS]
+    return Experts("one", factors, 0.2 * draw(len(RANKS), IN), torch.zeros(1, dtype=dtype), Router(NAMES, settings))
+
+
+def _exact(layer: Experts, u: Tensor, y: Tensor) -> Tensor:
+    """The layer's equation in float64, token by token, from the factors as they are stored."""
+    router, settings = layer.router, layer.router.settings
+    into, out_of, found = layer.into.double(), layer.out_of.double(), y.double().clone()
+    for s in range(len(u)):
+        for t in range(u.shape[1]):
+            x = u[s, t].double()
+            z = into[layer.total :] @ x
+            if settings.local == "phatgoose":
+                z = z / (x.var(unbiased=False) + NORM_EPSILON).sqrt()
+            elif settings.local == "none":
+                z = 0 * z
+            else:
+                z = (z.abs() if settings.local == "arrow" else z) / settings.temperature
+            z = z if router.bias is None else z + router.bias[s % len(router.bias)].double()
+            z = z if router.excluded is None else z.masked_fill(router.excluded, -torch.inf)
+            best = z.sort(descending=True).indices[: settings.top_k]
+            shares = (z[best] - z[best].max()).exp()
+            for k, share in zip(best.tolist(), (shares / shares.sum()).tolist(), strict=True):
+                span = slice(layer.edges[k], layer.edges[k + 1])
+                found[s, t] += share * (into[span] @ x) @ out_of[span]
+    return found
+
+
+def _inputs(sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(sequences + 10 * tokens))
+    return draw(sequences, tokens, IN).bfloat16(), draw(sequences, tokens, OUT).bfloat16()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (3, 1), (2, 20)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings("phatgoose"), Settings("phatgoose", top_k=1), Settings("arrow"), Settings("arrow", temperature=3.0),
+        Settings("average", temperature=0.5, top_k=3), Settings("none", scale=5.0),
+    ],
+)  # fmt: skip
+def test_kernels_follow_the_equation(settings: Settings, shape: tuple[int, int], monkeypatch: Any) -> None:
+    layer = _layer(settings)
+    u, y = _inputs(*shape)
+    calls: list[str] = []
+    for name in ("add_own", "add_all"):
+        monkeypatch.setattr(bfloat16, name, _told(getattr(bfloat16, name), calls, name))
+    layer.router.bias = torch.randn(shape[0], 9, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(), layer.router.without("e", "f"):
+        found = layer.add(u, y.clone())
+        expected = _exact(layer, u, y)
+    # Many tokens' hidden values are rounded, as those of a plain layer's products are.
+    assert torch.allclose(found.double(), expected, rtol=2**-8, atol=2**-6)
+    assert calls == ["add_own" if 2 * shape[0] * shape[1] * settings.top_k <= 9 else "add_all"]
+
+
+def _told(of: Any, calls: list[str], name: str) -> Any:
+    def called(*args: Any) -> None:
+        calls.append(name)
+        of(*args)
+
+    return called
+
+
+def test_queries_of_different_sequences_are_kept_apart() -> None:
+    layer = _layer(Settings("none", scale=1.0, top_k=1))
+    u, y = _inputs(4, 1)
+    layer.router.bias = 9.0 * torch.eye(9)[[8, 0, 5, 2]]
+    with torch.no_grad():
+        found, expected = layer.add(u, y.clone()), _exact(layer, u, y)
+        assert torch.allclose(found.double(), expected, rtol=2**-8, atol=2**-6)
+        assert torch.equal(found[3], y[3])
+        layer.router.bias = layer.router.bias.flip(0)
+        assert torch.allclose(layer.add(u, y.clone()).double(), _exact(layer, u, y), rtol=2**-8, atol=2**-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"top_k": 0}, {"top_k": 9}, {"top_p": 0.7}, {"standardise": True}, {"local": "average"}]
+)
+def test_every_setting_agrees_with_float32(changes: dict[str, Any]) -> None:
+    chosen: dict[str, Any] = {"local": "phatgoose"} | changes
+    settings = Settings(**chosen)
+    half, single = _layer(settings), _layer(settings, torch.float32)
+    single.into, single.out_of = half.into.float(), half.out_of.float()
+    u, y = _inputs(2, 3)
+    with torch.no_grad():
+        expected = single.add(u.float(), y.float())
+        assert torch.allclose(half.add(u, y.clone()).float(), expected, rtol=2**-6, atol=2**-4)
+
+
+def test_gradients_pass_through_a_layer() -> None:
+    layer = _layer(Settings("phatgoose"))
+    u, y = _inputs(1, 1)
+    u.requires_grad_()
+    found = layer.add(u, y.clone())
+    found.float().square().sum().backward()
+    assert u.grad is not None
+    assert u.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.allclose(found, layer.add(u, y.clone()), rtol=2**-7, atol=2**-5)
+
+
+def test_watchers_see_what_the_kernels_use() -> None:
+    layer, seen = _layer(Settings("phatgoose")), list[Tensor]()
+    u, y = _inputs(1, 3)
+    with torch.no_grad(), layer.router.watched(lambda _, weights: seen.append(weights)):
+        watched = layer.add(u, y.clone())
+    with torch.no_grad():
+        assert torch.allclose(layer.add(u, y.clone()), watched, rtol=2**-7, atol=2**-5)
+    assert len(seen) == 1
+
+
+def test_a_model_may_be_copied_and_moved_to_another_type() -> None:
+    model = make_llama().to(torch.bfloat16).requires_grad_(False)
+    install(model, make_experts(model), Settings("phatgoose"))
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        assert torch.equal(copy.deepcopy(model)(ids).logits, before)
+        assert torch.allclose(copy.deepcopy(model).float()(ids).logits, before.float(), atol=0.1)
+        assert torch.equal(model(ids).logits, before)
