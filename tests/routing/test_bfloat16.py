@@ -146,3 +146,10 @@ def test_a_model_may_be_copied_and_moved_to_another_type() -> None:
         assert torch.equal(copy.deepcopy(model)(ids).logits, before)
         assert torch.allclose(copy.deepcopy(model).float()(ids).logits, before.float(), atol=0.1)
         assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_deviations_are_those_of_a_layer_normalisation(size: float) -> None:
+    u = (size * (1 + torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(1)))).bfloat16()
+    exact = (u.double().var(-1, unbiased=False, keepdim=True) + NORM_EPSILON).rsqrt()
+    assert torch.allclose(bfloat16.inverse_deviations(u).double(), exact, rtol=1e-5)

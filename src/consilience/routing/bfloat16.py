@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.engine.kernels import routed
+from consilience.routing.scores import NORM_EPSILON
 from consilience.routing.settings import Local, Settings
 
 Floats, Edges = npt.NDArray[np.float32], npt.NDArray[np.int64]
@@ -42,11 +43,12 @@ def fits(settings: Settings, count: int) -> bool:
     return not settings.standardise and not settings.top_p and 0 < settings.top_k < count
 
 
-def suits(into: Tensor, u: Tensor, y: Tensor) -> bool:
-    """Whether a layer's stack, its activations and its outputs are what the kernels take."""
-    kinds = {into.dtype, u.dtype, y.dtype} == {torch.bfloat16} and {into.device.type, u.device.type} == {"cpu"}
-    graded = torch.is_grad_enabled() and (u.requires_grad or y.requires_grad)
-    return kinds and not graded and not torch.compiler.is_compiling()
+def suits(*values: Tensor) -> bool:
+    """Whether these are what the kernels take: bfloat16 on a CPU, and nobody wants gradients."""
+    if any(one.dtype is not torch.bfloat16 or not one.is_cpu for one in values):
+        return False
+    graded = torch.is_grad_enabled() and any(one.requires_grad for one in values)
+    return not graded and not torch.compiler.is_compiling()
 
 
 def add_own(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan) -> None:
@@ -61,6 +63,14 @@ def add_all(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, pl
     y.addmm_(products[:, : len(out_of)], out_of)
 
 
+def inverse_deviations(u: Tensor) -> Tensor:
+    """Return ``scores.inverse_deviation`` of activations [..., d], [..., 1], in float32: torch's own rounds it."""
+    found = torch.empty(*u.shape[:-1], 1)
+    flat = u.reshape(-1, u.shape[-1]).contiguous()
+    routed.inverse_deviations(bits(flat), NORM_EPSILON, found.view(-1).numpy())
+    return found
+
+
 def bits(values: Tensor) -> Any:
     """Return a contiguous tensor's bits, uint16: the same memory."""
-    return values.detach().view(torch.int16).numpy().view(np.uint16)
+    return values.detach().view(torch.uint16).numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from consilience.errors import InputError
 from consilience.routing import scores
-from consilience.routing.bfloat16 import Plan, fits
+from consilience.routing.bfloat16 import Plan, fits, inverse_deviations, suits
 from consilience.routing.settings import Settings
 
 #: Called with a layer's name and its weights [sequences, tokens, K] at every forward pass.
@@ -56,7 +56,7 @@ class Router:
     fixed: Tensor | None = None
     excluded: Tensor | None = None
     watchers: list[Watcher] = field(default_factory=list[Watcher])
-    _last: "tuple[weakref.ref[Tensor], int | None, Tensor] | None" = field(default=None, init=False)
+    _last: "tuple[weakref.ref[Tensor], tuple[int | None, bool], Tensor] | None" = field(default=None, init=False)
     _shared: "tuple[tuple[Tensor | None, Tensor | None, torch.Size], Any] | None" = field(default=None, init=False)
 
     def index(self, name: str) -> int:
@@ -95,7 +95,7 @@ class Router:
         bias = self._added(u)
         scales = bias[:, 0]
         if self.settings.local == "phatgoose":
-            scales = self._inverse_deviation(u).detach().float().reshape(-1).numpy()
+            scales = self._inverse_deviation(u).reshape(-1).numpy()
         return Plan(bias, scales, self.settings)
 
     def _added(self, u: Tensor) -> Any:
@@ -129,11 +129,11 @@ class Router:
 
     def _inverse_deviation(self, u: Tensor) -> Tensor:
         """Return the activations' inverse deviation; modules that read the same activations share it."""
-        version = None if u.is_inference() else u._version
-        if self._last is not None and self._last[0]() is u and self._last[1] == version:
+        state = (None if u.is_inference() else u._version, torch.is_grad_enabled())
+        if self._last is not None and self._last[0]() is u and self._last[1] == state:
             return self._last[2]
-        found = scores.inverse_deviation(u)
-        self._last = (weakref.ref(u), version, found)
+        found = inverse_deviations(u) if suits(u) else scores.inverse_deviation(u)
+        self._last = (weakref.ref(u), state, found)
         return found
 
     def _rows(self, values: Tensor, u: Tensor) -> Tensor:

@@ -127,3 +127,17 @@ def add_own(
                         added[j] += hidden * _wide(row[j])
         for j in range(added.size):
             y[t, j] = _narrow(_wide(y[t, j]) + added[j])
+
+
+@reporting
+def inverse_deviations(u: Any, epsilon: float, out: Any) -> None:
+    """Write 1 / sqrt(var(u) + epsilon) of each activation, uint16 bits [T, in], into ``out``, float32 [T]."""
+    for t in range(len(u)):
+        total = np.float32(0)
+        for i in range(u.shape[1]):
+            total += _wide(u[t, i])
+        mean, squares = total / np.float32(u.shape[1]), np.float32(0)
+        for i in range(u.shape[1]):
+            away = _wide(u[t, i]) - mean
+            squares += away * away
+        out[t] = 1 / np.sqrt(squares / u.shape[1] + epsilon)
