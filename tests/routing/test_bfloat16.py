@@ -10,7 +10,7 @@ from routed_models import make_experts
 from tiny_models import make_llama
 from torch import Tensor
 
-from consilience.routing import bfloat16
+from consilience.routing import bfloat16, scores
 from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors
 from consilience.routing.router import Router
@@ -153,3 +153,11 @@ def test_deviations_are_those_of_a_layer_normalisation(size: float) -> None:
     u = (size * (1 + torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(1)))).bfloat16()
     exact = (u.double().var(-1, unbiased=False, keepdim=True) + NORM_EPSILON).rsqrt()
     assert torch.allclose(bfloat16.inverse_deviations(u).double(), exact, rtol=1e-5)
+
+
+def test_many_deviations_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    u = torch.randn(3, 5, IN, generator=torch.Generator().manual_seed(2))
+    whole = scores.inverse_deviation(u)
+    monkeypatch.setattr(scores, "PART", 4 * IN)
+    assert whole.shape == (3, 5, 1)
+    assert torch.equal(scores.inverse_deviation(u), whole)

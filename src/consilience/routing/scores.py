@@ -21,6 +21,8 @@ from consilience.routing.settings import Local, Settings
 
 #: Of the layer normalisations.
 NORM_EPSILON = 1e-5
+#: Entries that are normalised at once on a CPU.
+PART = 1 << 18
 
 
 def prototypes(local: Local, vectors: Tensor) -> Tensor:
@@ -37,9 +39,14 @@ def prototypes(local: Local, vectors: Tensor) -> Tensor:
 def inverse_deviation(u: Tensor) -> Tensor:
     """Return 1 / sqrt(var(u) + 1e-5) of activations [..., d], [..., 1]: what a layer normalisation multiplies by.
 
-    The normalisation's own kernel is ten times as fast as ``torch.var`` on a CPU.
+    The normalisation's own kernel is ten times as fast as ``torch.var`` on a CPU; it also makes the normalised
+    activations, so that many are taken in parts.
     """
-    return torch.native_layer_norm(u, (u.shape[-1],), None, None, NORM_EPSILON)[2]
+    if u.numel() <= PART or not u.is_cpu:
+        return torch.native_layer_norm(u, (u.shape[-1],), None, None, NORM_EPSILON)[2]
+    flat = u.reshape(-1, u.shape[-1])
+    parts = flat.split(max(1, PART // u.shape[-1]))
+    return torch.cat([inverse_deviation(part) for part in parts]).view(*u.shape[:-1], 1)
 
 
 def local_logits(settings: Settings, products: Tensor, scale: Tensor | None) -> Tensor:
