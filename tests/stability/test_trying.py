@@ -69,6 +69,17 @@ def test_nothing_is_left_behind(recipe: dict[str, Any], tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_parameters_are_checked_before_anything_is_read(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def survey(*_args: Any, **_options: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("consilience.stability.doctor.survey", survey)
+    with pytest.raises(InputError, match=r"--try ties:density=7: .*density.* must lie in \[0, 1\]"):
+        _probed(recipe, "ties:density=7")
+
+
 def test_the_report_shows_them(recipe: dict[str, Any]) -> None:
     found = cs.diagnose(parse_recipe(recipe, "recipe"), methods=["ties:density=0.4"])
     assert "ties:density=0.4" in text(found)

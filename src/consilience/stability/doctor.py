@@ -21,7 +21,7 @@ from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe
 from consilience.stability.probing import ProbeSettings, Watch, has_probes, quiet
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
-from consilience.stability.trying import Tried, try_methods
+from consilience.stability.trying import Tried, check_methods, try_methods
 
 #: Methods whose ``weight`` is p itself.
 _WEIGHTED = ("linear", "task_arithmetic", "dare_linear", "ties", "dare_ties")
@@ -62,6 +62,8 @@ def diagnose(
             raise InputError(
                 f"{where}: no expert has data: {{probe: FILE}}, and methods are tried on probe rows; add them"
             )
+        if probes is not None:
+            check_methods(probes.methods, case, recipe)
         with watch("reading") as listener:
             read = survey(case.plan, threads=threads, exact=exact, seed=seed, listener=listener)
         base = case.plan.base

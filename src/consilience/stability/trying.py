@@ -5,6 +5,7 @@ here. A merge takes as much room on disk as the model, one at a time, below the 
 """
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from consilience.stability.landscape import RecipeLandscape
 from consilience.stability.probe import Listener
 
 if TYPE_CHECKING:
+    from consilience.engine.plan import Plan
     from consilience.stability.probing import ProbeSettings, Watch
 
 
@@ -102,17 +104,31 @@ def _tried(
     return Tried(one.text, tuple(map(float, losses)), float(rises[at]), case.names[at])
 
 
-def _merge(one: Wanted, case: Case, recipe: Recipe, folder: Path, threads: int | None, watch: "Watch") -> None:
-    from consilience.engine.merge import run_merge
+def check_methods(methods: Sequence[Wanted], case: Case, recipe: Recipe) -> None:
+    """Plan every merge from headers, before anything else takes time.
+
+    Raises:
+        InputError: a method does not take these experts or parameters.
+    """
+    for one in methods:
+        _planned(one, case, recipe).close()
+
+
+def _planned(one: Wanted, case: Case, recipe: Recipe) -> "Plan":
     from consilience.engine.plan import make_plan
 
     entries = [entry.model_copy(update={"parameters": {}}) for entry in case.entries]
     changes = {"merge_method": one.method, "parameters": one.parameters, "models": entries, "coefficients": None}
-    plan = make_plan(recipe.model_copy(update=changes), where=f"--try {one.text}", root=case.root)
+    return make_plan(recipe.model_copy(update=changes), where=f"--try {one.text}", root=case.root)
+
+
+def _merge(one: Wanted, case: Case, recipe: Recipe, folder: Path, threads: int | None, watch: "Watch") -> None:
+    from consilience.engine.merge import run_merge
+
+    plan = _planned(one, case, recipe)
     with closing(plan), watch(f"merging: {one.text}") as listener:
-        run_merge(
-            plan, folder, threads=threads, listener=_Bytes(listener, sum(tensor.bytes_read for tensor in plan.tensors))
-        )
+        total = sum(tensor.bytes_read for tensor in plan.tensors)
+        run_merge(plan, folder, threads=threads, listener=_Bytes(listener, total))
 
 
 class _Bytes:
