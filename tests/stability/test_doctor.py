@@ -56,6 +56,25 @@ def test_figures_of_an_expert(make: Make) -> None:
     assert found.together.cancelled == pytest.approx(1 - np.abs(tau["a"] + tau["b"]).sum() / magnitude, abs=1e-5)
 
 
+def test_figures_of_a_block_are_those_of_its_tensors(make: Make) -> None:
+    found = cs.diagnose(parse_recipe(make(BASE, a=_expert(1), b=_expert(2)), "recipe"), exact=True)
+    block = next(one for one in found.blocks if one.name == "model.layers.1")
+    names = [name for name in BASE if name.startswith("model.layers.1.")]
+    tau = [{name: _expert(seed)[name].astype(np.float64) - BASE[name] for name in names} for seed in (1, 2)]
+    stacked = np.array([_flat(one) for one in tau])
+    assert block.sigma_max == pytest.approx(np.linalg.norm(stacked, 2), rel=1e-5)
+    assert block.sigma_max_centred == pytest.approx(np.linalg.norm(stacked - stacked.mean(0), 2), rel=1e-5)
+    (pair,) = block.pairs
+    assert (pair.first, pair.second) == ("a", "b")
+    assert pair.cosine == pytest.approx(block.cosine)
+    assert pair.opposite == pytest.approx(np.mean(stacked[0] * stacked[1] < 0), abs=1e-6)
+    matrices = [name for name in names if tau[0][name].ndim == 2]
+    energy = [[sum(np.square(x[n] @ y[n].T).sum() for n in matrices) for y in tau] for x in tau]
+    assert pair.overlap == pytest.approx(energy[0][1] / np.sqrt(energy[0][0] * energy[1][1]), rel=1e-4)
+    ranks = [np.square(tau[0][n]).sum() ** 2 / np.square(tau[0][n] @ tau[0][n].T).sum() for n in matrices]
+    assert block.effective_ranks[0] == pytest.approx(np.median(ranks), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("sick", "kind", "severity"),
     [

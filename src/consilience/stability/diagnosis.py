@@ -61,7 +61,20 @@ class PairFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One block of the model (or all that is outside blocks): norms by expert, V, and the pair that agrees least."""
+    """One block of the model, or all that is outside blocks.
+
+    Attributes:
+        name: of the block.
+        norms: by expert.
+        displacement: V.
+        cosine: of the pair that agrees least.
+        pair: that pair.
+        cancelled: share of the experts' magnitude that is lost in their sum.
+        sigma_max: largest singular value of the task vectors.
+        sigma_max_centred: the same of the task vectors less their mean.
+        effective_ranks: median over matrices, by expert; None where there is no matrix.
+        pairs: all pairs.
+    """
 
     name: str
     norms: tuple[float, ...]
@@ -69,6 +82,10 @@ class BlockFacts:
     cosine: float | None
     pair: tuple[str, str] | None
     cancelled: float
+    sigma_max: float = 0.0
+    sigma_max_centred: float = 0.0
+    effective_ranks: tuple[float | None, ...] = ()
+    pairs: tuple["PairFacts", ...] = ()
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def diagnose(
         experts=tuple(_experts(case, read, p)),
         refused=tuple((one.name, one.reason) for one in case.refused),
         together=_together(read, p),
-        pairs=tuple(_pairs(read)),
+        pairs=tuple(_pairs(read.names, read.geometry, read.tensors)),
         blocks=tuple(_block(read.names, name, parts, p) for name, parts in blocks),
         findings=ranked(found),
         unknown=tuple(_unknown(case.names, logged, facts)),
@@ -170,38 +170,37 @@ def _experts(case: Case, read: Survey, p: Vector) -> list[ExpertFacts]:
             weight=float(p[k]),
             moved=float(moved[k]),
             changed=float(changed[k]) / numel,
-            effective_rank=_rank(read, k),
+            effective_rank=_rank(read.tensors, k),
         )
         for k, expert in enumerate(case.plan.experts)
     ]
 
 
-def _rank(read: Survey, k: int) -> float | None:
+def _rank(tensors: Sequence[TensorSurvey], k: int) -> float | None:
     """Return the median effective rank of an expert's updates of matrices."""
     ranks = [
         float(one.geometry.gram[k, k]) ** 2 / float(one.energies[k, k])
-        for one in read.tensors
+        for one in tensors
         if one.energies is not None and one.energies[k, k] > 0
     ]
     return float(np.median(ranks)) if ranks else None
 
 
-def _pairs(read: Survey) -> list[PairFacts]:
-    names, geometry = read.names, read.geometry
-    opposite = sum((one.opposite for one in read.tensors), np.zeros(geometry.gram.shape, np.int64))
-    both = sum((one.both for one in read.tensors), np.zeros(geometry.gram.shape, np.int64))
+def _pairs(names: Sequence[str], geometry: Geometry, tensors: Sequence[TensorSurvey]) -> list[PairFacts]:
+    opposite = sum((one.opposite for one in tensors), np.zeros(geometry.gram.shape, np.int64))
+    both = sum((one.both for one in tensors), np.zeros(geometry.gram.shape, np.int64))
     found: list[PairFacts] = []
     for k in range(len(names)):
         for j in range(k):
-            overlap, error = _overlap(read, j, k)
+            overlap, error = _overlap(tensors, j, k)
             share = float(opposite[j, k] / both[j, k]) if both[j, k] else None
             found.append(PairFacts(names[j], names[k], float(geometry.cosines[j, k]), share, overlap, error))
     return found
 
 
-def _overlap(read: Survey, j: int, k: int) -> tuple[float | None, float | None]:
-    """Return the overlap of two experts' input directions over all matrices, and its standard error."""
-    pairs = [(one.energies, one.errors) for one in read.tensors if one.energies is not None]
+def _overlap(tensors: Sequence[TensorSurvey], j: int, k: int) -> tuple[float | None, float | None]:
+    """Return the overlap of two experts' input directions over some tensors' matrices, and its standard error."""
+    pairs = [(one.energies, one.errors) for one in tensors if one.energies is not None]
     cross = sum(float(energies[j, k]) for energies, _ in pairs)
     own = math.sqrt(sum(float(e[j, j]) for e, _ in pairs) * sum(float(e[k, k]) for e, _ in pairs))
     if own <= 0:
@@ -246,12 +245,16 @@ def _block(names: Sequence[str], name: str, parts: Sequence[TensorSurvey], p: Ve
     pair, cosine = _least(names, geometry)
     magnitudes = sum((one.magnitudes for one in parts), np.zeros(len(p)))
     return BlockFacts(
-        name,
-        tuple(map(float, geometry.norms)),
-        geometry.displacement(p / p.sum()) if p.sum() > 0 else 0.0,
-        cosine,
-        pair,
-        _cancelled(magnitudes, sum(one.kept for one in parts)),
+        name=name,
+        norms=tuple(map(float, geometry.norms)),
+        displacement=geometry.displacement(p / p.sum()) if p.sum() > 0 else 0.0,
+        cosine=cosine,
+        pair=pair,
+        cancelled=_cancelled(magnitudes, sum(one.kept for one in parts)),
+        sigma_max=geometry.sigma_max,
+        sigma_max_centred=geometry.sigma_max_centred,
+        effective_ranks=tuple(_rank(parts, k) for k in range(len(p))),
+        pairs=tuple(_pairs(names, geometry, parts)),
     )
 
 
