@@ -119,11 +119,12 @@ def _rank(one: Candidate) -> tuple[bool, float]:
 
 
 def _measured(names: tuple[str, ...], probe: Probe, one: Candidate, losses: Vector) -> Candidate:
-    worst, task = _worst(names, losses - probe.own)
+    worst, task = worst_rise(names, losses - probe.own)
     return replace(one, measured=tuple(map(float, losses)), worst=worst, worst_task=task)
 
 
-def _worst(names: tuple[str, ...], rises: Vector) -> tuple[float, str]:
+def worst_rise(names: tuple[str, ...], rises: Vector) -> tuple[float, str]:
+    """Return the largest rise over a task's own expert, and whose it is."""
     at = int(np.argmax(rises))
     return float(rises[at]), names[at]
 
@@ -131,7 +132,7 @@ def _worst(names: tuple[str, ...], rises: Vector) -> tuple[float, str]:
 def _candidate(names: tuple[str, ...], probe: Probe, name: str, kind: Kind, p: Vector) -> Candidate:
     losses = probe.predicted(p)
     weights, shown = tuple(map(float, p)), tuple(map(float, losses))
-    return Candidate(name, kind, weights, shown, float(losses.mean()), *_worst(names, losses - probe.own))
+    return Candidate(name, kind, weights, shown, float(losses.mean()), *worst_rise(names, losses - probe.own))
 
 
 def best_scale(probe: Probe) -> float | None:

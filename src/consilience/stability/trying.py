@@ -15,6 +15,7 @@ import numpy as np
 
 from consilience.errors import InputError
 from consilience.recipe.schema import Recipe
+from consilience.stability.candidates import worst_rise
 from consilience.stability.case import Case, open_case
 from consilience.stability.geometry import Vector
 from consilience.stability.landscape import RecipeLandscape
@@ -99,9 +100,7 @@ def _tried(
         folder = Path(place) / "merged"
         _merge(one, case, recipe, folder, threads, watch)
         losses = _losses(one, case, recipe, folder, settings, threads, watch)
-    rises = losses - own
-    at = int(np.argmax(rises))
-    return Tried(one.text, tuple(map(float, losses)), float(rises[at]), case.names[at])
+    return Tried(one.text, tuple(map(float, losses)), *worst_rise(case.names, losses - own))
 
 
 def check_methods(methods: Sequence[Wanted], case: Case, recipe: Recipe) -> None:

@@ -46,7 +46,7 @@ def products(stack: Any, gradient: Any, low: int, high: int, out: Any) -> None:
 
 
 @inlined
-def _widened(bits: Any) -> Any:
+def widened(bits: Any) -> Any:
     """The float32 that the bits of a bfloat16 stand for."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
@@ -60,12 +60,12 @@ def blend_bf16(bits: Any, weights: Any, low: int, high: int, out: Any) -> None:
         end = min(high, at + TILE)
         stored, target = bits[0][at:end], out[at:end]
         for i in range(target.size):
-            base[i] = _widened(stored[i])
+            base[i] = widened(stored[i])
             total[i] = np.float32(0)
         for k in range(len(weights)):
             weight, row = weights[k], bits[k + 1][at:end]
             for i in range(target.size):
-                total[i] += weight * (_widened(row[i]) - base[i])
+                total[i] += weight * (widened(row[i]) - base[i])
         for i in range(target.size):
             target[i] = base[i] + total[i]
 
@@ -74,7 +74,7 @@ def blend_bf16(bits: Any, weights: Any, low: int, high: int, out: Any) -> None:
 def _bf16_tile(bits: Any, base: Any, gradient: Any) -> Any:
     total = np.float32(0)
     for i in range(gradient.size):
-        total += (_widened(bits[i]) - base[i]) * gradient[i]
+        total += (widened(bits[i]) - base[i]) * gradient[i]
     return total
 
 
@@ -86,6 +86,6 @@ def products_bf16(bits: Any, gradient: Any, low: int, high: int, out: Any) -> No
         end = min(high, at + TILE)
         stored = bits[0][at:end]
         for i in range(stored.size):
-            base[i] = _widened(stored[i])
+            base[i] = widened(stored[i])
         for k in range(len(bits) - 1):
             out[k] += np.float64(_bf16_tile(bits[k + 1][at:end], base[: end - at], gradient[at:end]))

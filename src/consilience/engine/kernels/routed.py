@@ -8,15 +8,10 @@ from typing import Any
 import numpy as np
 
 from consilience.engine.kernels.jit import inlined, reporting
+from consilience.engine.kernels.pieces import widened
 
 #: Ways to a local logit of a product z = u . prototype: 0, z * scale, |z|, z; the last two over the temperature.
 NONE, SCALED, MAGNITUDE, PLAIN = range(4)
-
-
-@inlined
-def _wide(bits: Any) -> Any:
-    """The float32 that the bits of a bfloat16 stand for."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
 @inlined
@@ -76,18 +71,18 @@ def weigh(products: Any, edges: Any, bias: Any, scales: Any, way: int, temperatu
     for t in range(len(products)):
         row = products[t]
         for e in range(count):
-            logits[e] = _wide(row[total + e])
+            logits[e] = widened(row[total + e])
         _choose(logits, bias[t], scales[t], way, temperature, k, weights)
         for e in range(count):
             for r in range(edges[e], edges[e + 1]):
-                row[r] = _narrow(_wide(row[r]) * weights[e]) if weights[e] > 0 else np.uint16(0)
+                row[r] = _narrow(widened(row[r]) * weights[e]) if weights[e] > 0 else np.uint16(0)
 
 
 @inlined
 def _dot(row: Any, x: Any) -> Any:
     total = np.float32(0)
     for i in range(x.size):
-        total += _wide(row[i]) * x[i]
+        total += widened(row[i]) * x[i]
     return total
 
 
@@ -114,7 +109,7 @@ def add_own(
     logits, weights = np.empty(count, np.float32), np.empty(count, np.float32)
     for t in range(len(u)):
         for i in range(x.size):
-            x[i] = _wide(u[t, i])
+            x[i] = widened(u[t, i])
         for e in range(count):
             logits[e] = _dot(into[total + e], x)
         _choose(logits, bias[t], scales[t], way, temperature, k, weights)
@@ -124,9 +119,9 @@ def add_own(
                 for r in range(edges[e], edges[e + 1]):
                     hidden, row = _dot(into[r], x) * weights[e], out_of[r]
                     for j in range(added.size):
-                        added[j] += hidden * _wide(row[j])
+                        added[j] += hidden * widened(row[j])
         for j in range(added.size):
-            y[t, j] = _narrow(_wide(y[t, j]) + added[j])
+            y[t, j] = _narrow(widened(y[t, j]) + added[j])
 
 
 @reporting
@@ -135,9 +130,9 @@ def inverse_deviations(u: Any, epsilon: float, out: Any) -> None:
     for t in range(len(u)):
         total = np.float32(0)
         for i in range(u.shape[1]):
-            total += _wide(u[t, i])
+            total += widened(u[t, i])
         mean, squares = total / np.float32(u.shape[1]), np.float32(0)
         for i in range(u.shape[1]):
-            away = _wide(u[t, i]) - mean
+            away = widened(u[t, i]) - mean
             squares += away * away
         out[t] = 1 / np.sqrt(squares / u.shape[1] + epsilon)
