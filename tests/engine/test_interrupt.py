@@ -126,12 +126,14 @@ def journal() -> Path:
 # Signals, on a real process that writes slowly.
 
 DRIVER = """
-import itertools, sys, time
+import itertools, signal, sys, time
 import consilience.engine.merge as merge
 import consilience.engine.plan as plan
 from consilience.engine.journal import Journal
 from consilience.engine.output import FileSink
 
+# A shell has its background jobs ignore this signal, and they pass that on: tests may run in one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 plan.SEGMENT = 4096
 merge.Journal = lambda path, flush: Journal(path, flush, period=0.02)
 write, calls = FileSink.write, itertools.count()
