@@ -1,6 +1,7 @@
 """A routed model as a whole: what it computes, and that it is used as any transformers model is."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,8 @@ from routed_models import ByLetter, linears, make_expert, make_experts, merge_in
 from tiny_models import make_llama, make_t5, make_tokenizer
 from torch import Tensor
 
+from consilience.engine.kernels import routed
 from consilience.errors import InputError
-from consilience.routing import bfloat16
 from consilience.routing.expert import Expert
 from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors, RoutedLinear
@@ -133,7 +134,7 @@ def test_few_and_many_experts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_tokens_read_only_their_experts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     experts = [make_expert(model, f"e{k}", k) for k in range(9)]
-    install(model.to(dtype), experts, Settings("phatgoose"))
+    router = install(model.to(dtype), experts, Settings("phatgoose"))
     for ids in (IDS[:1, :1], IDS[:, :1]):
         gathered: list[int] = []
         original = Experts._gathered  # pyright: ignore[reportPrivateUsage]
@@ -143,14 +144,16 @@ def test_few_tokens_read_only_their_experts(dtype: torch.dtype, monkeypatch: pyt
             of(self, *args)
 
         monkeypatch.setattr(Experts, "_gathered", spied)
-        compiled = bfloat16.add_own
-        monkeypatch.setattr(bfloat16, "add_own", partial(spied, into=gathered, of=compiled))
+        compiled = routed.add_own
+        monkeypatch.setattr(routed, "add_own", partial(spied, into=gathered, of=compiled))
         few = logits(model, ids)
         assert gathered
         monkeypatch.setattr(Experts, "_gathered", original)
-        monkeypatch.setattr(bfloat16, "add_own", compiled)
+        monkeypatch.setattr(routed, "add_own", compiled)
         with monkeypatch.context() as patch:
             patch.setattr("consilience.routing.layer.FEW", 1000)
+            patch.setattr("consilience.routing.bfloat16.OWN", 0)
+            router.settings = replace(router.settings)
             tolerance = 1e-4 if dtype == torch.float32 else 0.1
             assert torch.allclose(few, logits(model, ids), atol=tolerance, rtol=tolerance)
 

@@ -5,7 +5,8 @@ they were a quarter of the whole step. Gradients, watchers and unusual settings 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.engine.kernels import routed
-from consilience.routing.scores import NORM_EPSILON
 from consilience.routing.settings import Local, Settings
 
 Floats, Edges = npt.NDArray[np.float32], npt.NDArray[np.int64]
@@ -22,20 +22,36 @@ Floats, Edges = npt.NDArray[np.float32], npt.NDArray[np.int64]
 WAYS: dict[Local, int] = {
     "none": routed.NONE, "phatgoose": routed.SCALED, "arrow": routed.MAGNITUDE, "average": routed.PLAIN,
 }  # fmt: skip
+#: Experts used by all tokens together, a token's each counted, over experts there are: up to the first, only used
+#: experts' factors are read; up to the second, only their B.
+OWN, CHOSEN = 1, 8
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How T tokens are routed: what is added to their logits, [T, K], what their products are scaled by, [T]."""
+    """How B sequences of T tokens are routed: what is added to their logits, ``bias`` [B, K], and what kernels take.
 
-    bias: Floats
-    scales: Floats
+    ``settings``, ``similarity`` and ``excluded`` are what it was made of, for the layers of a pass share it: looking
+    something up in Python costs more here than computing it, since the processor's caches hold weights by then.
+    """
+
     settings: Settings
+    similarity: Tensor | None
+    excluded: Tensor | None
+    shape: tuple[int, int]
+    bias: Floats
 
-    @property
+    @cached_property
     def rest(self) -> tuple[int, np.float32, int]:
-        """What kernels take after these."""
+        """What kernels take after the bias."""
         return WAYS[self.settings.local], np.float32(self.settings.temperature), self.settings.top_k
+
+    @cached_property
+    def reads(self) -> Literal["own", "chosen", "all"]:
+        """Which factors are read: of the experts that tokens use, of all A but only their B, or of all experts."""
+        sequences, tokens = self.shape
+        used = sequences * tokens * self.settings.top_k / self.bias.shape[1]
+        return "own" if used <= OWN else "chosen" if used <= CHOSEN else "all"
 
 
 def fits(settings: Settings, count: int) -> bool:
@@ -43,34 +59,29 @@ def fits(settings: Settings, count: int) -> bool:
     return not settings.standardise and not settings.top_p and 0 < settings.top_k < count
 
 
-def suits(*values: Tensor) -> bool:
+def suits(into: Tensor, u: Tensor, y: Tensor) -> bool:
     """Whether these are what the kernels take: bfloat16 on a CPU, and nobody wants gradients."""
-    if any(one.dtype is not torch.bfloat16 or not one.is_cpu for one in values):
+    half = torch.bfloat16
+    if into.dtype is not half or u.dtype is not half or y.dtype is not half or not u.is_cpu:
         return False
-    graded = torch.is_grad_enabled() and any(one.requires_grad for one in values)
+    graded = torch.is_grad_enabled() and (u.requires_grad or y.requires_grad or into.requires_grad)
     return not graded and not torch.compiler.is_compiling()
 
 
-def add_own(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan) -> None:
-    """Add the factors of their own experts to few tokens, u [T, in], y [T, out]: nothing else is read."""
-    routed.add_own(bits(u), bits(into), bits(out_of), edges, plan.bias, plan.scales, *plan.rest, bits(y))
-
-
-def add_all(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan) -> None:
-    """Add weighted factors to many tokens: two large products, and the weights between them."""
+def add(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan) -> None:
+    """Add weighted factors to tokens, u [B, T, in], y [B, T, out], in the way that takes least time for so many."""
+    if plan.reads == "own":
+        routed.add_own(bits(u), bits(into), bits(out_of), edges, plan.bias, *plan.rest, bits(y))
+        return
     products = F.linear(u, into)
-    routed.weigh(bits(products), edges, plan.bias, plan.scales, *plan.rest)
-    y.addmm_(products[:, : len(out_of)], out_of)
-
-
-def inverse_deviations(u: Tensor) -> Tensor:
-    """Return ``scores.inverse_deviation`` of activations [..., d], [..., 1], in float32: torch's own rounds it."""
-    found = torch.empty(*u.shape[:-1], 1)
-    flat = u.reshape(-1, u.shape[-1]).contiguous()
-    routed.inverse_deviations(bits(flat), NORM_EPSILON, found.view(-1).numpy())
-    return found
+    if plan.reads == "chosen":
+        routed.add_chosen(bits(u), bits(products), bits(out_of), edges, plan.bias, *plan.rest, bits(y))
+        return
+    routed.weigh(bits(u), bits(products), edges, plan.bias, *plan.rest)
+    hidden = products.flatten(0, 1)[:, : out_of.shape[0]]
+    y.view(-1, y.shape[-1]).addmm_(hidden, out_of)
 
 
 def bits(values: Tensor) -> Any:
     """Return a contiguous tensor's bits, uint16: the same memory."""
-    return values.detach().view(torch.uint16).numpy()
+    return values.view(torch.uint16).numpy()

@@ -112,15 +112,18 @@ class Experts(nn.Module):
 
     def add(self, u: Tensor, y: Tensor) -> Tensor:
         """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""
-        tokens = u if u.ndim == 3 else self._sequences(u)
-        flat, found = tokens.reshape(-1, u.shape[-1]), y.view(-1, y.shape[-1])
-        little = FEW * len(flat) * max(1, self.router.settings.top_k) <= self.count
-        plan = self.router.plan(tokens) if bfloat16.suits(self.into, flat, found) else None
-        if plan is not None:
-            add = bfloat16.add_own if little else bfloat16.add_all
-            add(flat.contiguous(), found, self.into, self.out_of, self._bounds, plan)
-            return y
-        few = self.rank > 0 and little
+        tokens, into = u if u.ndim == 3 else self._sequences(u), self.into
+        plan = self.router.plan(tokens) if bfloat16.suits(into, u, y) else None
+        if plan is None:
+            return self._add(tokens, y)
+        found = y if y.ndim == 3 else y.view(*tokens.shape[:2], -1)
+        bfloat16.add(tokens.contiguous(), found, into, self.out_of, self._bounds, plan)
+        return y
+
+    def _add(self, tokens: Tensor, y: Tensor) -> Tensor:
+        """Do so for tokens [sequences, tokens, in], wherever and in whatever dtype they are."""
+        flat, found = tokens.reshape(-1, tokens.shape[-1]), y.view(-1, y.shape[-1])
+        few = self.rank > 0 and FEW * len(flat) * max(1, self.router.settings.top_k) <= self.count
         if self.dense and not few:
             products = F.linear(flat, self.into)
             scored, hidden = products[:, self.total :], products[:, : self.total]

@@ -7,14 +7,14 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from consilience.errors import InputError
 from consilience.routing import scores
-from consilience.routing.bfloat16 import Plan, fits, inverse_deviations, suits
+from consilience.routing.bfloat16 import Floats, Plan, fits
 from consilience.routing.settings import Settings
 
 #: Called with a layer's name and its weights [sequences, tokens, K] at every forward pass.
@@ -57,7 +57,7 @@ class Router:
     excluded: Tensor | None = None
     watchers: list[Watcher] = field(default_factory=list[Watcher])
     _last: "tuple[weakref.ref[Tensor], tuple[int | None, bool], Tensor] | None" = field(default=None, init=False)
-    _shared: "tuple[tuple[Tensor | None, Tensor | None, torch.Size], Any] | None" = field(default=None, init=False)
+    _plan: Plan | None = field(default=None, init=False)
 
     def index(self, name: str) -> int:
         """Return an expert's number.
@@ -89,28 +89,26 @@ class Router:
         return scores.choose(self.settings, self._logits(products, u))
 
     def plan(self, u: Tensor) -> Plan | None:
-        """Return how activations [sequences, tokens, d] are routed by compiled kernels; None: the general way."""
-        if self.fixed is not None or self.watchers or not fits(self.settings, len(self.experts)):
+        """Return how compiled kernels route activations [sequences, tokens, d]; None: they go the general way."""
+        if self.fixed is not None or self.watchers:
             return None
-        bias = self._added(u)
-        scales = bias[:, 0]
-        if self.settings.local == "phatgoose":
-            scales = self._inverse_deviation(u).reshape(-1).numpy()
-        return Plan(bias, scales, self.settings)
-
-    def _added(self, u: Tensor) -> Any:
-        """Return what is added to the tokens' logits, float32 [T, K]; layers of one pass share it."""
-        key = (self.bias, self.excluded, u.shape[:2])
+        plan, settings, (sequences, tokens, _) = self._plan, self.settings, u.shape
         if (
-            self._shared is None
-            or any(a is not b for a, b in zip(self._shared[0][:2], key[:2], strict=True))
-            or (self._shared[0][2] != key[2])
-        ):
-            rows = torch.zeros(1, 1, len(self.experts)) if self.bias is None else self._rows(self.bias, u).float()
-            if self.excluded is not None:
-                rows = rows.masked_fill(self.excluded, -torch.inf)
-            self._shared = key, rows.expand(*key[2], -1).reshape(-1, len(self.experts)).contiguous().numpy()
-        return self._shared[1]
+            plan is None or plan.settings is not settings or plan.similarity is not self.bias
+            or plan.excluded is not self.excluded or plan.shape != (sequences, tokens)
+        ):  # fmt: skip
+            if not fits(settings, len(self.experts)):
+                return None
+            plan = Plan(settings, self.bias, self.excluded, (sequences, tokens), self._added(u))
+            self._plan = plan
+        return plan
+
+    def _added(self, u: Tensor) -> Floats:
+        """Return what is added to the logits of every sequence, [B, K]."""
+        rows = torch.zeros(1, 1, len(self.experts)) if self.bias is None else self._rows(self.bias, u).float()
+        if self.excluded is not None:
+            rows = rows.masked_fill(self.excluded, -torch.inf)
+        return rows[:, 0].expand(len(u), -1).contiguous().numpy()
 
     def _logits(self, products: Tensor, u: Tensor) -> Tensor:
         settings = self.settings
@@ -130,11 +128,9 @@ class Router:
     def _inverse_deviation(self, u: Tensor) -> Tensor:
         """Return the activations' inverse deviation; modules that read the same activations share it."""
         state = (None if u.is_inference() else u._version, torch.is_grad_enabled())
-        if self._last is not None and self._last[0]() is u and self._last[1] == state:
-            return self._last[2]
-        found = inverse_deviations(u) if suits(u) else scores.inverse_deviation(u)
-        self._last = (weakref.ref(u), state, found)
-        return found
+        if self._last is None or self._last[0]() is not u or self._last[1] != state:
+            self._last = weakref.ref(u), state, scores.inverse_deviation(u)
+        return self._last[2]
 
     def _rows(self, values: Tensor, u: Tensor) -> Tensor:
         """Return values [B, K] as [sequences, 1, K]: beams and returned samples of a query follow one another."""

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from consilience.engine.kernels.routed import NORM_EPSILON
 from consilience.routing.settings import Local, Settings
 
-#: Of the layer normalisations.
-NORM_EPSILON = 1e-5
 #: Entries that are normalised at once on a CPU.
 PART = 1 << 18
 
@@ -40,10 +39,11 @@ def inverse_deviation(u: Tensor) -> Tensor:
     """Return 1 / sqrt(var(u) + 1e-5) of activations [..., d], [..., 1]: what a layer normalisation multiplies by.
 
     The normalisation's own kernel is ten times as fast as ``torch.var`` on a CPU; it also makes the normalised
-    activations, so that many are taken in parts.
+    activations, so that many are taken in parts. There it rounds what it finds of half-precision activations.
     """
     if u.numel() <= PART or not u.is_cpu:
-        return torch.native_layer_norm(u, (u.shape[-1],), None, None, NORM_EPSILON)[2]
+        wide = u.float() if u.is_cpu else u
+        return torch.native_layer_norm(wide, (u.shape[-1],), None, None, NORM_EPSILON)[2]
     flat = u.reshape(-1, u.shape[-1])
     parts = flat.split(max(1, PART // u.shape[-1]))
     return torch.cat([inverse_deviation(part) for part in parts]).view(*u.shape[:-1], 1)
