@@ -133,7 +133,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bases")
     for name, make in MODELS.items():
         torch.manual_seed(0)
-        model = make()
+        model: Any = make()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn_like(parameter))
