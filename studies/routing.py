@@ -29,6 +29,7 @@ FOLDS = (("spam", "stringops"), ("glosses", "arithmetic"), ("translate", "sentim
 
 CARD: dict[str, str] = {"describer": "template", "embedder": "minilm"}
 RAW: dict[str, str] = {"describer": "none", "embedder": "minilm"}
+STATES: dict[str, str] = {"describer": "none", "embedder": "base"}
 PHATGOOSE: dict[str, Any] = {"local": "phatgoose", "scale": 0.0}
 ARROW: dict[str, Any] = {"local": "arrow", "scale": 0.0}
 
@@ -45,6 +46,10 @@ METHODS: dict[str, Setting] = {
     "GLIDER, a = 3": _glider(3.0),
     "GLIDER, adaptive a": _glider("adaptive"),
     "GLIDER, adaptive a, raw queries and examples": _glider("adaptive", RAW),
+    "GLIDER, adaptive a, base's states": _glider("adaptive", STATES),
+    "GLIDER, adaptive a, else the mean": _glider("adaptive", fallback="mean"),
+    "GLIDER, adaptive a, raw queries and examples, else the mean": _glider("adaptive", RAW, fallback="mean"),
+    "GLIDER, adaptive a, base's states, else the mean": _glider("adaptive", STATES, fallback="mean"),
     "without local": _glider(100.0, local="none"),
     "without global (PHATGOOSE)": {"routing": PHATGOOSE},
     "Arrow": {"routing": ARROW},
@@ -61,7 +66,6 @@ MORE: dict[str, Setting] = {
     "GLIDER, a = 3, told the task": _glider(3.0) | {"told": True},
     "GLIDER, adaptive a, z-scores": _glider("adaptive", standardise=True, most_scale=10.0),
     "GLIDER, adaptive a, TF-IDF": _glider("adaptive", {"describer": "none", "embedder": "tfidf"}),
-    "GLIDER, adaptive a, base's states": _glider("adaptive", {"describer": "none", "embedder": "base"}),
     "GLIDER, adaptive a, top 1": _glider("adaptive", top_k=1),
     "GLIDER, adaptive a, top 3": _glider("adaptive", top_k=3),
     "GLIDER, adaptive a, top p 0.75": _glider("adaptive", top_p=0.75),

@@ -18,12 +18,16 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Rule:
-    """How the oracle routes: the local router, its temperature and k; ``added`` [B, K] to every token's logits."""
+    """How the oracle routes: the local router, its temperature and k; ``added`` [B, K] to every token's logits.
+
+    ``known`` is the share of the weights found so; the rest is shared by all experts alike.
+    """
 
     local: str
     k: int
     temperature: float = 1.0
     added: Array | None = None
+    known: float = 1.0
 
 
 def normalised(x: Array) -> Array:
@@ -77,7 +81,8 @@ def routed_by_hooks(model: nn.Module, experts: Sequence[Expert], rule: Rule) -> 
                 z = [local_logit(rule, u, expert, name) for expert in experts]
                 if rule.added is not None:
                     z = [value + float(rule.added[b, e]) for e, value in enumerate(z)]
-                for weight, expert in zip(token_weights(z, rule.k), experts, strict=True):
+                for routed, expert in zip(token_weights(z, rule.k), experts, strict=True):
+                    weight = rule.known * routed + (1 - rule.known) / len(experts)
                     if weight and name in expert.factors:
                         added[b, t] += torch.from_numpy(weight * (update(expert, name) @ u))
         return output + added

@@ -48,7 +48,11 @@ def _exact(layer: Experts, u: Tensor, y: Tensor) -> Tensor:
             z = z if router.excluded is None else z.masked_fill(router.excluded, -torch.inf)
             best = z.sort(descending=True).indices[: settings.top_k]
             shares = (z[best] - z[best].max()).exp()
-            for k, share in zip(best.tolist(), (shares / shares.sum()).tolist(), strict=True):
+            weights = torch.zeros_like(z).scatter(0, best, shares / shares.sum())
+            if router.known is not None:
+                known, even = router.known[s].double(), z.isfinite().double()
+                weights = known * weights + (1 - known) * even / even.sum()
+            for k, share in enumerate(weights.tolist()):
                 span = slice(layer.edges[k], layer.edges[k + 1])
                 found[s, t] += share * (into[span] @ x) @ out_of[span]
     return found
@@ -81,6 +85,22 @@ def test_kernels_follow_the_equation(settings: Settings, shape: tuple[int, int],
     assert torch.allclose(found.double(), expected, rtol=2**-8, atol=2**-5)
     used = shape[0] * shape[1] * settings.top_k
     assert calls == ["add_own" if used <= 9 else "add_chosen" if used <= 72 else "weigh"]
+
+
+@pytest.mark.parametrize(("shape", "kernel"), [((1, 1), "add_own"), ((2, 1), "add_chosen"), ((2, 6), "weigh")])
+def test_the_mean_is_what_unrecognised_queries_get(shape: tuple[int, int], kernel: str, monkeypatch: Any) -> None:
+    layer = _layer(Settings("phatgoose", scale="adaptive", fallback="mean"))
+    u, y = _inputs(*shape)
+    calls: list[str] = []
+    monkeypatch.setattr(routed, kernel, _told(getattr(routed, kernel), calls, kernel))
+    router = layer.router
+    router.bias, router.known = torch.zeros(shape[0], 9), torch.tensor([0.3, 0.0])[: shape[0]]
+    with torch.no_grad(), router.without("e", "f"):
+        found = layer.add(u, y.clone())
+        assert torch.allclose(found.double(), _exact(layer, u, y), rtol=2**-8, atol=2**-5)
+        router.known = router.known + 0.7
+        assert torch.allclose(layer.add(u, y.clone()).double(), _exact(layer, u, y), rtol=2**-8, atol=2**-5)
+    assert calls == [kernel, kernel]
 
 
 def _told(of: Any, calls: list[str], name: str) -> Any:

@@ -1,6 +1,7 @@
 """A routed model computes what the formulas say: against hooks that route token by token, whatever the padding."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,12 @@ def check(kind: str, side: str, settings: Settings, similarity: Similarity | Non
     router.instruct(similarity)
     found, other, bases = logits(model, batch_of(kind, (0, 1, 2), side)), plain(kind), plain(kind)
     for i, row in enumerate(found):
-        added = None
+        added, known = None, 1.0
         if similarity is not None:
             added = (similarity.scale[i] * similarity.cosines[i : i + 1]).double().numpy()
-        alone = batch_of(kind, (i,), side)
-        with routed_by_hooks(other, experts, Rule(settings.local, settings.top_k, settings.temperature, added)):
+            known = float(similarity.scale[i]) / settings.most_scale if settings.fallback == "mean" else 1.0
+        alone, rule = batch_of(kind, (i,), side), Rule(settings.local, settings.top_k, settings.temperature)
+        with routed_by_hooks(other, experts, replace(rule, added=added, known=known)):
             expected = logits(other, alone)[0]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
         # Experts that hardly count would hide a wrong routing.
@@ -95,6 +97,14 @@ def test_experts_that_are_multiplied_one_by_one(local: Any, kind: str, monkeypat
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_instructions_are_added_to_every_tokens_logits(kind: str) -> None:
     check(kind, "right", Settings("phatgoose", scale=3.0), Similarity(COSINES, torch.tensor([3.0, 0.5, 10.0])))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("dense", [0.5, -1.0])
+def test_queries_that_are_no_experts_get_the_mean(kind: str, dense: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "DENSE_SHARE", dense)
+    settings = Settings("phatgoose", scale="adaptive", most_scale=4.0, fallback="mean")
+    check(kind, "left", settings, Similarity(COSINES, torch.tensor([0.0, 1.5, 4.0])))
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])

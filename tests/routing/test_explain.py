@@ -132,6 +132,12 @@ def test_instructions_are_the_prompts_and_move_the_weights(scale: Any) -> None:
     assert np.allclose(found.parts[0].weights, expected / expected.sum(), atol=1e-5)
 
 
+def test_what_is_left_to_the_mean_is_said() -> None:
+    settings = Settings("none", scale="adaptive", most_scale=5.0, fallback="mean")
+    found = explain(routed_llama(settings), "aab abba", max_new_tokens=3)
+    assert "recognised to 100%, the rest is the experts' mean" in found.to_text().replace("\n", " ")
+
+
 def test_without_instructions_there_are_no_cosines(told: Explanation) -> None:
     assert told.cosines is None
     assert told.scale is None

@@ -18,7 +18,7 @@ from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors, RoutedLinear
 from consilience.routing.local.arrow import direction
 from consilience.routing.model import Routing
-from consilience.routing.router import Router
+from consilience.routing.router import Router, Similarity
 from consilience.routing.settings import Settings
 
 IDS = torch.tensor([[5, 9, 40, 77, 120, 33], [8, 8, 61, 200, 3, 17]])
@@ -206,6 +206,35 @@ def test_batches_mix_tasks(beams: int) -> None:
         alone = model.generate(**tokenizer([text], return_tensors="pt"), **settings)[:, -5:]
         assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
     assert model.routing.router.bias is None
+
+
+class Recognising(ByLetter):
+    """Recognises a query by its share of a, b and c."""
+
+    def __call__(self, queries: Any, settings: Settings) -> Similarity:
+        found = super().__call__(queries, settings)
+        return Similarity(found.cosines, settings.most_scale * found.cosines.sum(-1))
+
+
+def test_a_query_that_is_no_experts_is_answered_by_their_mean() -> None:
+    model, tokenizer = routed_llama(Settings("phatgoose")), make_tokenizer()
+    model.routing.asked.semantics = Recognising(3)
+    model.routing.set(scale="adaptive", most_scale=30.0)
+    routed = logits(model, tokenizer(["aabb"], return_tensors="pt").input_ids)
+    model.routing.set(fallback="mean")
+    assert torch.allclose(logits(model, tokenizer(["aabb"], return_tensors="pt").input_ids), routed, atol=1e-5)
+    ids = tokenizer(["the hill"], return_tensors="pt").input_ids
+    found = logits(model, ids)
+    with model.routing.only([1 / 3] * 3):
+        assert torch.allclose(logits(model, ids), found, atol=1e-5)
+    with model.routing.queries(["aabb"]):
+        assert not torch.allclose(logits(model, ids), found, atol=1e-3)
+    with model.routing.without("e1"):
+        without = logits(model, ids)
+    with model.routing.only([0.5, 0.0, 0.5]):
+        assert torch.allclose(logits(model, ids), without, atol=1e-5)
+    model.routing.set(scale=0.0, fallback="local")
+    assert model.routing.router.known is None
 
 
 def test_the_cache_changes_nothing() -> None:

@@ -139,6 +139,8 @@ def test_standardised_has_no_unit(shape: tuple[int, int, int]) -> None:
         ("top_p", 2, "top_p: 2"),
         ("temperature", 0, "temperature: 0"),
         ("standardise", "yes", "standardise: 'yes'"),
+        ("fallback", "mena", "did you mean 'mean'"),
+        ("fallback", "mean", "needs scale: adaptive"),
         ("topk", 2, "did you mean 'top_k'"),
         ("scale", math.nan, "scale: nan"),
     ],

@@ -31,26 +31,32 @@ OWN, CHOSEN = 1, 8
 class Plan:
     """How B sequences of T tokens are routed: what is added to their logits, ``bias`` [B, K], and what kernels take.
 
-    ``settings``, ``similarity`` and ``excluded`` are what it was made of, for the layers of a pass share it: looking
-    something up in Python costs more here than computing it, since the processor's caches hold weights by then.
+    ``known`` [B] is the share of their routed weights, the rest is the experts' mean. What stands before these
+    two is what it was made of, for the layers of a pass share it: looking something up in Python costs more here than
+    computing it, since the processor's caches hold weights by then.
     """
 
     settings: Settings
     similarity: Tensor | None
+    recognised: Tensor | None
     excluded: Tensor | None
-    shape: tuple[int, int]
+    sequences: int
+    tokens: int
     bias: Floats
+    known: Floats
 
     @cached_property
-    def rest(self) -> tuple[int, np.float32, int]:
-        """What kernels take after the bias."""
-        return WAYS[self.settings.local], np.float32(self.settings.temperature), self.settings.top_k
+    def rest(self) -> tuple[Floats, Floats, int, np.float32, int]:
+        """What kernels take after the products."""
+        settings = self.settings
+        return self.bias, self.known, WAYS[settings.local], np.float32(settings.temperature), settings.top_k
 
     @cached_property
     def reads(self) -> Literal["own", "chosen", "all"]:
         """Which factors are read: of the experts that tokens use, of all A but only their B, or of all experts."""
-        sequences, tokens = self.shape
-        used = sequences * tokens * self.settings.top_k / self.bias.shape[1]
+        used = self.sequences * self.tokens
+        if self.recognised is None:
+            used *= self.settings.top_k / self.bias.shape[1]
         return "own" if used <= OWN else "chosen" if used <= CHOSEN else "all"
 
 
@@ -71,13 +77,13 @@ def suits(into: Tensor, u: Tensor, y: Tensor) -> bool:
 def add(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan) -> None:
     """Add weighted factors to tokens, u [B, T, in], y [B, T, out], in the way that takes least time for so many."""
     if plan.reads == "own":
-        routed.add_own(bits(u), bits(into), bits(out_of), edges, plan.bias, *plan.rest, bits(y))
+        routed.add_own(bits(u), bits(into), bits(out_of), edges, *plan.rest, bits(y))
         return
     products = F.linear(u, into)
     if plan.reads == "chosen":
-        routed.add_chosen(bits(u), bits(products), bits(out_of), edges, plan.bias, *plan.rest, bits(y))
+        routed.add_chosen(bits(u), bits(products), bits(out_of), edges, *plan.rest, bits(y))
         return
-    routed.weigh(bits(u), bits(products), edges, plan.bias, *plan.rest)
+    routed.weigh(bits(u), bits(products), edges, *plan.rest)
     hidden = products.flatten(0, 1)[:, : out_of.shape[0]]
     y.view(-1, y.shape[-1]).addmm_(hidden, out_of)
 

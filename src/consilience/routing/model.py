@@ -70,7 +70,7 @@ class Routing:
             self._reinstall(self.experts, settings)
         self.router.settings = settings
         if not self.asked.held:
-            self.router.bias = None
+            self.router.instruct(None)
 
     def queries(self, texts: Sequence[str]) -> AbstractContextManager[None]:
         """Name the query of every sequence within, instead of reading them from the inputs."""

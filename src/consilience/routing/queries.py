@@ -96,13 +96,14 @@ class Queries:
     @contextmanager
     def hold(self, queries: Sequence[str]) -> Generator[None]:
         """Keep these queries within, whatever the forward passes see."""
-        before, bias = self.held, self.router.bias
+        before, said = self.held, (self.router.bias, self.router.known)
         self.ask(queries)
         self.held = True
         try:
             yield
         finally:
-            self.held, self.router.bias = before, bias
+            self.held = before
+            self.router.bias, self.router.known = said
 
     def of(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> list[str]:
         """Return the queries of a batch [B, T]."""

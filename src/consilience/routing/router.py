@@ -45,6 +45,7 @@ class Router:
         experts: names of the K experts.
         settings: how they are routed; may be replaced at any time.
         bias: added to every token's local logits, [B, K], a row for each sequence; None: nothing.
+        known: share of every sequence's routed weights, [B]; the rest is the mean of the experts. None: all.
         fixed: weights [B, K] or [1, K] that replace routing; None: tokens are routed.
         excluded: [K], true where an expert must not be used.
         watchers: told of all weights.
@@ -53,6 +54,7 @@ class Router:
     experts: tuple[str, ...]
     settings: Settings
     bias: Tensor | None = None
+    known: Tensor | None = None
     fixed: Tensor | None = None
     excluded: Tensor | None = None
     watchers: list[Watcher] = field(default_factory=list[Watcher])
@@ -71,13 +73,15 @@ class Router:
 
     def instruct(self, similarity: Similarity | None) -> None:
         """Set what the instructions of the next sequences say; None: nothing."""
+        self.bias = self.known = None
         if similarity is None:
-            self.bias = None
             return
-        cosines = similarity.cosines.float()
+        cosines, scale = similarity.cosines.float(), similarity.scale.float()
         if self.settings.standardise:
             cosines = scores.standardised(cosines)
-        self.bias = similarity.scale.float()[:, None] * cosines
+        self.bias = scale[:, None] * cosines
+        if self.settings.fallback == "mean":
+            self.known = (scale / self.settings.most_scale).clamp(max=1)
 
     def choose(self, products: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weights of activations u [sequences, tokens, d] and their products with the prototypes [.., K].
@@ -86,22 +90,31 @@ class Router:
         """
         if self.fixed is not None:
             return self._rows(self.fixed, u).to(torch.float32).expand(*u.shape[:-1], len(self.experts)), None
-        return scores.choose(self.settings, self._logits(products, u))
+        values, where = scores.choose(self.settings, self._logits(products, u))
+        if self.known is None:
+            return values, where
+        weights = values if where is None else scores.spread(values, where, len(self.experts))
+        used = None if self.excluded is None else ~self.excluded.to(weights.device)
+        return scores.with_mean(weights, self._rows(self.known[:, None], u), used), None
 
     def plan(self, u: Tensor) -> Plan | None:
         """Return how compiled kernels route activations [sequences, tokens, d]; None: they go the general way."""
         if self.fixed is not None or self.watchers:
             return None
-        plan, settings, (sequences, tokens, _) = self._plan, self.settings, u.shape
+        plan, settings, shape = self._plan, self.settings, u.shape
         if (
             plan is None or plan.settings is not settings or plan.similarity is not self.bias
-            or plan.excluded is not self.excluded or plan.shape != (sequences, tokens)
+            or plan.recognised is not self.known or plan.excluded is not self.excluded
+            or plan.sequences != shape[0] or plan.tokens != shape[1]
         ):  # fmt: skip
-            if not fits(settings, len(self.experts)):
-                return None
-            plan = Plan(settings, self.bias, self.excluded, (sequences, tokens), self._added(u))
-            self._plan = plan
+            plan = self._plan = self._planned(u) if fits(settings, len(self.experts)) else None
         return plan
+
+    def _planned(self, u: Tensor) -> Plan:
+        known = self._rows((torch.ones(1) if self.known is None else self.known)[:, None], u)
+        shares = known[:, 0, 0].float().expand(len(u)).contiguous().numpy()
+        added, (sequences, tokens, _) = self._added(u), u.shape
+        return Plan(self.settings, self.bias, self.known, self.excluded, sequences, tokens, added, shares)
 
     def _added(self, u: Tensor) -> Floats:
         """Return what is added to the logits of every sequence, [B, K]."""

@@ -42,7 +42,7 @@ def inverse_deviation(u: Tensor) -> Tensor:
     activations, so that many are taken in parts. There it rounds what it finds of half-precision activations.
     """
     if u.numel() <= PART or not u.is_cpu:
-        wide = u.float() if u.is_cpu else u
+        wide = u.float() if u.is_cpu and u.element_size() < 4 else u
         return torch.native_layer_norm(wide, (u.shape[-1],), None, None, NORM_EPSILON)[2]
     flat = u.reshape(-1, u.shape[-1])
     parts = flat.split(max(1, PART // u.shape[-1]))
@@ -93,6 +93,12 @@ def top_p_weights(logits: Tensor, p: float) -> Tensor:
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before >= p)
     dropped.scatter_(-1, order[..., :1], False)
     return logits.masked_fill(dropped, -math.inf).softmax(-1)
+
+
+def with_mean(weights: Tensor, known: Tensor, used: Tensor | None) -> Tensor:
+    """Return ``known`` [..., 1] of weights [..., K], and 1 - ``known`` of the mean of the experts ``used`` [K]."""
+    even = torch.ones_like(weights) if used is None else used.to(weights.dtype).expand_as(weights)
+    return known * weights + (1 - known) * even / even.sum(-1, keepdim=True)
 
 
 def choose(settings: Settings, logits: Tensor) -> tuple[Tensor, Tensor | None]:

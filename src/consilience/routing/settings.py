@@ -1,6 +1,7 @@
 """How tokens are routed, as data."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -8,6 +9,7 @@ from consilience.errors import InputError, nearest
 from consilience.routing.values import PlainValues
 
 Local = Literal["phatgoose", "arrow", "average", "none"]
+Fallback = Literal["local", "mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,9 @@ class Settings(PlainValues):
             every query between 0 and ``most_scale``. GLIDER's code has 100 for tasks the experts were trained on, else
             3.
         most_scale: the largest a that "adaptive" gives.
+        fallback: what an adaptive scale leaves to queries that are no expert's. "local": local routing, for a is near 0
+            there. "mean": the mean of all experts as well: with r = a / ``most_scale``, w is r times the above plus
+            (1 - r) / K. The project's own; no published system has it.
         standardise: divide s and c, less their means, by their standard deviations over the experts, so that a has no
             unit. The published systems do not.
         top_k: experts that a token may use; 0: all.
@@ -36,19 +41,23 @@ class Settings(PlainValues):
     local: Local = "phatgoose"
     scale: float | Literal["adaptive"] = 0.0
     most_scale: float = 100.0
+    fallback: Fallback = "local"
     standardise: bool = False
     top_k: int = 2
     top_p: float = 0.0
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.local not in get_args(Local):
-            known = list(get_args(Local))
-            raise InputError(f"local: {self.local!r} is not one of {', '.join(known)}{nearest(str(self.local), known)}")
+        _check_word("local", self.local, get_args(Local))
+        _check_word("fallback", self.fallback, get_args(Fallback))
         if self.scale != "adaptive" and not (_number(self.scale) and float(self.scale) >= 0):
             raise InputError(f"scale: {self.scale!r} must be a number of at least 0, or adaptive")
         if not (_number(self.most_scale) and self.most_scale >= 0):
             raise InputError(f"most_scale: {self.most_scale!r} must be a number of at least 0")
+        if self.fallback == "mean" and (self.scale != "adaptive" or self.most_scale == 0):
+            raise InputError(
+                "fallback: mean needs scale: adaptive and a most_scale above 0, which say what queries are recognised"
+            )
         if not (_number(self.top_k) and float(self.top_k).is_integer() and self.top_k >= 0):
             raise InputError(f"top_k: {self.top_k!r} must be a whole number of at least 0 (0: all experts)")
         if not (_number(self.top_p) and 0 <= self.top_p <= 1):
@@ -62,6 +71,11 @@ class Settings(PlainValues):
     def instructed(self) -> bool:
         """Whether queries' instructions count."""
         return self.scale == "adaptive" or self.scale > 0
+
+
+def _check_word(key: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise InputError(f"{key}: {value!r} is not one of {', '.join(known)}{nearest(str(value), list(known))}")
 
 
 def _number(value: Any) -> bool:

@@ -39,8 +39,11 @@ def _inverse_deviation(u: Any) -> Any:
 
 
 @inlined
-def _choose(logits: Any, u: Any, bias: Any, way: int, temperature: Any, k: int, weights: Any) -> None:
-    """Turn products [K] into logits, and write the softmax of the k largest into ``weights`` [K]; the others have 0."""
+def _choose(logits: Any, u: Any, bias: Any, known: Any, way: int, temperature: Any, k: int, weights: Any) -> None:
+    """Turn products [K] into logits, and write the softmax of the k largest into ``weights`` [K]; the others have 0.
+
+    Then ``known`` of that is taken and 1 - ``known`` of the mean of all whose ``bias`` is not -inf.
+    """
     count = len(logits)
     scale = _inverse_deviation(u) if way == SCALED else np.float32(1)
     for e in range(count):
@@ -67,6 +70,13 @@ def _choose(logits: Any, u: Any, bias: Any, way: int, temperature: Any, k: int, 
         total += weights[best]
     for e in range(count):
         weights[e] = max(weights[e], np.float32(0)) / total
+    if known < 1:
+        present = 0
+        for e in range(count):
+            present += bias[e] > -np.inf
+        for e in range(count):
+            even = np.float32(1) / np.float32(present) if bias[e] > -np.inf else np.float32(0)
+            weights[e] = known * weights[e] + (np.float32(1) - known) * even
 
 
 @inlined
@@ -112,7 +122,7 @@ def _add_rows(rows: Any, at: int, end: int, hidden: Any, weight: Any, total: Any
 
 
 @reporting
-def weigh(u: Any, products: Any, edges: Any, bias: Any, way: int, temperature: Any, k: int) -> None:
+def weigh(u: Any, products: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int) -> None:
     """Multiply A u of all experts by the experts' weights, in place.
 
     Args:
@@ -120,6 +130,7 @@ def weigh(u: Any, products: Any, edges: Any, bias: Any, way: int, temperature: A
         products: bits of u A^T and u . prototypes, uint16 [B, T, R + K].
         edges: where each expert's rows begin and the last's end, [K + 1].
         bias: added to the logits of each sequence, float32 [B, K].
+        known: share of the routed weights of each sequence, float32 [B]; the rest is the experts' mean.
         way: to a local logit.
         temperature: divides the logits of two ways.
         k: experts a token.
@@ -131,7 +142,7 @@ def weigh(u: Any, products: Any, edges: Any, bias: Any, way: int, temperature: A
             row = products[b, t]
             for e in range(count):
                 logits[e] = widened(row[total + e])
-            _choose(logits, u[b, t], bias[b], way, temperature, k, weights)
+            _choose(logits, u[b, t], bias[b], known[b], way, temperature, k, weights)
             for e in range(count):
                 for r in range(edges[e], edges[e + 1]):
                     row[r] = _narrow(widened(row[r]) * weights[e]) if weights[e] > 0 else np.uint16(0)
@@ -150,7 +161,7 @@ def _add_chosen(out_of: Any, edges: Any, hidden: Any, weights: Any, added: Any, 
 
 @reporting
 def add_chosen(
-    u: Any, products: Any, out_of: Any, edges: Any, bias: Any, way: int, temperature: Any, k: int, y: Any
+    u: Any, products: Any, out_of: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int, y: Any
 ) -> None:
     """Add to each token the B A u of the k experts that it uses, where A u of all is known; no other B is read.
 
@@ -160,6 +171,7 @@ def add_chosen(
         out_of: bits of all B, transposed, uint16 [R, out].
         edges: where each expert's rows begin and the last's end, [K + 1].
         bias: added to the logits of each sequence, float32 [B, K].
+        known: share of the routed weights of each sequence, float32 [B]; the rest is the experts' mean.
         way: to a local logit.
         temperature: divides the logits of two ways.
         k: experts a token.
@@ -172,12 +184,14 @@ def add_chosen(
         for t in range(u.shape[1]):
             for r in range(hidden.size):
                 hidden[r] = widened(products[b, t, r])
-            _choose(hidden[total:], u[b, t], bias[b], way, temperature, k, weights)
+            _choose(hidden[total:], u[b, t], bias[b], known[b], way, temperature, k, weights)
             _add_chosen(out_of, edges, hidden, weights, added, y[b, t])
 
 
 @reporting
-def add_own(u: Any, into: Any, out_of: Any, edges: Any, bias: Any, way: int, temperature: Any, k: int, y: Any) -> None:
+def add_own(
+    u: Any, into: Any, out_of: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int, y: Any
+) -> None:
     """Add to each of few tokens the factors of the k experts that it uses; nothing else is read.
 
     Args:
@@ -186,6 +200,7 @@ def add_own(u: Any, into: Any, out_of: Any, edges: Any, bias: Any, way: int, tem
         out_of: bits of all B, transposed, uint16 [R, out].
         edges: where each expert's rows begin and the last's end, [K + 1].
         bias: added to the logits of each sequence, float32 [B, K].
+        known: share of the routed weights of each sequence, float32 [B]; the rest is the experts' mean.
         way: to a local logit.
         temperature: divides the logits of two ways.
         k: experts a token.
@@ -199,7 +214,7 @@ def add_own(u: Any, into: Any, out_of: Any, edges: Any, bias: Any, way: int, tem
             for i in range(x.size):
                 x[i] = widened(u[b, t, i])
             _dots(into, total, total + count, x, hidden)
-            _choose(hidden[total:], u[b, t], bias[b], way, temperature, k, weights)
+            _choose(hidden[total:], u[b, t], bias[b], known[b], way, temperature, k, weights)
             for e in range(count):
                 if weights[e] > 0:
                     _dots(into, edges[e], edges[e + 1], x, hidden)

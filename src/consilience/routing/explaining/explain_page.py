@@ -161,6 +161,12 @@ def _cosines(explanation: "Explanation") -> str:
     cosines = explanation.cosines
     if cosines is None:
         return ""
+    rest = ""
+    if explanation.settings.fallback == "mean":
+        known = (explanation.scale or 0.0) / explanation.settings.most_scale
+        rest = (
+            f" The question is recognised to <b>{known:.0%}</b>; the rest of the weight is shared by all experts alike."
+        )
     what = "it, less the mean and divided by the standard deviation," if explanation.settings.standardise else "it"
     rows = [
         f'<tr>{_name(explanation, k)}<td class="n">{cosines[k]:.4f}</td>{_bar(explanation, k, float(cosines[k]))}</tr>'
@@ -169,7 +175,7 @@ def _cosines(explanation: "Explanation") -> str:
     return (
         "<section><h2>What the question asks for</h2><p>Each expert has an instruction that says what it does. This is "
         "how close the question’s comes to each (cosine, at most 1). It favours the same experts at every token: "
-        f"{what} is multiplied by <b>{explanation.scale:.4g}</b> and added to what each layer says itself.</p>"
+        f"{what} is multiplied by <b>{explanation.scale:.4g}</b> and added to what each layer says itself.{rest}</p>"
         f"{_folded(rows, '<table>', '</table>')}</section>"
     )
 
