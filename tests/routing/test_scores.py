@@ -128,6 +128,10 @@ def test_standardised_has_no_unit(shape: tuple[int, int, int]) -> None:
     assert not scores.standardised(torch.ones(2, 3)).any()
 
 
+def test_a_whole_number_may_come_as_a_float() -> None:
+    assert type(Settings.from_plain({"top_k": 2.0}, "routing").top_k) is int
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [

@@ -60,6 +60,7 @@ class Settings(PlainValues):
             )
         if not (_number(self.top_k) and float(self.top_k).is_integer() and self.top_k >= 0):
             raise InputError(f"top_k: {self.top_k!r} must be a whole number of at least 0 (0: all experts)")
+        object.__setattr__(self, "top_k", int(self.top_k))
         if not (_number(self.top_p) and 0 <= self.top_p <= 1):
             raise InputError(f"top_p: {self.top_p!r} must lie in [0, 1] (0: top_k is used)")
         if not (_number(self.temperature) and self.temperature > 0):
