@@ -73,6 +73,20 @@ def test_figures_of_a_block_are_those_of_its_tensors(make: Make) -> None:
     assert pair.overlap == pytest.approx(energy[0][1] / np.sqrt(energy[0][0] * energy[1][1]), rel=1e-4)
     ranks = [np.square(tau[0][n]).sum() ** 2 / np.square(tau[0][n] @ tau[0][n].T).sum() for n in matrices]
     assert block.effective_ranks[0] == pytest.approx(np.median(ranks), rel=1e-4)
+    assert block.effective_rank_errors == (0, 0)
+
+
+def test_a_sketched_rank_says_how_far_off_it_is(make: Make) -> None:
+    recipe = parse_recipe(make(BASE, a=_expert(1), b=_expert(2)), "recipe")
+    exact = cs.diagnose(recipe, exact=True).experts[0].effective_rank
+    found = [cs.diagnose(recipe, seed=seed).experts[0] for seed in range(24)]
+    ranks, errors = (
+        np.array([getattr(one, key) for one in found]) for key in ("effective_rank", "effective_rank_error")
+    )
+    assert np.abs(ranks / exact - 1).max() > 1e-6
+    assert (np.abs(ranks - exact) < 6 * errors).all()
+    # The median of several matrices varies less than each of them.
+    assert 0.3 * ranks.std(ddof=1) < np.median(errors) < 6 * ranks.std(ddof=1)
 
 
 @pytest.mark.parametrize(

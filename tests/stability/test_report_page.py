@@ -111,7 +111,7 @@ def diagnosis(experts: int, blocks: int, *, probes: bool = True, prefix: str = "
     names = tuple(f"{prefix}{k}" for k in range(experts))
     facts = tuple(
         ExpertFacts(name, f"/somewhere/with/a/long/path/{name}", "adapter", 10 + 5 * wave(k), 0.01, 0.9999, 1 / experts,
-                    8 + wave(k), 0.5, None if k % 3 else 2.5)
+                    8 + wave(k), 0.5, *((None, None) if k % 3 else (2.5, 0.3)))
         for k, name in enumerate(names)
     )  # fmt: skip
     pairs = tuple(

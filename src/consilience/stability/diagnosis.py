@@ -24,6 +24,7 @@ class ExpertFacts:
         moved: D_k = ||merge - theta_k||, with these weights.
         changed: share of these tensors' entries that it changes.
         effective_rank: median over matrices of ||tau||_F^4 / ||tau tau^T||_F^2; None: it changes no matrix.
+        effective_rank_error: standard error of the sketch at the matrix that is the median; 0: it is exact.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ExpertFacts:
     moved: float
     changed: float
     effective_rank: float | None
+    effective_rank_error: float | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class BlockFacts:
         sigma_max: largest singular value of the task vectors.
         sigma_max_centred: the same of the task vectors less their mean.
         effective_ranks: median over matrices, by expert; None where there is no matrix.
+        effective_rank_errors: their standard errors.
         pairs: all pairs.
     """
 
@@ -85,6 +88,7 @@ class BlockFacts:
     sigma_max: float = 0.0
     sigma_max_centred: float = 0.0
     effective_ranks: tuple[float | None, ...] = ()
+    effective_rank_errors: tuple[float | None, ...] = ()
     pairs: tuple["PairFacts", ...] = ()
 
 

@@ -158,7 +158,7 @@ def _refusals(case: Case) -> list[Finding]:
 def _experts(case: Case, read: Survey, p: Vector) -> list[ExpertFacts]:
     geometry, numel = read.geometry, max(1, sum(one.numel for one in read.tensors))
     changed = sum((one.changed for one in read.tensors), np.zeros(len(p), np.int64))
-    moved = np.sqrt(geometry.moves(p))
+    moved, ranks = np.sqrt(geometry.moves(p)), [_rank(read.tensors, k) for k in range(len(p))]
     return [
         ExpertFacts(
             name=expert.name,
@@ -170,20 +170,28 @@ def _experts(case: Case, read: Survey, p: Vector) -> list[ExpertFacts]:
             weight=float(p[k]),
             moved=float(moved[k]),
             changed=float(changed[k]) / numel,
-            effective_rank=_rank(read.tensors, k),
+            effective_rank=ranks[k][0],
+            effective_rank_error=ranks[k][1],
         )
         for k, expert in enumerate(case.plan.experts)
     ]
 
 
-def _rank(tensors: Sequence[TensorSurvey], k: int) -> float | None:
-    """Return the median effective rank of an expert's updates of matrices."""
-    ranks = [
-        float(one.geometry.gram[k, k]) ** 2 / float(one.energies[k, k])
-        for one in tensors
-        if one.energies is not None and one.energies[k, k] > 0
-    ]
-    return float(np.median(ranks)) if ranks else None
+def _rank(tensors: Sequence[TensorSurvey], k: int) -> tuple[float, float] | tuple[None, None]:
+    """Return the median effective rank of an expert's updates of matrices, and its matrix's standard error.
+
+    The rank is G^2 / e with G exact, so that their relative errors are the same.
+    """
+    found: list[tuple[float, float]] = []
+    for one in tensors:
+        if one.energies is not None and one.energies[k, k] > 0:
+            energy, error = float(one.energies[k, k]), 0.0 if one.errors is None else float(one.errors[k, k])
+            rank = float(one.geometry.gram[k, k]) ** 2 / energy
+            found.append((rank, rank * error / energy))
+    if not found:
+        return None, None
+    middle = np.array(sorted(found)[(len(found) - 1) // 2 : len(found) // 2 + 1]).mean(0)
+    return float(middle[0]), float(middle[1])
 
 
 def _pairs(names: Sequence[str], geometry: Geometry, tensors: Sequence[TensorSurvey]) -> list[PairFacts]:
@@ -244,6 +252,7 @@ def _block(names: Sequence[str], name: str, parts: Sequence[TensorSurvey], p: Ve
     geometry = sum_of([one.geometry for one in parts], len(p))
     pair, cosine = _least(names, geometry)
     magnitudes = sum((one.magnitudes for one in parts), np.zeros(len(p)))
+    ranks = [_rank(parts, k) for k in range(len(p))]
     return BlockFacts(
         name=name,
         norms=tuple(map(float, geometry.norms)),
@@ -253,7 +262,8 @@ def _block(names: Sequence[str], name: str, parts: Sequence[TensorSurvey], p: Ve
         cancelled=_cancelled(magnitudes, sum(one.kept for one in parts)),
         sigma_max=geometry.sigma_max,
         sigma_max_centred=geometry.sigma_max_centred,
-        effective_ranks=tuple(_rank(parts, k) for k in range(len(p))),
+        effective_ranks=tuple(rank for rank, _ in ranks),
+        effective_rank_errors=tuple(error for _, error in ranks),
         pairs=tuple(_pairs(names, geometry, parts)),
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from consilience.pages.page import compose
 from consilience.stability import draw
-from consilience.stability.diagnosis import Diagnosis, TrainedExpert
+from consilience.stability.diagnosis import Diagnosis, ExpertFacts, TrainedExpert
 from consilience.stability.draw import number, percent, safe
 from consilience.stability.findings import ORDER, Finding, Severity
 from consilience.stability.report_pictures import agreement, depth, measured
@@ -93,6 +93,12 @@ def _whom(diagnosis: Diagnosis, experts: Sequence[str]) -> str:
     return ", ".join(map(draw.name, experts))
 
 
+def _rank(one: ExpertFacts) -> str:
+    """Return the effective rank, with the error of its sketch where it has one."""
+    error = f' <span class="small">± {one.effective_rank_error:.1f}</span>' if one.effective_rank_error else ""
+    return number(one.effective_rank, ".1f") + error
+
+
 def _experts(diagnosis: Diagnosis) -> str:
     """Return the table of experts, in the recipe's order, which gives them their numbers."""
     norms = [one.norm for one in diagnosis.experts]
@@ -103,7 +109,7 @@ def _experts(diagnosis: Diagnosis) -> str:
          f"{_reference(one.reference)}</span>",
          number(one.norm) + draw.bar(one.norm, longest), percent(one.relative_norm, ".3g"),
          number(one.base_cosine, ".4f"), number(one.weight, ".3g"), number(one.moved) + draw.bar(one.moved, farthest),
-         percent(one.changed), number(one.effective_rank, ".1f"))
+         percent(one.changed), _rank(one))
         for k, one in enumerate(diagnosis.experts, 1)
     ]  # fmt: skip
     head = ("Expert", "Length ‖τ‖", "of the base’s", "Cosine with the base", "Weight", "Moved by the merge",

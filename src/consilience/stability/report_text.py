@@ -59,7 +59,8 @@ def _experts(diagnosis: Diagnosis) -> str:
     rows = [
         (printable(one.name), one.form, f"{one.norm:.4g}", f"{one.relative_norm:.3g}", f"{one.base_cosine:.4f}",
          f"{one.weight:.3g}", f"{one.moved:.4g}", f"{100 * one.changed:.1f} %",
-         "-" if one.effective_rank is None else f"{one.effective_rank:.1f}")
+         "-" if one.effective_rank is None else f"{one.effective_rank:.1f}"
+         + (f" ± {one.effective_rank_error:.1f}" if one.effective_rank_error else ""))
         for one in diagnosis.experts
     ]  # fmt: skip
     return _columns(header, rows)
