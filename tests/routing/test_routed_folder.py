@@ -10,6 +10,7 @@ from routed_models import linears, make_experts, write_adapter
 from tiny_models import make_llama, make_tokenizer
 
 import consilience as cs
+from consilience.__main__ import run
 from consilience.errors import InputError
 from consilience.routing.folder.change import add_expert, remove_expert
 from consilience.routing.folder.store import Base, Description, read_description
@@ -98,6 +99,30 @@ def test_gates_are_trained_and_instructions_made(zoo: Path, tmp_path: Path) -> N
     found = model.routing.asked.semantics(["positive or negative?"], model.routing.settings)
     assert int(found.cosines.argmax()) == 1
     assert float(found.scale) == 20.0
+
+
+def test_settings_of_a_command_are_judged_with_those_of_the_model(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    routing = {"local": "arrow", "scale": "adaptive", "fallback": "mean"}
+    out = tmp_path / "out"
+    cs.build_routed(recipe_of(zoo, routing=routing, instructions={**TFIDF, "held_in": 3}), out)
+    assert read_description(out).settings.fallback == "mean"
+    command = ["route", "generate", str(out), "the cat", "--max-new-tokens", "2", "--set"]
+    assert run([*command, "fallback=local"]) == 0
+    assert run([*command, "most_scale=7"]) == 0
+    capsys.readouterr()
+    assert run([*command, "scale=3"]) == 2
+    assert "--set: fallback: mean needs scale: adaptive" in capsys.readouterr().err
+
+
+def test_a_description_of_before_there_was_a_fallback_is_read(zoo: Path, tmp_path: Path) -> None:
+    cs.build_routed(recipe_of(zoo), tmp_path / "out")
+    path = tmp_path / "out/consilience/routing.json"
+    value = json.loads(path.read_text())
+    assert value["settings"].pop("fallback") == "local"
+    path.write_text(json.dumps(value))
+    assert read_description(tmp_path / "out").settings.fallback == "local"
 
 
 def test_mean_activations_are_built(zoo: Path, tmp_path: Path) -> None:

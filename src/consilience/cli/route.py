@@ -43,11 +43,13 @@ def loaded(folder: Path, base: str | None, device: str, dtype: str, settings: li
     from consilience.cli.app import parse_assignment
     from consilience.recipe.yaml_file import parse_yaml
     from consilience.routing import Settings, load_routed
+    from consilience.routing.folder import store
 
     changes = {
         key: parse_yaml(raw, f"--set {key}") for key, raw in (parse_assignment(t, "--set") for t in settings or [])
     }
-    Settings.from_plain(changes, "--set")
+    # A wrong setting is told before the model is loaded.
+    Settings.from_plain(store.read_description(folder).settings.to_dict() | changes, "--set")
     model = load_routed(folder, base=base, device=device, dtype=dtype)
     if changes:
         model.routing.set(**changes)

@@ -1,12 +1,11 @@
 """How tokens are routed, as data."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from consilience.errors import InputError, nearest
-from consilience.routing.values import PlainValues
+from consilience.errors import InputError
+from consilience.routing.values import PlainValues, check_choice
 
 Local = Literal["phatgoose", "arrow", "average", "none"]
 Fallback = Literal["local", "mean"]
@@ -48,15 +47,16 @@ class Settings(PlainValues):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_word("local", self.local, get_args(Local))
-        _check_word("fallback", self.fallback, get_args(Fallback))
+        check_choice("local", self.local, get_args(Local))
+        check_choice("fallback", self.fallback, get_args(Fallback))
         if self.scale != "adaptive" and not (_number(self.scale) and float(self.scale) >= 0):
             raise InputError(f"scale: {self.scale!r} must be a number of at least 0, or adaptive")
         if not (_number(self.most_scale) and self.most_scale >= 0):
             raise InputError(f"most_scale: {self.most_scale!r} must be a number of at least 0")
         if self.fallback == "mean" and (self.scale != "adaptive" or self.most_scale == 0):
             raise InputError(
-                "fallback: mean needs scale: adaptive and a most_scale above 0, which say what queries are recognised"
+                "fallback: mean needs scale: adaptive and a most_scale above 0, which say what queries are recognised; "
+                "or give fallback: local"
             )
         if not (_number(self.top_k) and float(self.top_k).is_integer() and self.top_k >= 0):
             raise InputError(f"top_k: {self.top_k!r} must be a whole number of at least 0 (0: all experts)")
@@ -72,11 +72,6 @@ class Settings(PlainValues):
     def instructed(self) -> bool:
         """Whether queries' instructions count."""
         return self.scale == "adaptive" or self.scale > 0
-
-
-def _check_word(key: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise InputError(f"{key}: {value!r} is not one of {', '.join(known)}{nearest(str(value), list(known))}")
 
 
 def _number(value: Any) -> bool:
