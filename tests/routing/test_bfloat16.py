@@ -159,6 +159,39 @@ def test_watchers_see_what_the_kernels_use() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 6)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_no_number_is_not_hidden(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer = _layer(Settings("phatgoose"), dtype)
+    u, y = (one.to(dtype) for one in _inputs(*shape))
+    u[0, -1, 3] = torch.nan
+    with torch.no_grad():
+        found = layer.add(u, y.clone())
+    assert found[0, -1].isnan().all()
+    assert found.isnan().any(-1).sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0,)])
+def test_nothing_gives_nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = _layer(Settings("phatgoose"), dtype)
+    with torch.no_grad():
+        assert layer.add(torch.zeros(*shape, IN, dtype=dtype), torch.zeros(*shape, OUT, dtype=dtype)).numel() == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_trace_holds_the_experts(tokens: int) -> None:
+    layer = _layer(Settings("phatgoose"))
+    first, (u, y) = _inputs(2, tokens), _inputs(2, tokens)
+    u = u.flip(0) * 1.5
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(lambda u, y: layer.add(u, y), first, check_trace=False)
+        found, expected = traced(u, y.clone()), _exact(layer, u, y)
+    assert torch.allclose(found.double(), expected, rtol=2**-6, atol=2**-4)
+    assert not torch.allclose(y.double(), expected, rtol=2**-6, atol=2**-4)
+
+
 def test_a_model_may_be_copied_and_moved_to_another_type() -> None:
     model = make_llama().to(torch.bfloat16).requires_grad_(False)
     install(model, make_experts(model), Settings("phatgoose"))

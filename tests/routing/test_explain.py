@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tiny_models import make_llama, make_tokenizer
 from consilience.__main__ import run
 from consilience.errors import InputError
 from consilience.routing import build_routed, load_routed
+from consilience.routing.explaining import explain_page
 from consilience.routing.explaining.explain import explain
 from consilience.routing.explaining.explain_text import columns
 from consilience.routing.explaining.explain_tokens import Role, Token, pieces, prompt_tokens
@@ -135,7 +137,11 @@ def test_instructions_are_the_prompts_and_move_the_weights(scale: Any) -> None:
 def test_what_is_left_to_the_mean_is_said() -> None:
     settings = Settings("none", scale="adaptive", most_scale=5.0, fallback="mean")
     found = explain(routed_llama(settings), "aab abba", max_new_tokens=3)
-    assert "recognised to 100%, the rest is the experts' mean" in found.to_text().replace("\n", " ")
+    text = found.to_text().replace("\n", " ")
+    assert "top 2, and all by their mean" in text
+    assert "recognised to 100%, the rest is the experts' mean" in text
+    assert explain_page.data(found)["used"] == 3
+    assert explain_page.data(replace(found, settings=Settings("none", scale=1.0)))["used"] == 2
 
 
 def test_without_instructions_there_are_no_cosines(told: Explanation) -> None:

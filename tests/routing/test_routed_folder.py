@@ -204,6 +204,52 @@ def test_an_adapter_of_another_base_is_refused_before_work(zoo: Path, tmp_path: 
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [
+        (("e0", "e1"), {"held_in": 0}),
+        (("e0",), {"held_in": 3}),
+        (("e0", "e1"), {"held_in": 3, "describer": "template"}),
+    ],
+)
+def test_an_adaptive_scale_that_cannot_be_fitted_is_refused(
+    zoo: Path, tmp_path: Path, names: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    recipe = recipe_of(zoo, names, routing={"local": "arrow", "scale": "adaptive"}, instructions=TFIDF | changes)
+    if "describer" in changes:
+        recipe["models"] = [
+            {**model, "data": None, "instruction": f"say {n}"} for n, model in enumerate(recipe["models"])
+        ]
+    with pytest.raises(InputError, match="scale: adaptive is fitted on examples of two experts at least"):
+        cs.build_routed(recipe, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["data", "words"])
+def test_what_is_missing_is_said_before_gates_are_trained(
+    zoo: Path, tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: Any) -> None:
+        raise AssertionError("gates were trained")
+
+    monkeypatch.setattr("consilience.routing.local.gate_training.train_gates", train)
+    changes: dict[str, Any] = {"routing": {"local": "phatgoose", "scale": 3.0}, "instructions": TFIDF}
+    recipe = recipe_of(zoo, **changes)
+    cs.build_routed(
+        recipe_of(zoo, ("e0", "e1"), **changes | {"routing": {"local": "arrow", "scale": 3.0}}), tmp_path / "r"
+    )
+    if missing == "data":
+        del recipe["models"][2]["data"]
+    else:
+        recipe["models"][2]["instruction"] = "which describer none does not use"
+    with pytest.raises(InputError, match="expert 'e2'"):
+        cs.build_routed(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="expert 'e2'"):
+        add_expert(tmp_path / "r", "e2", zoo / "adapters/e2")
+    assert read_description(tmp_path / "r").experts == ("e0", "e1")
+
+
 def test_gates_need_rows(zoo: Path, tmp_path: Path) -> None:
     recipe = recipe_of(zoo) | {"routing": {"local": "phatgoose"}}
     models: Any = recipe["models"]

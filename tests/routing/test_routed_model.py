@@ -349,6 +349,8 @@ def bad(change: Any) -> Any:
         (lambda e: Expert("x", {"model.norm": Factors(torch.ones(1, 8), torch.ones(32, 1))}, {}), "LlamaRMSNorm"),
         (lambda e: Expert("x", e.factors, {}), "has no phatgoose vectors"),
         (lambda e: Expert("x", {}, {}), "adapts nothing"),
+        (lambda e: Expert("x", e.factors, {"phatgoose": {m: v / 0 for m, v in e.vectors["phatgoose"].items()}}),
+         "its phatgoose vector holds NaN or Inf"),
     ],
 )  # fmt: skip
 def test_misfits_are_named_and_nothing_changes(change: Any, said: str) -> None:
@@ -356,6 +358,40 @@ def test_misfits_are_named_and_nothing_changes(change: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         install(model, [expert], Settings("phatgoose"))
     assert not any(isinstance(module, RoutedLinear) for module in model.modules())
+
+
+def flat(layer: Any, tokens: Tensor, *passes: int) -> Tensor:
+    """A layer's result for tokens [n, d], in a pass of inputs with so many tokens in all."""
+    layer.experts.router.tokens = frozenset(passes)
+    return layer(tokens)
+
+
+def test_tokens_that_a_model_gathers_itself_are_of_one_query() -> None:
+    """A model that sends tokens to its own experts gives these [tokens, d], and which are whose is lost."""
+    model = routed_llama(Settings("none", scale=9.0, top_k=1))
+    layer, tokens = model.model.layers[0].mlp.down_proj, torch.randn(6, 48)
+    with torch.no_grad():
+        with model.routing.queries(["aaa", "bbb"]):
+            whole = flat(layer, tokens, 6)
+            for row, query in enumerate(("aaa", "bbb")):
+                with model.routing.queries([query]):
+                    assert torch.allclose(whole[3 * row :][:3], flat(layer, tokens[3 * row :][:3], 3), atol=1e-5)
+            with pytest.raises(
+                InputError, match=r"mlp\.down_proj: is given 4 tokens of 2 queries, .* one sequence at a"
+            ):
+                flat(layer, tokens[:4], 6)
+        with model.routing.queries(["bbb"]):
+            assert torch.allclose(flat(layer, tokens[3:5], 6), whole[3:5], atol=1e-5)
+
+
+def test_a_pass_says_how_many_tokens_it_has() -> None:
+    model, encoding = routed_llama(Settings()), routed_t5(Settings())
+    logits(model)
+    assert model.routing.router.tokens == {12}
+    logits(encoding, decoder_input_ids=torch.zeros(2, 5, dtype=torch.long))
+    assert encoding.routing.router.tokens == {12, 10}
+    logits(encoding, labels=torch.ones(2, 4, dtype=torch.long))
+    assert encoding.routing.router.tokens == {12, 8}
 
 
 def test_a_model_without_instructions_says_so() -> None:

@@ -147,6 +147,9 @@ def test_a_whole_number_may_come_as_a_float() -> None:
         ("fallback", "mean", "needs scale: adaptive"),
         ("topk", 2, "did you mean 'top_k'"),
         ("scale", math.nan, "scale: nan"),
+        ("scale", 10**400, "scale: 1000"),
+        ("top_k", 10**400, "top_k: 1000"),
+        ("temperature", 10**400, "temperature: 1000"),
     ],
 )
 def test_settings_say_what_is_wrong(key: str, value: object, said: str) -> None:

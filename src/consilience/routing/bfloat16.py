@@ -71,7 +71,8 @@ def suits(into: Tensor, u: Tensor, y: Tensor) -> bool:
     if into.dtype is not half or u.dtype is not half or y.dtype is not half or not u.is_cpu:
         return False
     graded = torch.is_grad_enabled() and (u.requires_grad or y.requires_grad or into.requires_grad)
-    return not graded and not torch.compiler.is_compiling()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return not graded and not recorded
 
 
 def add(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan) -> None:

@@ -15,7 +15,7 @@ from consilience.routing.router import Router
 from consilience.routing.settings import Settings
 
 
-def install(model: nn.Module, experts: Sequence[Expert], settings: Settings) -> Router:
+def install(model: nn.Module, experts: Sequence[Expert], settings: Settings, router: Router | None = None) -> Router:
     """Replace every layer that an expert adapts, and return the router that all of them share.
 
     Installing again replaces the experts.
@@ -24,6 +24,7 @@ def install(model: nn.Module, experts: Sequence[Expert], settings: Settings) -> 
         model: a model with linear layers; changed in place.
         experts: one at least.
         settings: how tokens are routed.
+        router: one to go on with, whoever holds it; None: a new one.
 
     Raises:
         InputError: there is no expert, two have one name, an expert's module is not in the model, is of another size or
@@ -39,7 +40,8 @@ def install(model: nn.Module, experts: Sequence[Expert], settings: Settings) -> 
     for expert in experts:
         check_fit(model, expert)
         _check_vectors(expert, settings)
-    router = Router(tuple(names), settings)
+    router = router or Router(tuple(names), settings)
+    router.serve(tuple(names), settings)
     changed = list(dict.fromkeys(module for expert in experts for module in expert.factors))
     for name, module in found.items():
         if isinstance(module, RoutedLinear) and name not in changed:
@@ -77,6 +79,12 @@ def _prototypes(name: str, experts: Sequence[Expert], settings: Settings) -> Ten
     if settings.local == "none":
         return empty.repeat(len(experts), 1)
     vectors = [expert.vectors[settings.local].get(name, empty).float() for expert in experts]
+    for expert, vector in zip(experts, vectors, strict=True):
+        if not bool(vector.isfinite().all()):
+            raise InputError(
+                f"expert {expert.name!r}: {name}: its {settings.local} vector holds NaN or Inf; build the routed model "
+                "again"
+            )
     return scores.prototypes(settings.local, torch.stack(vectors))
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from consilience.errors import InputError
 from consilience.routing import bfloat16, scores
 from consilience.routing.router import Router
 
@@ -112,6 +113,8 @@ class Experts(nn.Module):
 
     def add(self, u: Tensor, y: Tensor) -> Tensor:
         """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""
+        if not u.numel():
+            return y
         tokens, into = u if u.ndim == 3 else self._sequences(u), self.into
         plan = self.router.plan(tokens) if bfloat16.suits(into, u, y) else None
         if plan is None:
@@ -145,11 +148,21 @@ class Experts(nn.Module):
         return y
 
     def _sequences(self, u: Tensor) -> Tensor:
-        """Return tokens as [sequences, tokens, in]: some models flatten a batch."""
+        """Return tokens as [sequences, tokens, in]: some models flatten a batch.
+
+        Raises:
+            InputError: these are not all tokens of a batch of several queries.
+        """
         if u.ndim == 2:
             bias = self.router.bias if self.router.fixed is None else self.router.fixed
-            count = 1 if bias is None or u.shape[0] % len(bias) else len(bias)
-            return u.reshape(count, -1, u.shape[-1])
+            count = 1 if bias is None else len(bias)
+            if count > 1 and self.router.tokens and u.shape[0] not in self.router.tokens:
+                # Gathered by the model's own router, say: whose they are is not known here.
+                raise InputError(
+                    f"{self.name}: is given {u.shape[0]} tokens of {count} queries, and which are whose is not known; "
+                    "give the model one sequence at a time, or adapters that leave this module alone"
+                )
+            return u.reshape(1 if u.shape[0] % count else count, -1, u.shape[-1])
         return u.reshape(u.shape[0], -1, u.shape[-1]) if u.ndim > 3 else u[None, None]
 
     def _weighted(self, hidden: Tensor, weights: Tensor) -> Tensor:

@@ -69,8 +69,7 @@ class Routing:
         if settings.local != self.settings.local:
             self._reinstall(self.experts, settings)
         self.router.settings = settings
-        if not self.asked.held:
-            self.router.instruct(None)
+        self.asked.again()
 
     def queries(self, texts: Sequence[str]) -> AbstractContextManager[None]:
         """Name the query of every sequence within, instead of reading them from the inputs."""
@@ -120,17 +119,16 @@ class Routing:
         """Go on with other experts; those that stay keep their factors, vectors and embeddings.
 
         Raises:
-            InputError: an expert does not fit; nothing has changed then.
+            InputError: an expert does not fit, or experts are fixed, left out or held by queries; nothing has changed.
         """
+        if self.router.fixed is not None or self.router.excluded is not None or self.asked.held:
+            raise InputError("experts: cannot change within only, plain, without or queries; leave these first")
         self._reinstall(experts, self.settings)
         self.asked.semantics = semantics
 
     def _reinstall(self, experts: Sequence[Expert], settings: Settings) -> None:
-        watchers = self.router.watchers
-        self.router = install(self.model, experts, settings)
+        install(self.model, experts, settings, self.router)
         self.experts = tuple(installed(self.model, experts))
-        self.router.watchers = watchers
-        self.asked.router = self.router
 
 
 def _check(settings: Settings, semantics: Semantics | None) -> None:

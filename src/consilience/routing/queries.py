@@ -8,6 +8,7 @@ answers must not route themselves.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 from torch import Tensor
@@ -71,6 +72,9 @@ class Queries:
         encodes: the model has an encoder, whose inputs are the query; labels are another sequence.
         expected: the query of sequences that hold more than it, by their ids.
         held: the bias was set by hand, or by a generation that is under way.
+        texts_held: the queries that it was set to.
+        busy: a generation is under way that read its queries itself.
+        lock: such a generation's, for threads that generate wait for each other.
     """
 
     router: Router
@@ -79,6 +83,17 @@ class Queries:
     encodes: bool = False
     expected: Mapping[tuple[int, ...], str] = field(default_factory=dict[tuple[int, ...], str])
     held: bool = False
+    texts_held: tuple[str, ...] | None = None
+    busy: bool = False
+    lock: Any = field(default_factory=RLock, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the lock, which can be neither copied nor stored."""
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state, with a lock of its own."""
+        self.__dict__.update(state, lock=RLock())
 
     def ask(self, queries: Sequence[str]) -> None:
         """Set what the instructions of these queries say, one a sequence.
@@ -96,14 +111,31 @@ class Queries:
     @contextmanager
     def hold(self, queries: Sequence[str]) -> Generator[None]:
         """Keep these queries within, whatever the forward passes see."""
-        before, said = self.held, (self.router.bias, self.router.known)
+        before, said = (self.held, self.texts_held), self.router.said
         self.ask(queries)
-        self.held = True
+        self.held, self.texts_held = True, tuple(queries)
         try:
             yield
         finally:
-            self.held = before
-            self.router.bias, self.router.known = said
+            self.held, self.texts_held = before
+            self.router.instruct(said)
+
+    @contextmanager
+    def alone(self) -> Generator[None]:
+        """Be the only generation within; others, of other threads, wait."""
+        with self.lock:
+            before, self.busy = self.busy, True
+            try:
+                yield
+            finally:
+                self.busy = before
+
+    def again(self) -> None:
+        """Ask for the held queries again, since settings have changed."""
+        if self.texts_held is not None:
+            self.ask(self.texts_held)
+        elif not self.held:
+            self.router.instruct(None)
 
     def of(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None) -> list[str]:
         """Return the queries of a batch [B, T]."""
@@ -125,11 +157,14 @@ class Queries:
         Raises:
             InputError: the inputs hold no tokens to read a query from.
         """
+        given = kwargs.get("input_ids", args[0] if args else None)
+        own = (given, kwargs.get("decoder_input_ids"), kwargs.get("labels") if self.encodes else None)
+        self.router.tokens = frozenset(one.numel() for one in own if isinstance(one, Tensor))
         if self.held or not self.router.settings.instructed or self.router.fixed is not None:
             return
         if _filled(kwargs.get("past_key_values")) or kwargs.get("encoder_outputs") is not None:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = given
         if ids is None:
             raise InputError(
                 "routing: instructions are read from input_ids, and there are none; name the queries with "
@@ -153,10 +188,14 @@ class Generate:
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate; the arguments are those of ``transformers``."""
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is None or self.queries.held:
+        if ids is None or (self.queries.held and not self.queries.busy):
             return self.original(inputs, *args, **kwargs)
-        with self.queries.hold(self.queries.of(ids, kwargs.get("attention_mask"), None)):
-            return self.original(inputs, *args, **kwargs)
+        with self.queries.alone():
+            # Held here by a generation of this thread that calls for another.
+            if self.queries.held:
+                return self.original(inputs, *args, **kwargs)
+            with self.queries.hold(self.queries.of(ids, kwargs.get("attention_mask"), None)):
+                return self.original(inputs, *args, **kwargs)
 
 
 def _filled(cache: Any) -> bool:

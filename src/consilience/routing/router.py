@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,14 @@ Watcher = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """What instructions say of B queries: ``cosines`` [B, K], and the scale a of each query [B]."""
+    """What instructions say of B queries: ``cosines`` [B, K], and the scale a of each query [B].
+
+    ``chosen`` gives the scale anew for other cosines, where it depends on them: those of experts left out are -1.
+    """
 
     cosines: Tensor
     scale: Tensor
+    chosen: Callable[[Tensor], Tensor] | None = None
 
 
 class Semantics(Protocol):
@@ -44,22 +48,32 @@ class Router:
     Attributes:
         experts: names of the K experts.
         settings: how they are routed; may be replaced at any time.
+        said: what instructions say of the sequences; bias and known follow from it.
         bias: added to every token's local logits, [B, K], a row for each sequence; None: nothing.
         known: share of every sequence's routed weights, [B]; the rest is the mean of the experts. None: all.
         fixed: weights [B, K] or [1, K] that replace routing; None: tokens are routed.
         excluded: [K], true where an expert must not be used.
         watchers: told of all weights.
+        tokens: how many tokens a pass may have in all, of encoder or decoder; none: not known.
     """
 
     experts: tuple[str, ...]
     settings: Settings
+    said: Similarity | None = None
     bias: Tensor | None = None
     known: Tensor | None = None
     fixed: Tensor | None = None
     excluded: Tensor | None = None
     watchers: list[Watcher] = field(default_factory=list[Watcher])
+    tokens: frozenset[int] = frozenset()
     _last: "tuple[weakref.ref[Tensor], tuple[int | None, bool], Tensor] | None" = field(default=None, init=False)
     _plan: Plan | None = field(default=None, init=False)
+
+    def serve(self, experts: tuple[str, ...], settings: Settings) -> None:
+        """Go on with other experts or settings; what was said of sequences and found of activations is forgotten."""
+        self.experts, self.settings = experts, settings
+        self.instruct(None)
+        self._plan = self._last = None
 
     def index(self, name: str) -> int:
         """Return an expert's number.
@@ -71,17 +85,33 @@ class Router:
             raise InputError(f"expert {name!r}: there is none; the experts are {', '.join(self.experts)}")
         return self.experts.index(name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without what is remembered of the last pass, which can be neither copied nor stored."""
+        return self.__dict__ | {"_last": None, "_plan": None}
+
+    @property
+    def used(self) -> Tensor | None:
+        """Which experts are not excluded, [K]; None: all."""
+        return None if self.excluded is None else ~self.excluded
+
     def instruct(self, similarity: Similarity | None) -> None:
         """Set what the instructions of the next sequences say; None: nothing."""
-        self.bias = self.known = None
+        self.said, self.bias, self.known = similarity, None, None
         if similarity is None:
             return
-        cosines, scale = similarity.cosines.float(), similarity.scale.float()
+        cosines, scale = similarity.cosines.float(), self.scale_of(similarity)
         if self.settings.standardise:
-            cosines = scores.standardised(cosines)
+            cosines = scores.standardised(cosines, self.used)
         self.bias = scale[:, None] * cosines
         if self.settings.fallback == "mean":
             self.known = (scale / self.settings.most_scale).clamp(max=1)
+
+    def scale_of(self, similarity: Similarity) -> Tensor:
+        """Return the scale a of each query [B]; experts that are left out have no say in it."""
+        if self.excluded is None or similarity.chosen is None:
+            return similarity.scale.float()
+        cosines = similarity.cosines.float()
+        return similarity.chosen(cosines.masked_fill(self.excluded.to(cosines.device), -1.0)).float()
 
     def choose(self, products: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return weights of activations u [sequences, tokens, d] and their products with the prototypes [.., K].
@@ -94,8 +124,7 @@ class Router:
         if self.known is None:
             return values, where
         weights = values if where is None else scores.spread(values, where, len(self.experts))
-        used = None if self.excluded is None else ~self.excluded.to(weights.device)
-        return scores.with_mean(weights, self._rows(self.known[:, None], u), used), None
+        return scores.with_mean(weights, self._rows(self.known[:, None], u), self.used), None
 
     def plan(self, u: Tensor) -> Plan | None:
         """Return how compiled kernels route activations [sequences, tokens, d]; None: they go the general way."""
@@ -131,7 +160,7 @@ class Router:
             scale = self._inverse_deviation(u) if settings.local == "phatgoose" else None
             logits = scores.local_logits(settings, products, scale)
             if settings.standardise:
-                logits = scores.standardised(logits)
+                logits = scores.standardised(logits, self.used)
         if self.bias is not None:
             logits = logits + self._rows(self.bias, u)
         if self.excluded is not None:
@@ -165,9 +194,17 @@ class Router:
 
     @contextmanager
     def only(self, weights: Tensor | Sequence[float]) -> Generator[None]:
-        """Use fixed weights [K] or [B, K] within, instead of routing: one expert's, or a mixture's."""
+        """Use fixed weights [K] or [B, K] within, instead of routing: one expert's, or a mixture's.
+
+        Raises:
+            InputError: they are not a finite number for each expert.
+        """
         before = self.fixed
         values = torch.as_tensor(weights, dtype=torch.float32)
+        if values.ndim not in (1, 2) or values.shape[-1] != len(self.experts) or not bool(values.isfinite().all()):
+            raise InputError(
+                f"weights: of shape {tuple(values.shape)}; give a finite number for each of {len(self.experts)} experts"
+            )
         self.fixed = values[None] if values.ndim == 1 else values
         try:
             yield
@@ -187,11 +224,16 @@ class Router:
             mask[self.index(name)] = True
         if bool(mask.all()):
             raise InputError("routing: every expert is left out; keep one")
-        self.excluded = mask
+        self._exclude(mask)
         try:
             yield
         finally:
-            self.excluded = before
+            self._exclude(before)
+
+    def _exclude(self, mask: Tensor | None) -> None:
+        self.excluded = mask
+        if self.said is not None:
+            self.instruct(self.said)
 
     @contextmanager
     def watched(self, watcher: Watcher) -> Generator[None]:

@@ -63,10 +63,15 @@ def local_logits(settings: Settings, products: Tensor, scale: Tensor | None) -> 
     return products if settings.temperature == 1 else products / settings.temperature
 
 
-def standardised(values: Tensor) -> Tensor:
-    """Return values [..., K] less their mean over the experts, divided by their standard deviation; 0 where it is 0."""
-    centred = values - values.mean(-1, keepdim=True)
-    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+def standardised(values: Tensor, used: Tensor | None = None) -> Tensor:
+    """Return values [..., K] less their mean over the experts, divided by their standard deviation; 0 where it is 0.
+
+    Mean and deviation are those of the experts ``used`` [K], true or false; None: of all.
+    """
+    counted = torch.ones_like(values[..., :1]) if used is None else used.to(values)
+    shares = counted.expand_as(values) / counted.expand_as(values).sum(-1, keepdim=True)
+    centred = values - (values * shares).sum(-1, keepdim=True)
+    deviation = (centred.square() * shares).sum(-1, keepdim=True).sqrt()
     return torch.where(deviation > 0, centred / torch.where(deviation > 0, deviation, 1.0), 0.0)
 
 
@@ -97,7 +102,7 @@ def top_p_weights(logits: Tensor, p: float) -> Tensor:
 
 def with_mean(weights: Tensor, known: Tensor, used: Tensor | None) -> Tensor:
     """Return ``known`` [..., 1] of weights [..., K], and 1 - ``known`` of the mean of the experts ``used`` [K]."""
-    even = torch.ones_like(weights) if used is None else used.to(weights.dtype).expand_as(weights)
+    even = torch.ones_like(weights) if used is None else used.to(weights).expand_as(weights)
     return known * weights + (1 - known) * even / even.sum(-1, keepdim=True)
 
 

@@ -1,10 +1,10 @@
 """How tokens are routed, as data."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from consilience.errors import InputError
+from consilience.numbers import is_number
 from consilience.routing.values import PlainValues, check_choice
 
 Local = Literal["phatgoose", "arrow", "average", "none"]
@@ -49,21 +49,21 @@ class Settings(PlainValues):
     def __post_init__(self) -> None:
         check_choice("local", self.local, get_args(Local))
         check_choice("fallback", self.fallback, get_args(Fallback))
-        if self.scale != "adaptive" and not (_number(self.scale) and float(self.scale) >= 0):
+        if self.scale != "adaptive" and not (is_number(self.scale) and float(self.scale) >= 0):
             raise InputError(f"scale: {self.scale!r} must be a number of at least 0, or adaptive")
-        if not (_number(self.most_scale) and self.most_scale >= 0):
+        if not (is_number(self.most_scale) and self.most_scale >= 0):
             raise InputError(f"most_scale: {self.most_scale!r} must be a number of at least 0")
         if self.fallback == "mean" and (self.scale != "adaptive" or self.most_scale == 0):
             raise InputError(
                 "fallback: mean needs scale: adaptive and a most_scale above 0, which say what queries are recognised; "
                 "or give fallback: local"
             )
-        if not (_number(self.top_k) and float(self.top_k).is_integer() and self.top_k >= 0):
+        if not (is_number(self.top_k) and float(self.top_k).is_integer() and self.top_k >= 0):
             raise InputError(f"top_k: {self.top_k!r} must be a whole number of at least 0 (0: all experts)")
         object.__setattr__(self, "top_k", int(self.top_k))
-        if not (_number(self.top_p) and 0 <= self.top_p <= 1):
+        if not (is_number(self.top_p) and 0 <= self.top_p <= 1):
             raise InputError(f"top_p: {self.top_p!r} must lie in [0, 1] (0: top_k is used)")
-        if not (_number(self.temperature) and self.temperature > 0):
+        if not (is_number(self.temperature) and self.temperature > 0):
             raise InputError(f"temperature: {self.temperature!r} must be a number above 0")
         if self.standardise not in (True, False):
             raise InputError(f"standardise: {self.standardise!r} must be true or false")
@@ -72,7 +72,3 @@ class Settings(PlainValues):
     def instructed(self) -> bool:
         """Whether queries' instructions count."""
         return self.scale == "adaptive" or self.scale > 0
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,11 +1,11 @@
 """Frozen dataclasses of settings, read from plain values with one-line errors."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Self, TypeVar, cast
 
 from consilience.errors import InputError, nearest
+from consilience.numbers import is_number
 
 T = TypeVar("T")
 
@@ -64,8 +64,7 @@ def check_whole(key: str, value: Any, least: int) -> None:
 
 def check_above(key: str, value: Any, bound: float) -> None:
     """Raise ``InputError`` unless a value is a finite number above ``bound``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value <= bound:
+    if not is_number(value) or value <= bound:
         raise InputError(f"{key}: {value!r} must be a number above {bound:g}")
 
 

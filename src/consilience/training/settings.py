@@ -1,10 +1,10 @@
 """What a training run is told, checked before any work, and its learning-rate schedule."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from consilience.errors import InputError
+from consilience.numbers import is_number
 from consilience.training.schedule import cosine
 
 Precision = Literal["mixed", "float32"]
@@ -38,11 +38,11 @@ class Settings:
                 raise InputError(f"{name} = {value!r}: give a whole number of at least {least}")
         for name in ("learning_rate", "clip", "lora_alpha"):
             value = getattr(self, name)
-            if not (name == "lora_alpha" and value is None) and not (_number(value) and value > 0):
+            if not (name == "lora_alpha" and value is None) and not (is_number(value) and value > 0):
                 raise InputError(f"{name} = {value!r}: give a number above 0")
-        if not _number(self.weight_decay) or self.weight_decay < 0:
+        if not is_number(self.weight_decay) or self.weight_decay < 0:
             raise InputError(f"weight_decay = {self.weight_decay!r}: give a number of at least 0")
-        if not _number(self.warmup) or not 0 <= self.warmup <= 1:
+        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
             raise InputError(f"warmup = {self.warmup!r}: give the share of the steps to warm up over, 0 to 1")
         if self.precision not in get_args(Precision):
             raise InputError(f"precision = {self.precision!r}: give one of {', '.join(get_args(Precision))}")
@@ -60,7 +60,3 @@ class Settings:
     def learning_rate_at(self, step: int) -> float:
         """The rate of ``step`` (from 0): linear over the ``warmup``, a step or more, then half a cosine to 0."""
         return cosine(step, self.steps, max(1, round(self.warmup * self.steps)), self.learning_rate)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -69,7 +69,7 @@ def _choose(logits: Any, u: Any, bias: Any, known: Any, way: int, temperature: A
         weights[best] = np.exp(logits[best] - top)
         total += weights[best]
     for e in range(count):
-        weights[e] = max(weights[e], np.float32(0)) / total
+        weights[e] = np.float32(0) if weights[e] < 0 else weights[e] / total
     if known < 1:
         present = 0
         for e in range(count):
@@ -145,7 +145,7 @@ def weigh(u: Any, products: Any, edges: Any, bias: Any, known: Any, way: int, te
             _choose(logits, u[b, t], bias[b], known[b], way, temperature, k, weights)
             for e in range(count):
                 for r in range(edges[e], edges[e + 1]):
-                    row[r] = _narrow(widened(row[r]) * weights[e]) if weights[e] > 0 else np.uint16(0)
+                    row[r] = _narrow(widened(row[r]) * weights[e]) if weights[e] != 0 else np.uint16(0)
 
 
 @inlined
@@ -153,7 +153,7 @@ def _add_chosen(out_of: Any, edges: Any, hidden: Any, weights: Any, added: Any, 
     """``y += sum_e weights[e] B_e hidden_e`` over the experts that are used."""
     added[:] = 0
     for e in range(len(weights)):
-        if weights[e] > 0:
+        if weights[e] != 0:
             _add_rows(out_of, edges[e], edges[e + 1], hidden, weights[e], added)
     for j in range(added.size):
         y[j] = _narrow(widened(y[j]) + added[j])
@@ -216,6 +216,6 @@ def add_own(
             _dots(into, total, total + count, x, hidden)
             _choose(hidden[total:], u[b, t], bias[b], known[b], way, temperature, k, weights)
             for e in range(count):
-                if weights[e] > 0:
+                if weights[e] != 0:
                     _dots(into, edges[e], edges[e + 1], x, hidden)
             _add_chosen(out_of, edges, hidden, weights, added, y[b, t])

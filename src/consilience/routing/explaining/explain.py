@@ -185,4 +185,4 @@ def _similarity(routing: Routing, query: str) -> tuple[Any, float | None]:
     if not routing.settings.instructed or routing.asked.semantics is None:
         return None, None
     found = routing.asked.semantics([query], routing.settings)
-    return found.cosines[0].double().cpu().numpy(), float(found.scale[0])
+    return found.cosines[0].double().cpu().numpy(), float(routing.router.scale_of(found)[0])

@@ -64,7 +64,7 @@ def data(explanation: "Explanation") -> dict[str, Any]:
     return {
         "experts": list(explanation.experts),
         "ranking": list(explanation.ranking),
-        "used": min(settings.top_k or experts, experts) if not settings.top_p else experts,
+        "used": experts if settings.top_p or settings.fallback == "mean" else min(settings.top_k or experts, experts),
         "parts": [
             {
                 "name": part.name,

@@ -49,6 +49,7 @@ def sentences(explanation: "Explanation") -> list[str]:
     settings = explanation.settings
     used = f"top {settings.top_k}" if settings.top_k else "all of them"
     used = f"top p = {settings.top_p:g}" if settings.top_p else used
+    used += ", and all by their mean" if settings.fallback == "mean" else ""
     scale = explanation.scale
     told = "instructions do not count" if scale is None else f"instructions count {scale:.4g} times"
     if scale is not None and settings.fallback == "mean":

@@ -169,9 +169,16 @@ def build(
         experts = [Expert(source.name, read_factors(source.adapter)) for source in sources]
         for expert in experts:
             check_fit(base()[0], expert)
+        # First all that may fail; gates are trained for hours.
         work = Work(base, settings, gates, partial / "gates", progress)
-        made = [work.vectors(source, expert, where) for source, expert in zip(sources, experts, strict=True)]
+        rows = [work.rows(source, where) for source in sources]
         instructions = None if told is None else instruct(base, told, sources, progress)
+        if settings.scale == "adaptive" and instructions is not None and instructions.adaptive is None:
+            raise InputError(
+                f"{where}: scale: adaptive is fitted on examples of two experts at least, and there are not so many; "
+                "give the experts data and held_in above 0, or a number for scale"
+            )
+        made = [work.vectors(expert, examples) for expert, examples in zip(experts, rows, strict=True)]
         records = {"gates": {source.name: one for source, (_, one) in zip(sources, made, strict=True) if one}}
         description = store.Description(described, settings, store.names_of(experts), records=records)
         with delivery(partial, out) as result:
@@ -194,34 +201,39 @@ class Work:
     state: Path
     progress: bool
 
-    def vectors(
-        self, source: Source, expert: Expert, where: str
-    ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
-        """Return an expert's vectors by kind, and how its gates were trained; Arrow's need nothing and always come.
+    def rows(self, source: Source, where: str) -> list[Examples]:
+        """Return the rows that an expert's vectors are learned from; none where the local router needs none.
 
         Raises:
-            InputError: the local router needs rows that the recipe does not name.
+            InputError: the local router needs rows that the recipe does not name, or they cannot be read.
         """
-        found: dict[str, Mapping[str, Tensor]] = {"arrow": directions(expert.factors)}
         if self.settings.local not in ("phatgoose", "average"):
-            return found, None
+            return []
         task = source.task(labelled=True)
         if task is None:
             raise InputError(
                 f"{where}: expert {source.name!r}: {self.settings.local} learns from the expert's own rows; "
                 "give it data: {train: FILE.jsonl}, or use local: arrow"
             )
-        examples = [self.base.examples(task)]
+        return [self.base.examples(task)]
+
+    def vectors(
+        self, expert: Expert, rows: list[Examples]
+    ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any] | None]:
+        """Return an expert's vectors by kind, and how its gates were trained; Arrow's need nothing and always come."""
+        found: dict[str, Mapping[str, Tensor]] = {"arrow": directions(expert.factors)}
+        if not rows:
+            return found, None
         if self.settings.local == "average":
             from consilience.routing.local.average import average_activations
 
             model = self.base()[0]
-            means = average_activations(model, source.name, expert.factors, examples, progress=self.progress)
+            means = average_activations(model, expert.name, expert.factors, rows, progress=self.progress)
             return found | {"average": means}, None
         from consilience.routing.local.gate_training import train_gates
 
         trained, record = train_gates(
-            self.base()[0], source.name, expert.factors, examples, self.gates, self.state, self.progress
+            self.base()[0], expert.name, expert.factors, rows, self.gates, self.state, self.progress
         )
         return found | {"phatgoose": trained}, record.to_dict()
 

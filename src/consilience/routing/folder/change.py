@@ -67,12 +67,15 @@ def add_expert(
     check_fit(held()[0], expert)
     gates = _gate_settings(description)
     state = folder / OURS / "unfinished" / name
-    made, record = Work(held, description.settings, gates, state, progress).vectors(source, expert, "arguments")
-    found = description
+    work = Work(held, description.settings, gates, state, progress)
+    rows = work.rows(source, "arguments")
+    router = None
     if description.instructions is not None:
-        model, tokenizer = held()
-        router = read_semantics(folder, description, model, tokenizer, nullcontext)
+        router = read_semantics(folder, description, *held(), nullcontext)
         router.add(described(held, source))
+    made, record = work.vectors(expert, rows)
+    found = description
+    if router is not None:
         written = store.write_instructions(folder, router.tensors())
         found = replace(description, instructions=router.to_dict(), tensors=written)
     shutil.rmtree(store.expert_folder(folder, name), ignore_errors=True)

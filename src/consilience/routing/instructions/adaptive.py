@@ -15,7 +15,6 @@ Source: the project's own; it answers the reviewers' objection that GLIDER sets 
 that experts were trained on, 3 for others). Targets: Platt, Probabilistic outputs for support vector machines (1999).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from consilience.errors import InputError
+from consilience.numbers import is_number
 
 #: Bounds of s. Cosines differ by rounding and by chance below the first; beyond the second, a would hardly vary.
 NARROWEST, WIDEST = 0.01, 1.0
@@ -70,7 +70,7 @@ class Adaptive:
         if not isinstance(value, dict) or sorted(cast(dict[str, Any], value)) != sorted(names):
             raise InputError(f"{where}: adaptive must have {', '.join(names)}; restore the file")
         values = cast(dict[str, Any], value)
-        if not all(isinstance(one, int | float) and math.isfinite(one) for one in values.values()):
+        if not all(is_number(one) for one in values.values()):
             raise InputError(f"{where}: adaptive holds something else than numbers; restore the file")
         if values["width"] <= 0:
             raise InputError(f"{where}: adaptive has a width that is not positive; restore the file")

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -254,7 +255,8 @@ class Instructions:
                 "scale: adaptive was not fitted, which takes two experts with examples at least; give a number, or "
                 "build the instructions again with examples and held_in above 0"
             )
-        return Similarity(cosines, self.adaptive.scale(cosines, settings.most_scale))
+        chosen = partial(self.adaptive.scale, most=settings.most_scale)
+        return Similarity(cosines, chosen(cosines), chosen)
 
     def lookup(self, tasks: Mapping[str, str]) -> "Lookup":
         """Return the published protocol: every task has one instruction, and its queries are known to be its own.
