@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from routed_models import linears, make_experts, write_adapter
 from tiny_models import make_llama, make_tokenizer
 
@@ -202,6 +203,19 @@ def test_an_adapter_of_another_base_is_refused_before_work(zoo: Path, tmp_path: 
     with pytest.raises(InputError, match=r"expert 'wide': .*64 outputs"):
         cs.build_routed(recipe, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_the_documented_recipe_is_built(zoo: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/routing.md").read_text()
+    recipe = yaml.safe_load(text[text.index("```yaml") + 7 :].split("```")[0])
+    recipe["base_model"] = str(zoo / "base")
+    for k, model in enumerate(recipe["models"]):
+        model["model"], model["data"] = str(zoo / f"adapters/e{k}"), {"train": str(zoo / f"e{k}.jsonl")}
+    recipe["gates"] |= {"steps": 2, "precision": "float32"}
+    made = cs.build_routed(recipe, tmp_path / "out")
+    assert made.experts == ("code", "math")
+    assert made.settings.fallback == "mean"
+    assert logits(cs.load_routed(tmp_path / "out")).isfinite().all()
 
 
 @pytest.mark.parametrize(
