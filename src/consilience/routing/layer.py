@@ -108,8 +108,15 @@ class Experts(nn.Module):
         self.register_buffer("out_of", out_of, persistent=False)
         self.register_buffer("owner", owner.to(like.device), persistent=False)
         self._bounds = np.array(self.edges, np.int64)
-        share = self.total * (1 / width + 1 / height)
-        self.dense = share <= DENSE_SHARE or self.into.element_size() < 4
+        self._share = self.total * (1 / width + 1 / height)
+
+    @property
+    def dense(self) -> bool:
+        """Whether all experts' products are computed, used or not.
+
+        Elsewhere than on a CPU they are: to learn which are used is to wait for the device.
+        """
+        return self._share <= DENSE_SHARE or self.into.element_size() < 4 or not self.into.is_cpu
 
     def add(self, u: Tensor, y: Tensor) -> Tensor:
         """Return y + sum_k w_k B_k A_k u: u [..., in], y [..., out], which is written to."""

@@ -118,6 +118,7 @@ class Router:
 
         Either of all experts, [.., K] and None, or of the k that a token uses, [.., k], and whose they are, [.., k].
         """
+        self._follow(u.device)
         if self.fixed is not None:
             return self._rows(self.fixed, u).to(torch.float32).expand(*u.shape[:-1], len(self.experts)), None
         values, where = scores.choose(self.settings, self._logits(products, u))
@@ -125,6 +126,13 @@ class Router:
             return values, where
         weights = values if where is None else scores.spread(values, where, len(self.experts))
         return scores.with_mean(weights, self._rows(self.known[:, None], u), self.used), None
+
+    def _follow(self, device: torch.device) -> None:
+        """Take what is set of sequences and experts to the activations' device, once for all layers there."""
+        for name in ("bias", "known", "fixed", "excluded"):
+            value = getattr(self, name)
+            if value is not None and value.device != device:
+                setattr(self, name, value.to(device))
 
     def plan(self, u: Tensor) -> Plan | None:
         """Return how compiled kernels route activations [sequences, tokens, d]; None: they go the general way."""
@@ -140,6 +148,7 @@ class Router:
         return plan
 
     def _planned(self, u: Tensor) -> Plan:
+        self._follow(u.device)
         known = self._rows((torch.ones(1) if self.known is None else self.known)[:, None], u)
         shares = known[:, 0, 0].float().expand(len(u)).contiguous().numpy()
         added, (sequences, tokens, _) = self._added(u), u.shape
@@ -164,7 +173,7 @@ class Router:
         if self.bias is not None:
             logits = logits + self._rows(self.bias, u)
         if self.excluded is not None:
-            logits = logits.masked_fill(self.excluded.to(logits.device), -torch.inf)
+            logits = logits.masked_fill(self.excluded, -torch.inf)
         return logits
 
     def _inverse_deviation(self, u: Tensor) -> Tensor:
@@ -176,8 +185,6 @@ class Router:
 
     def _rows(self, values: Tensor, u: Tensor) -> Tensor:
         """Return values [B, K] as [sequences, 1, K]: beams and returned samples of a query follow one another."""
-        if values.device != u.device:
-            values = values.to(u.device)
         if len(values) not in (1, len(u)):
             times, rest = divmod(len(u), len(values))
             if rest:
