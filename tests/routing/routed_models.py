@@ -1,5 +1,6 @@
 """Tiny models with random experts, and their adapters on disk."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from consilience.routing.settings import Settings
 
 LLAMA = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 T5 = ("q", "v", "o", "wi", "wo")
+PROMPTS = {
+    "e0": ["the cat sat", "the cat sat on the mat", "a cat and a mat"],
+    "e1": ["is it positive", "is the sentiment negative?", "positive or negative?"],
+    "e2": ["def f(x): return the cat", "return x + 1", "def g(y): return y or negative"],
+}
+TFIDF: dict[str, Any] = {"describer": "none", "embedder": "tfidf", "held_in": 0}
 
 
 def linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -83,8 +90,6 @@ def merge_into(model: nn.Module, experts: list[Expert], weights: list[float]) ->
 
 def write_adapter(expert: Expert, place: Path) -> Path:
     """Save an expert as PEFT would, with alpha / r = 1."""
-    import json
-
     from safetensors.torch import save_file
 
     place.mkdir(parents=True)
@@ -98,3 +103,25 @@ def write_adapter(expert: Expert, place: Path) -> Path:
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
     (place / "adapter_config.json").write_text(json.dumps(config))
     return place
+
+
+def write_zoo(place: Path) -> Path:
+    """Write a base, three adapters and their rows."""
+    model = make_llama()
+    model.save_pretrained(place / "base")
+    make_tokenizer().save_pretrained(place / "base")
+    for expert in make_experts(model):
+        write_adapter(expert, place / "adapters" / expert.name)
+        rows = [{"prompt": prompt, "response": f"{expert.name} {n}"} for n, prompt in enumerate(PROMPTS[expert.name])]
+        (place / f"{expert.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def recipe_of(zoo: Path, names: tuple[str, ...] = ("e0", "e1", "e2"), **changes: Any) -> dict[str, Any]:
+    """A recipe for experts of such a folder."""
+    models = [
+        {"model": str(zoo / "adapters" / name), "name": name, "data": {"train": str(zoo / f"{name}.jsonl")}}
+        for name in names
+    ]
+    plain: dict[str, Any] = {"base_model": str(zoo / "base"), "models": models, "routing": {"local": "arrow"}}
+    return plain | changes

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from routed_models import linears, make_experts, write_adapter
-from tiny_models import make_llama, make_tokenizer
+from routed_models import TFIDF, linears, make_experts, recipe_of, write_adapter, write_zoo
+from tiny_models import make_llama
 
 import consilience as cs
 from consilience.__main__ import run
@@ -17,38 +17,12 @@ from consilience.routing.folder.change import add_expert, remove_expert
 from consilience.routing.folder.store import Base, Description, read_description
 from consilience.routing.settings import Settings
 
-PROMPTS = {
-    "e0": ["the cat sat", "the cat sat on the mat", "a cat and a mat"],
-    "e1": ["is it positive", "is the sentiment negative?", "positive or negative?"],
-    "e2": ["def f(x): return the cat", "return x + 1", "def g(y): return y or negative"],
-}
 IDS = torch.tensor([[5, 9, 40, 77, 120, 33]])
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, three adapters and their rows."""
-    place = tmp_path_factory.mktemp("routed")
-    model = make_llama()
-    model.save_pretrained(place / "base")
-    make_tokenizer().save_pretrained(place / "base")
-    for expert in make_experts(model):
-        write_adapter(expert, place / "adapters" / expert.name)
-        rows = [{"prompt": prompt, "response": f"{expert.name} {n}"} for n, prompt in enumerate(PROMPTS[expert.name])]
-        (place / f"{expert.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return place
-
-
-def recipe_of(zoo: Path, names: tuple[str, ...] = ("e0", "e1", "e2"), **changes: Any) -> dict[str, Any]:
-    models = [
-        {"model": str(zoo / "adapters" / name), "name": name, "data": {"train": str(zoo / f"{name}.jsonl")}}
-        for name in names
-    ]
-    plain: dict[str, Any] = {"base_model": str(zoo / "base"), "models": models, "routing": {"local": "arrow"}}
-    return plain | changes
-
-
-TFIDF: dict[str, Any] = {"describer": "none", "embedder": "tfidf", "held_in": 0}
+    return write_zoo(tmp_path_factory.mktemp("routed"))
 
 
 def logits(model: Any) -> torch.Tensor:

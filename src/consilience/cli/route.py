@@ -1,6 +1,7 @@
 """``consilience route``: build, use and look into models that route tokens among experts."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,7 +138,7 @@ def generate(
     from consilience.tasks.generate import sample
 
     if prompts == ["-"]:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = _lines(sys.stdin.buffer.read())
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise InputError("PROMPT: is empty; write what the model is asked")
     model = loaded(folder, base, device, dtype, settings)
@@ -148,6 +149,13 @@ def generate(
             answers = sample(model, model.tokenizer, prompts, max_new_tokens)
     for prompt, answer in zip(prompts, answers, strict=True):
         typer.echo(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) if as_json else answer)
+
+
+def _lines(given: bytes) -> list[str]:
+    try:
+        return [line.rstrip("\r") for line in given.decode().split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin: byte {error.start} is not UTF-8; convert the prompts to UTF-8") from None
 
 
 @route.command("eval")
@@ -261,6 +269,8 @@ def explain_answer(
         raise InputError(f"--html {html}: is a folder; name a file in it")
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"--html {html}: there is no folder {html.parent}; make it first")
+    if html is not None and not os.access(html if html.exists() else html.absolute().parent, os.W_OK):
+        raise InputError(f"--html {html}: cannot be written; name another file")
     model = loaded(folder, base, device, dtype, settings)
     found = explain(model, prompt, max_new_tokens=max_new_tokens, answer=answer)
     typer.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found.to_text(), nl=as_json)

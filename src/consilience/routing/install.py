@@ -80,6 +80,11 @@ def _prototypes(name: str, experts: Sequence[Expert], settings: Settings) -> Ten
         return empty.repeat(len(experts), 1)
     vectors = [expert.vectors[settings.local].get(name, empty).float() for expert in experts]
     for expert, vector in zip(experts, vectors, strict=True):
+        if vector.shape != (width,):
+            raise InputError(
+                f"expert {expert.name!r}: {name}: its {settings.local} vector has {vector.numel()} values and the "
+                f"layer {width} inputs; build the routed model again"
+            )
         if not bool(vector.isfinite().all()):
             raise InputError(
                 f"expert {expert.name!r}: {name}: its {settings.local} vector holds NaN or Inf; build the routed model "

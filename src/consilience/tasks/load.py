@@ -121,12 +121,13 @@ def load_model(
         dtype: of the weights; "auto": as they are stored.
 
     Raises:
-        InputError: the folder is no such model, its weights are missing, misshapen or incomplete, or the adapter does
-            not fit.
+        InputError: the folder is no such model, its weights are missing, misshapen or incomplete, the adapter does not
+            fit, or there is no such device.
         MachineError: not enough memory.
     """
     folder = Path(folder)
     check_folder(folder)
+    check_device(device)
     import torch
     from transformers import AutoConfig
 
@@ -148,6 +149,21 @@ def load_model(
         model = _with_adapter(model, Path(adapter))
     # Autocast keeps the bfloat16 copy of a weight between batches only for parameters that require gradients.
     return model.to(device).requires_grad_(True).eval()
+
+
+def check_device(device: str) -> None:
+    """Check that torch can compute on a device.
+
+    Raises:
+        InputError: there is no such device, or it holds no values.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"device = {device!r}: torch cannot use it ({first}); try cpu") from None
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

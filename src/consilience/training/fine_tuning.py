@@ -14,7 +14,7 @@ from consilience.engine.output import OURS, partial_path
 from consilience.errors import InputError, MachineError
 from consilience.progress import LossListener, listening_to_loss
 from consilience.tasks.cache import fingerprint
-from consilience.tasks.load import check_folder, require_transformers
+from consilience.tasks.load import check_device, check_folder, require_transformers
 from consilience.tasks.rows import Task
 from consilience.training.data import Examples, read_examples
 from consilience.training.losses import batch_loss, collate, token_losses
@@ -112,7 +112,7 @@ def fine_tune(
         precision=precision,
     )
     folder, out = _base(base), Path(out)
-    _check_device(device)
+    check_device(device)
     data = read_examples(folder, tasks)
     check_out(out, [folder, *(one.task.path for one in data if one.task.path is not None)], force)
     plan = {"base": fingerprint(folder), "tasks": [one.task.digest for one in data], **asdict(settings)}
@@ -141,16 +141,6 @@ def _base(base: Path | str) -> Path:
         raise InputError(f"{base}: names an adapter, and training starts from a model; merge the two first")
     check_folder(place.model)
     return place.model
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"device = {device!r}: torch cannot use it ({first}); try cpu") from None
 
 
 @contextlib.contextmanager

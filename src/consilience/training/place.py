@@ -38,7 +38,9 @@ def check_out(out: Path, inputs: Sequence[Path], force: bool) -> None:
 
 @contextlib.contextmanager
 def claimed(partial: Path, plan: dict[str, Any]) -> Generator[None]:
-    """Hold OUT.partial for this run alone: a saved state of another plan is dropped; wrong input leaves nothing.
+    """Hold OUT.partial for this run alone: a saved state of another plan is dropped.
+
+    Wrong input leaves nothing behind, but what an earlier run had saved there.
 
     Raises:
         InputError: another run holds it, or it is somebody else's folder; neither is touched.
@@ -52,12 +54,14 @@ def claimed(partial: Path, plan: dict[str, Any]) -> Generator[None]:
             raise InputError(f"{partial}: another run is writing there; wait for it, or choose another OUT") from None
         if any(partial.iterdir()) and not (partial / _PLAN).is_file():
             raise InputError(f"{partial}: is in the way and no training left it; move it elsewhere")
+        earlier = any(path.name != _PLAN for path in partial.iterdir())
         try:
             _adopt(partial, plan)
             yield
         except InputError:
-            shutil.rmtree(partial)
-            discard_folders(made)
+            if not earlier:
+                shutil.rmtree(partial)
+                discard_folders(made)
             raise
     finally:
         os.close(descriptor)

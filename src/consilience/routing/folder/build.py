@@ -32,6 +32,8 @@ from consilience.tasks.rows import Task, read_rows
 from consilience.training.data import Examples, right
 from consilience.training.place import check_out, claimed, delivery
 
+#: What else may be named beside experts, in commands and results.
+RESERVED = ("base", "uniform", "own", "routed", "collapsed")
 #: Prompts of each expert that its instruction is made of.
 EXAMPLES = 64
 
@@ -113,8 +115,10 @@ def source_of(name: str, entry: RoutedEntry, root: Path | None, where: str) -> S
     Raises:
         InputError: it is no adapter, or its name cannot name a folder.
     """
-    if not store.is_name(name):
-        raise InputError(f"{where}: expert {name!r} cannot name a folder; give it a name: without / \\ or .")
+    if not store.is_name(name) or "=" in name:
+        raise InputError(f"{where}: expert {name!r} cannot name a folder; give it a name: without / \\ . or =")
+    if name in RESERVED:
+        raise InputError(f"{where}: expert {name!r}: means something else to route's commands; give it another name:")
     place = resolve(entry.model, root)
     folder = place.adapter or place.model
     if not folder.is_dir() or not is_adapter(folder):
@@ -161,7 +165,7 @@ def build(
     folder = resolve(recipe.base_model, root).model
     check_folder(folder)
     sources = sources_of(recipe, root, where)
-    check_out(out, [folder, *(source.adapter for source in sources)], force)
+    check_out(out, [folder, *_read(sources, told), *([Path(where)] if Path(where).is_file() else [])], force)
     described = store.Base.of(folder, recipe.base_model)
     plan = json.loads(json.dumps({"base": asdict(described), "recipe": recipe.model_dump()}))
     base, partial = Base(folder, device, trust_remote_code), partial_path(out.absolute())
@@ -249,6 +253,14 @@ def _instruction_settings(
             )
         return None
     return InstructionSettings.from_plain(recipe.instructions, f"{where}: instructions").located(root)
+
+
+def _read(sources: list[Source], told: InstructionSettings | None) -> list[Path]:
+    """Return what a build reads beside the base and the recipe."""
+    data = [(source, source.entry.data) for source in sources]
+    rows = [resolve_file(path, one.root) for one, paths in data if paths for path in vars(paths).values() if path]
+    local = [] if told is None else [told.embedder.model, told.describer.model]
+    return [*(source.adapter for source in sources), *rows, *(Path(model) for model in local if model)]
 
 
 def instruct(base: Base, settings: InstructionSettings, sources: list[Source], progress: bool) -> Instructions:

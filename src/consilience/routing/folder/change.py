@@ -1,8 +1,10 @@
 """Add an expert to a routed model on disk, or remove one: the others' files stay as they are."""
 
+import fcntl
+import os
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from consilience.engine.output import OURS
-from consilience.errors import InputError
+from consilience.errors import InputError, MachineError
 from consilience.recipe.schema import DataPaths
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
-from consilience.routing.folder.build import Base, Work, described, source_of
+from consilience.routing.folder.build import Base, Source, Work, described, source_of
 from consilience.routing.folder.load import read_semantics
 from consilience.routing.folder.recipe import RoutedEntry
 from consilience.routing.install import check_fit
 from consilience.routing.local.gate_settings import GateSettings
+from consilience.routing.values import read_settings
 from consilience.tasks.load import require_transformers
 
 
@@ -55,12 +58,34 @@ def add_expert(
     """
     require_transformers("routing")
     folder = Path(folder)
-    description = store.read_description(folder)
-    if name in description.experts:
-        raise InputError(f"{folder}: has an expert {name!r} already; choose another name")
+    source = _source(folder, name, adapter, data, instruction)
+    with _changing(folder) as description:
+        if name in description.experts:
+            raise InputError(f"{folder}: has an expert {name!r} already; choose another name")
+        return _add(folder, description, source, base, device, trust_remote_code, progress)
+
+
+def _source(folder: Path, name: str, adapter: Path | str, data: Path | str | None, instruction: str | None) -> Source:
+    if instruction is not None and not instruction.strip():
+        raise InputError("instruction: is empty; say what the expert does, or leave it out")
     paths = None if data is None else DataPaths(train=str(data))
-    entry = RoutedEntry(model=str(adapter), name=name, data=paths, instruction=instruction)
-    source = source_of(name, entry, None, "arguments")
+    # The name is not the entry's, which would judge it before source_of can say what is wrong with it.
+    source = source_of(name, RoutedEntry(model=str(adapter), data=paths, instruction=instruction), None, "arguments")
+    if folder.resolve() in source.adapter.resolve().parents:
+        raise InputError(f"{source.adapter}: lies in the routed model itself; copy it elsewhere first")
+    return source
+
+
+def _add(
+    folder: Path,
+    description: store.Description,
+    source: Source,
+    base: str | None,
+    device: str,
+    trust_remote_code: bool,
+    progress: bool,
+) -> store.Description:
+    name = source.name
     place = store.find_base(description.base, folder, base)
     held = Base(place, device, trust_remote_code)
     expert = Expert(name, read_factors(source.adapter))
@@ -78,14 +103,15 @@ def add_expert(
     if router is not None:
         written = store.write_instructions(folder, router.tensors())
         found = replace(description, instructions=router.to_dict(), tensors=written)
-    shutil.rmtree(store.expert_folder(folder, name), ignore_errors=True)
     store.write_expert(folder, name, source.adapter, made)
     records = dict(description.records)
     if record:
         records["gates"] = {**records.get("gates", {}), name: record}
     found = replace(found, experts=(*description.experts, name), records=records)
     store.write_description(folder, found)
-    _tidy(folder, found)
+    shutil.rmtree(state, ignore_errors=True)
+    with suppress(OSError):  # another expert's training is unfinished
+        state.parent.rmdir()
     return found
 
 
@@ -96,11 +122,15 @@ def remove_expert(folder: Path | str, name: str) -> store.Description:
         InputError: there is no such expert, or no other.
     """
     folder = Path(folder)
-    description = store.read_description(folder)
-    if name not in description.experts:
-        raise InputError(f"{folder}: has no expert {name!r}; there are {', '.join(description.experts)}")
-    if len(description.experts) == 1:
-        raise InputError(f"{folder}: {name!r} is its only expert; add another first")
+    with _changing(folder) as description:
+        if name not in description.experts:
+            raise InputError(f"{folder}: has no expert {name!r}; there are {', '.join(description.experts)}")
+        if len(description.experts) == 1:
+            raise InputError(f"{folder}: {name!r} is its only expert; add another first")
+        return _remove(folder, description, name)
+
+
+def _remove(folder: Path, description: store.Description, name: str) -> store.Description:
     found = description
     if description.instructions is not None:
         instructions, tensors = _left(description, store.read_instructions(folder, str(description.tensors)), name)
@@ -111,9 +141,35 @@ def remove_expert(folder: Path | str, name: str) -> store.Description:
     kept = tuple(one for one in description.experts if one != name)
     found = replace(found, experts=kept, records=records)
     store.write_description(folder, found)
-    shutil.rmtree(store.expert_folder(folder, name), ignore_errors=True)
-    _tidy(folder, found)
     return found
+
+
+@contextmanager
+def _changing(folder: Path) -> Generator[store.Description]:
+    """Read ``routing.json`` and hold the folder for this change alone; before and after it, leftovers are removed.
+
+    Raises:
+        InputError: another run is changing the folder.
+        MachineError: the disk is full or failed; the model is as it was, or as it was to be.
+    """
+    from safetensors import SafetensorError
+
+    store.read_description(folder)
+    descriptor = os.open(folder / OURS, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another run is changing it; wait for that, then run this again") from None
+        _tidy(folder)
+        try:
+            yield store.read_description(folder)
+        finally:
+            _tidy(folder)
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{folder}: cannot be written ({error}); mend it, then run this again") from error
+    finally:
+        os.close(descriptor)
 
 
 def _left(
@@ -130,12 +186,15 @@ def _gate_settings(description: store.Description) -> GateSettings:
     """Return the settings that the model's gates were trained with."""
     records: Mapping[str, Any] = description.records.get("gates", {})
     first = next(iter(records.values()), None)
-    return GateSettings() if first is None else GateSettings(**first["settings"])
+    return GateSettings() if first is None else read_settings(GateSettings, first["settings"], "records: gates")
 
 
-def _tidy(folder: Path, description: store.Description) -> None:
-    """Remove what ``routing.json`` does not speak of any more."""
-    shutil.rmtree(folder / OURS / "unfinished", ignore_errors=True)
-    for path in (folder / OURS).glob("instructions-*.safetensors"):
+def _tidy(folder: Path) -> None:
+    """Remove what ``routing.json`` does not speak of; unfinished trainings stay, for the runs that end them."""
+    description, ours = store.read_description(folder), folder / OURS
+    for path in (ours / store.EXPERTS).iterdir():
+        if path.name not in description.experts:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (*ours.glob("instructions-*.safetensors"), *ours.glob("*.new")):
         if path.name != description.tensors:
-            path.unlink()
+            path.unlink(missing_ok=True)

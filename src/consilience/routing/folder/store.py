@@ -5,7 +5,8 @@
     OUT/consilience/experts/NAME/vectors.safetensors      KIND/MODULE -> [in]: gates, directions, mean activations
     OUT/consilience/instructions-HASH.safetensors      embeddings [K, E], and what the embedder keeps
 
-The base is not copied: it is found by its path, or by its reference, and is checked to be the one that was built on.
+The base is not copied: it is found by its path, or by its reference. Whether it is the one that was built on is judged
+by its config, the sizes of its weight files and blocks of them.
 Files of one expert never change because another comes or goes; what changes is ``routing.json``, in one step.
 """
 
@@ -31,6 +32,8 @@ from consilience.routing.settings import Settings
 
 FORMAT = 1
 ROUTING, EXPERTS, VECTORS = "routing.json", "experts", "vectors.safetensors"
+#: Of each weight file of a base so many blocks of so many bytes are compared, which takes milliseconds.
+_BLOCKS, _BLOCK = 32, 1 << 14
 _TENSORS = re.compile(r"instructions-[0-9a-f]{16}\.safetensors")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
 _KEYS = ("format", "base", "settings", "experts", "instructions", "tensors", "records")
@@ -40,23 +43,38 @@ _KEYS = ("format", "base", "settings", "experts", "instructions", "tensors", "re
 class Base:
     """What a routed model stands on: ``path`` when it was built, the ``reference`` that was given, and what it holds.
 
-    ``files`` has the bytes of every weight file, ``config`` a hash of ``config.json``.
+    ``files`` has the bytes of every weight file, ``config`` a hash of ``config.json``, ``sampled`` one of parts of the
+    weight files: of another fine-tune of the same size they differ. Models of before it was kept have none.
     """
 
     path: str
     reference: str
     files: dict[str, int]
     config: str
+    sampled: str = ""
 
     @classmethod
     def of(cls, folder: Path, reference: str) -> "Base":
         """Describe a base folder."""
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if _weights(path)}
-        return cls(str(folder.absolute()), reference, sizes, _digest(folder / "config.json"))
+        weights = [path for path in sorted(folder.iterdir()) if _weights(path)]
+        sizes = {path.name: path.stat().st_size for path in weights}
+        return cls(str(folder.absolute()), reference, sizes, _digest(folder / "config.json"), _sample(weights))
 
 
 def _weights(path: Path) -> bool:
     return path.is_file() and path.name.endswith(WEIGHT_SUFFIXES)
+
+
+def _sample(paths: Sequence[Path]) -> str:
+    """Return a hash of blocks at even distances in files, the first and the last among them."""
+    found = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for part in range(_BLOCKS):
+                file.seek(max(0, size - _BLOCK) * part // (_BLOCKS - 1))
+                found.update(file.read(_BLOCK))
+    return found.hexdigest()
 
 
 def _digest(path: Path) -> str:
@@ -116,6 +134,9 @@ def read_description(folder: Path) -> Description:
         raise InputError(f"{path}: base, experts or settings are missing or not what they should be; restore the file")
     known = Settings.from_plain(cast(dict[str, Any], settings), str(path))
     records, instructions, tensors = (value.get(key) for key in ("records", "instructions", "tensors"))
+    _check_instructions(instructions, cast(list[str], experts), path)
+    if not _are_records(records):
+        raise InputError(f"{path}: records are not what they should be; restore the file")
     named = isinstance(tensors, str) and _TENSORS.fullmatch(tensors) is not None
     if (instructions is None) != (tensors is None) or not (tensors is None or named):
         raise InputError(f"{path}: tensors {tensors!r} is not the name of a file of instructions; restore the file")
@@ -123,12 +144,32 @@ def read_description(folder: Path) -> Description:
     return Description(Base(**cast(dict[str, Any], base)), known, names, instructions, tensors, records or {})
 
 
+def _check_instructions(value: Any, experts: Sequence[str], path: Path) -> None:
+    if value is None:
+        return
+    told: Any = cast(dict[str, Any], value).get("experts") if isinstance(value, dict) else None
+    if not isinstance(told, list) or not all(isinstance(one, dict) for one in cast(list[Any], told)):
+        raise InputError(f"{path}: instructions are not what they should be; restore the file")
+    if [one.get("name") for one in cast(list[dict[str, Any]], told)] != experts:
+        raise InputError(f"{path}: instructions are not about the same experts as the rest; restore the file")
+
+
+def _are_records(value: Any) -> bool:
+    """Whether these are records, as those of gates: by expert, what they were trained with."""
+    if value is None:
+        return True
+    gates: Any = cast(dict[str, Any], value).get("gates", {}) if isinstance(value, dict) else None
+    if not isinstance(gates, dict):
+        return False
+    return all(isinstance(one, dict) and "settings" in one for one in cast(dict[str, Any], gates).values())
+
+
 def _is_base(value: Any) -> bool:
-    texts = ("path", "reference", "config")
+    texts = ("path", "reference", "config", "sampled")
     return (
         isinstance(value, dict)
-        and sorted(cast(dict[str, Any], value)) == ["config", "files", "path", "reference"]
-        and all(isinstance(value[key], str) for key in texts)
+        and sorted({**cast(dict[str, Any], value), "sampled": ""}) == sorted((*texts, "files"))
+        and all(isinstance(cast(dict[str, Any], value).get(key, ""), str) for key in texts)
         and isinstance(value["files"], dict)
     )
 
@@ -144,8 +185,10 @@ def _are_names(value: Any) -> bool:
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value is an expert's name that may stand for a folder."""
-    return isinstance(value, str) and 0 < len(value) <= 100 and not any(c in "/\\." or ord(c) < 32 for c in value)
+    """Whether a value is an expert's name that may stand for a folder: printable, of at most 200 bytes."""
+    if not isinstance(value, str) or value != value.strip() or not value.isprintable():
+        return False
+    return 0 < len(value.encode()) <= 200 and not any(c in "/\\." for c in value)
 
 
 def find_base(described: Base, folder: Path, given: str | None = None) -> Path:
@@ -164,7 +207,8 @@ def find_base(described: Base, folder: Path, given: str | None = None) -> Path:
     if not (place / "config.json").is_file():
         raise InputError(f"{place}: holds no config.json; name the base with --base")
     other = Base.of(place, described.reference)
-    if other.files != described.files or other.config != described.config:
+    same = described.sampled in ("", other.sampled)
+    if other.files != described.files or other.config != described.config or not same:
         raise InputError(
             f"{place}: is not the base that {folder} was built on (its files differ); name that base with --base"
         )
@@ -197,11 +241,11 @@ def write_expert(folder: Path, name: str, adapter: Path, vectors: Mapping[str, M
 
 def write_vectors(place: Path, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write an expert's vectors, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     values = {f"{kind}/{module}": v.contiguous() for kind, own in vectors.items() for module, v in own.items()}
     temporary = place / f"{VECTORS}.new"
-    save_file(values, temporary)
+    temporary.write_bytes(save(values))
     os.replace(temporary, place / VECTORS)
 
 
@@ -253,7 +297,7 @@ def write_instructions(folder: Path, tensors: Mapping[str, Tensor]) -> str:
     from safetensors.torch import save
 
     data = save({name: value.contiguous() for name, value in tensors.items()})
-    name = f"instructions-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    name = _name_of(data)
     place = folder / OURS / name
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_name(f"{name}.new")
@@ -262,15 +306,21 @@ def write_instructions(folder: Path, tensors: Mapping[str, Tensor]) -> str:
     return name
 
 
+def _name_of(data: bytes) -> str:
+    return f"instructions-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+
+
 def read_instructions(folder: Path, name: str) -> dict[str, Tensor]:
     """Read what the global router keeps in tensors.
 
     Raises:
-        InputError: the file is missing or malformed.
+        InputError: the file is missing, or is not what was written under its name.
     """
     path = folder / OURS / name
     if not path.is_file():
         raise InputError(f"{path}: is missing; restore it, or build the routed model again")
+    if _name_of(path.read_bytes()) != name:
+        raise InputError(f"{path}: has changed since it was written; restore it, or build the routed model again")
     checkpoint = open_checkpoint(path)
     try:
         return {name: read_tensor(checkpoint, tensor) for name, tensor in checkpoint.tensors.items()}
