@@ -1,6 +1,7 @@
 """Any text is YAML or an ``InputError``, any value a recipe or an ``InputError``; gradients interpolate linearly."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -59,11 +60,17 @@ def test_words_that_look_like_numbers_stay_words(text: str) -> None:
     assert parse_yaml(text, WHERE) == text
 
 
-plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20) | st.dates()
+def words(longest: int | None = None) -> st.SearchStrategy[str]:
+    """Text, but no number with an exponent: PyYAML writes the word 1e5 without quotes, and we read a number."""
+    return st.text(max_size=longest).filter(lambda text: not re.fullmatch(r"[-+]?[0-9._]+[eE][-+]?[0-9]+", text))
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words(20) | st.dates()
 
 
 @settings(max_examples=100, deadline=None)
-@given(value=st.recursive(plain, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(), v, max_size=4)))
+@given(value=st.recursive(plain, lambda v: st.lists(v, max_size=4) | st.dictionaries(words(), v, max_size=4)))
+@example(value={"0E": "1e+", "e5": "0E0x"})
 def test_what_yaml_writes_is_read(value: Any) -> None:
     assert parse_yaml(yaml.safe_dump(value), WHERE) == value
 
