@@ -192,7 +192,7 @@ def _gate_settings(description: store.Description) -> GateSettings:
 def _tidy(folder: Path) -> None:
     """Remove what ``routing.json`` does not speak of; unfinished trainings stay, for the runs that end them."""
     description, ours = store.read_description(folder), folder / OURS
-    for path in (ours / store.EXPERTS).iterdir():
+    for path in (ours / store.EXPERTS).glob("*"):
         if path.name not in description.experts:
             shutil.rmtree(path, ignore_errors=True)
     for path in (*ours.glob("instructions-*.safetensors"), *ours.glob("*.new")):

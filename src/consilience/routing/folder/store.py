@@ -44,7 +44,7 @@ class Base:
     """What a routed model stands on: ``path`` when it was built, the ``reference`` that was given, and what it holds.
 
     ``files`` has the bytes of every weight file, ``config`` a hash of ``config.json``, ``sampled`` one of parts of the
-    weight files: of another fine-tune of the same size they differ. Models of before it was kept have none.
+    weight files, by which most other fine-tunes of the same size are told. Models of before it was kept have none.
     """
 
     path: str
