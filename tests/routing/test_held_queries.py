@@ -53,6 +53,16 @@ def test_the_outer_queries_come_back() -> None:
         assert torch.equal(logits(model), outer)
 
 
+def test_settings_that_change_within_count_for_the_outer_queries_too() -> None:
+    model, fresh = routed_llama(Settings(scale=5.0)), routed_llama(Settings(scale=9.0, top_k=1))
+    with model.routing.queries(["aaa"]):
+        with model.routing.queries(["bbb"]):
+            model.routing.set(scale=9.0, top_k=1)
+        found = logits(model)
+    with fresh.routing.queries(["aaa"]):
+        assert torch.equal(found, logits(fresh))
+
+
 class Waiting(StoppingCriteria):
     """Stops nothing; at the first token, lets another thread come as far as it can."""
 

@@ -360,6 +360,20 @@ def test_misfits_are_named_and_nothing_changes(change: Any, said: str) -> None:
     assert not any(isinstance(module, RoutedLinear) for module in model.modules())
 
 
+def test_a_vector_that_is_no_number_in_the_last_layer_changes_nothing_either() -> None:
+    model = routed_llama(Settings("phatgoose"))
+    before = logits(model)
+    bad = make_experts(make_llama())
+    arrow = dict(bad[2].vectors["arrow"])
+    arrow[list(arrow)[-1]] = torch.full_like(list(arrow.values())[-1], torch.nan)
+    experts = [*bad[:2], Expert("e2", bad[2].factors, {**bad[2].vectors, "arrow": arrow})]
+    model.routing.replace(experts, None)
+    with pytest.raises(InputError, match="arrow vector holds NaN or Inf"):
+        model.routing.set(local="arrow")
+    assert model.routing.settings.local == "phatgoose"
+    assert torch.equal(logits(model), before)
+
+
 def flat(layer: Any, tokens: Tensor, *passes: int) -> Tensor:
     """A layer's result for tokens [n, d], in a pass of inputs with so many tokens in all."""
     layer.experts.router.tokens = frozenset(passes)

@@ -66,6 +66,7 @@ def claimed(partial: Path) -> Generator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{partial}: another merge is writing there; wait for it, or choose another OUT") from None
+        # A run that was killed before it wrote its plan leaves an empty folder of ours.
         if any(path != partial / OURS for path in partial.rglob("*")) and not (partial / OURS / PLAN).exists():
             raise InputError(f"{partial}: is in the way and was not made by Consilience; move it elsewhere")
         yield

@@ -79,17 +79,6 @@ def _prototypes(name: str, experts: Sequence[Expert], settings: Settings) -> Ten
     if settings.local == "none":
         return empty.repeat(len(experts), 1)
     vectors = [expert.vectors[settings.local].get(name, empty).float() for expert in experts]
-    for expert, vector in zip(experts, vectors, strict=True):
-        if vector.shape != (width,):
-            raise InputError(
-                f"expert {expert.name!r}: {name}: its {settings.local} vector has {vector.numel()} values and the "
-                f"layer {width} inputs; build the routed model again"
-            )
-        if not bool(vector.isfinite().all()):
-            raise InputError(
-                f"expert {expert.name!r}: {name}: its {settings.local} vector holds NaN or Inf; build the routed model "
-                "again"
-            )
     return scores.prototypes(settings.local, torch.stack(vectors))
 
 
@@ -124,9 +113,22 @@ def check_fit(model: nn.Module, expert: Expert) -> None:
 
 
 def _check_vectors(expert: Expert, settings: Settings) -> None:
-    if settings.local != "none":
-        vectors = expert.vectors.get(settings.local)
-        if vectors is None or any(name not in vectors for name in expert.factors):
+    if settings.local == "none":
+        return
+    vectors = expert.vectors.get(settings.local)
+    if vectors is None or any(name not in vectors for name in expert.factors):
+        raise InputError(
+            f"expert {expert.name!r}: has no {settings.local} vectors; build them, or choose another local router"
+        )
+    for name, one in expert.factors.items():
+        vector, width = vectors[name], one.shape[1]
+        if vector.shape != (width,):
             raise InputError(
-                f"expert {expert.name!r}: has no {settings.local} vectors; build them, or choose another local router"
+                f"expert {expert.name!r}: {name}: its {settings.local} vector has {vector.numel()} values and the "
+                f"layer {width} inputs; build the routed model again"
+            )
+        if not bool(vector.isfinite().all()):
+            raise InputError(
+                f"expert {expert.name!r}: {name}: its {settings.local} vector holds NaN or Inf; build the routed model "
+                "again"
             )

@@ -111,14 +111,17 @@ class Queries:
     @contextmanager
     def hold(self, queries: Sequence[str]) -> Generator[None]:
         """Keep these queries within, whatever the forward passes see."""
-        before, said = (self.held, self.texts_held), self.router.said
+        before, said, settings = (self.held, self.texts_held), self.router.said, self.router.settings
         self.ask(queries)
         self.held, self.texts_held = True, tuple(queries)
         try:
             yield
         finally:
             self.held, self.texts_held = before
-            self.router.instruct(said)
+            if self.router.settings is settings:
+                self.router.instruct(said)
+            else:
+                self.again()
 
     @contextmanager
     def alone(self) -> Generator[None]:
@@ -157,14 +160,13 @@ class Queries:
         Raises:
             InputError: the inputs hold no tokens to read a query from.
         """
-        given = kwargs.get("input_ids", args[0] if args else None)
-        own = (given, kwargs.get("decoder_input_ids"), kwargs.get("labels") if self.encodes else None)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        own = (ids, kwargs.get("decoder_input_ids"), kwargs.get("labels") if self.encodes else None)
         self.router.tokens = frozenset(one.numel() for one in own if isinstance(one, Tensor))
         if self.held or not self.router.settings.instructed or self.router.fixed is not None:
             return
         if _filled(kwargs.get("past_key_values")) or kwargs.get("encoder_outputs") is not None:
             return
-        ids = given
         if ids is None:
             raise InputError(
                 "routing: instructions are read from input_ids, and there are none; name the queries with "

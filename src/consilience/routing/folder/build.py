@@ -259,7 +259,8 @@ def _read(sources: list[Source], told: InstructionSettings | None) -> list[Path]
     """Return what a build reads beside the base and the recipe."""
     data = [(source, source.entry.data) for source in sources]
     rows = [resolve_file(path, one.root) for one, paths in data if paths for path in vars(paths).values() if path]
-    local = [] if told is None else [told.embedder.model, told.describer.model]
+    # An endpoint's model is no folder.
+    local = [] if told is None else [told.embedder.model, told.describer.model * (told.describer.kind == "model")]
     return [*(source.adapter for source in sources), *rows, *(Path(model) for model in local if model)]
 
 

@@ -161,9 +161,9 @@ def _changing(folder: Path) -> Generator[store.Description]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another run is changing it; wait for that, then run this again") from None
-        _tidy(folder)
+        description = _tidy(folder)
         try:
-            yield store.read_description(folder)
+            yield description
         finally:
             _tidy(folder)
     except (OSError, SafetensorError) as error:
@@ -189,8 +189,11 @@ def _gate_settings(description: store.Description) -> GateSettings:
     return GateSettings() if first is None else read_settings(GateSettings, first["settings"], "records: gates")
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what ``routing.json`` does not speak of; unfinished trainings stay, for the runs that end them."""
+def _tidy(folder: Path) -> store.Description:
+    """Remove what ``routing.json`` does not speak of, and return what it says.
+
+    Unfinished trainings stay, for the runs that end them.
+    """
     description, ours = store.read_description(folder), folder / OURS
     for path in (ours / store.EXPERTS).glob("*"):
         if path.name not in description.experts:
@@ -198,3 +201,4 @@ def _tidy(folder: Path) -> None:
     for path in (*ours.glob("instructions-*.safetensors"), *ours.glob("*.new")):
         if path.name != description.tensors:
             path.unlink(missing_ok=True)
+    return description
