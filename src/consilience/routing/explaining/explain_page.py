@@ -161,9 +161,8 @@ def _cosines(explanation: "Explanation") -> str:
     cosines = explanation.cosines
     if cosines is None:
         return ""
-    rest = ""
-    if explanation.settings.fallback == "mean":
-        known = (explanation.scale or 0.0) / explanation.settings.most_scale
+    known, rest = explanation.recognised, ""
+    if known is not None:
         rest = (
             f" The question is recognised to <b>{known:.0%}</b>; the rest of the weight is shared by all experts alike."
         )

@@ -52,8 +52,8 @@ def sentences(explanation: "Explanation") -> list[str]:
     used += ", and all by their mean" if settings.fallback == "mean" else ""
     scale = explanation.scale
     told = "instructions do not count" if scale is None else f"instructions count {scale:.4g} times"
-    if scale is not None and settings.fallback == "mean":
-        told += f" (recognised to {scale / settings.most_scale:.0%}, the rest is the experts' mean)"
+    if explanation.recognised is not None:
+        told += f" (recognised to {explanation.recognised:.0%}, the rest is the experts' mean)"
     mine, best = (printable(explanation.experts[k]) for k in (most, first))
     found = [
         f"At the answer's tokens “{mine}” has most of the weight, {said[most]:.1%}; over all tokens it is “{best}”, "

@@ -70,6 +70,13 @@ class Explanation:
     scale: float | None = None
     left_out: tuple[str, ...] = ()
 
+    @property
+    def recognised(self) -> float | None:
+        """Share of the weights that is routed, the rest being the experts' mean; None: all of it."""
+        if self.scale is None or self.settings.fallback != "mean":
+            return None
+        return self.scale / self.settings.most_scale
+
     @cached_property
     def shares(self) -> Shares:
         """Every expert's share [K] of all cells."""
