@@ -34,6 +34,7 @@ from typing import Any, cast
 
 from consilience.errors import ConsilienceError, InputError, MachineError, nearest
 from consilience.tasks.cache import write_atomically
+from studies.json_rows import json_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,119}")
@@ -216,13 +217,13 @@ def run_cell(study: Study, identity: str, setting: Mapping[str, Any], results: P
         "versions": code,
     }
     try:
-        text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
+        text = json_rows(record)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the result is not JSON ({error})") from None
     path = cell_path(results, study, identity)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"{text}\n".encode())
+        write_atomically(path, text.encode())
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error.strerror})") from None
     return Cell(identity, plain, json.loads(text)["result"], seconds, json.loads(text))
