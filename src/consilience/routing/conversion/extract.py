@@ -24,7 +24,7 @@ from consilience.checkpoints.dtypes import ALIASES, DTYPES
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, gather, lora_config, write_tensors
 from consilience.engine.block import Loader, NonFinite, Scratch
-from consilience.engine.card import hub_name, licences
+from consilience.engine.card import hub_ids, label, licences, origin
 from consilience.engine.lineage import versions
 from consilience.engine.low_rank import Array, factorise
 from consilience.engine.output import partial_path, write_json
@@ -278,10 +278,9 @@ def _write(result: Path, title: str, plan: Plan, known: Layout, found: Extractio
 def _card(title: str, plan: Plan, found: Extraction) -> str:
     assert plan.base is not None
     agreed, warnings = licences(plan)
-    matter: dict[str, Any] = {"base_model": hub_name(plan.base), "base_model_relation": "adapter"}
-    matter |= {"library_name": "peft", "tags": ["lora", "consilience"]}
+    matter = origin(hub_ids(plan.base), "adapter") | {"library_name": "peft", "tags": ["lora", "consilience"]}
     matter |= {"license": agreed} if agreed else {"license": "other"} if warnings else {}
     lines = ["---", yaml.safe_dump(matter, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
-    lines += [f"The low-rank part of the update of {hub_name(plan.experts[0])}: {found}.", ""]
+    lines += [f"The low-rank part of the update of {label(plan.experts[0])}: {found}.", ""]
     lines += [f"**Warning:** {warning}." for warning in warnings]
     return "\n".join([*lines, f"Every layer's rank and energy are in `{RECORD}`.", ""])
