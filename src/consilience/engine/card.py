@@ -171,8 +171,8 @@ def render_card(
         "",
         f"# {title}",
         "",
-        f"One model made from {len(plan.experts)} by Consilience {__version__}: method `{plan.method.name}` "
-        f"({plan.method.source}).",
+        f"Merged from {len(plan.experts)} expert{'s' * (len(plan.experts) != 1)} by Consilience {__version__} "
+        f"with the method `{plan.method.name}` ({plan.method.source}).",
         "",
         "| model | role |",
         "|---|---|",
