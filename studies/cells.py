@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.errors import ConsilienceError, InputError, MachineError, nearest
-from consilience.tasks.cache import write_atomically
+from consilience.workdir import write_file
 
 ROOT = Path(__file__).resolve().parents[1]
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,119}")
@@ -222,7 +222,7 @@ def run_cell(study: Study, identity: str, setting: Mapping[str, Any], results: P
     path = cell_path(results, study, identity)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"{text}\n".encode())
+        write_file(path, f"{text}\n".encode())
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error.strerror})") from None
     return Cell(identity, plain, json.loads(text)["result"], seconds, json.loads(text))
@@ -256,8 +256,8 @@ def build_tables(study: Study, results: Path) -> Path | None:
             if not _SAFE.fullmatch(name):
                 raise InputError(f"study {study.name}: picture {name!r} must be letters, digits and . _ + = -")
             (results / study.name).mkdir(exist_ok=True)
-            write_atomically(results / study.name / name, data)
-        write_atomically(page, f"{tables.markdown.rstrip()}\n\n{footer}\n".encode())
+            write_file(results / study.name / name, data)
+        write_file(page, f"{tables.markdown.rstrip()}\n\n{footer}\n".encode())
     except OSError as error:
         raise MachineError(f"{page}: cannot be written ({error.strerror})") from None
     return page

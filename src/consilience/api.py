@@ -1,6 +1,7 @@
 """The library's front door: everything the command line does, a function does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -8,6 +9,7 @@ from consilience.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from consilience.coefficients import Coefficients
+    from consilience.engine.adapter_output import AdapterSummary, Kind
     from consilience.engine.plan import Plan
     from consilience.engine.stream import Listener
     from consilience.engine.summary import Summary
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from consilience.learned.loop import Watcher
     from consilience.recipe.schema import Recipe
     from consilience.stability.diagnosis import Diagnosis
+    from consilience.workdir import Workdir
 
 PathLike = str | Path
 
@@ -78,6 +81,8 @@ def merge(
     *,
     method: str = "task_arithmetic",
     out_dtype: str | None = None,
+    as_adapter: "Kind | None" = None,
+    rank: int | None = None,
     seed: int = 0,
     private: Sequence[str] = (),
     force: bool = False,
@@ -89,7 +94,7 @@ def merge(
     coefficients: PathLike | None = None,
     device: str = "cpu",
     **parameters: Any,
-) -> "Summary | dict[str, Any]":
+) -> "Summary | AdapterSummary | dict[str, Any]":
     """Merge experts into one model.
 
         theta = theta_0 + method(tau_1 ... tau_K),   tau_k = theta_k - theta_0
@@ -101,6 +106,8 @@ def merge(
         out: the folder (or file) to write; required for paths, not allowed for state dicts.
         method: a name ``consilience methods`` lists.
         out_dtype: float32, float16, bfloat16 or float64; by default every tensor keeps the base's.
+        as_adapter: write LoRA experts as one PEFT adapter: "cat" (exact) or "svd" (truncated to ``rank``).
+        rank: of "svd".
         seed: of the random methods and of stochastic rounding.
         private: globs of tensors that are not merged.
         force: replace a non-empty ``out``.
@@ -138,6 +145,8 @@ def merge(
     return merge_recipe(
         recipe,
         out,
+        as_adapter=as_adapter,
+        rank=rank,
         force=force,
         threads=threads,
         stochastic_rounding=stochastic_rounding,
@@ -294,29 +303,60 @@ def learn(
 
     Raises:
         InputError: recipe, models or data are wrong, or the method is not a learned one.
+        MachineError: memory or disk ran out; the same call continues.
     """
-    from consilience.learned.learn import learn_plan
+    from consilience.engine.merge import merge_workdir
+    from consilience.engine.output import LEARNING
+    from consilience.learned.learn import check_learning, learn_plan
 
     plan = plan_recipe(recipe, out)
+    settings = _Learning(threads, device, tensorboard, trust_remote_code, watcher).arguments()
     try:
-        return learn_plan(
-            plan,
-            None if out is None else Path(out),
-            force=force,
-            threads=threads,
-            device=device,
-            tensorboard=None if tensorboard is None else Path(tensorboard),
-            trust_remote_code=trust_remote_code,
-            watcher=watcher,
-        )
+        check_learning(plan, settings["tensorboard"])
+        if out is None:
+            return learn_plan(plan, **settings)
+        with merge_workdir(plan, Path(out), force=force, digest=_work_digest(plan, None, None)) as work:
+            return learn_plan(plan, work.path / LEARNING, **settings)
     finally:
         plan.close()
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """How a learned method runs."""
+
+    threads: int | None
+    device: str
+    tensorboard: PathLike | None
+    trust_remote_code: bool
+    watcher: "Watcher | None"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return keyword arguments of ``learn_plan``."""
+        return vars(self) | {"tensorboard": None if self.tensorboard is None else Path(self.tensorboard)}
+
+
+def _work_digest(plan: "Plan", as_adapter: str | None, rank: int | None) -> str:
+    """Identify the work of a command: the plan, the rows it is to learn from, and the form of the output."""
+    from consilience.checkpoints.files import stamp
+    from consilience.engine.plan import resolve_file
+    from consilience.workdir import digest_of
+
+    facts: list[Any] = [plan.digest, as_adapter, rank]
+    if plan.unlearned:
+        named = [entry.data for entry in plan.recipe.models if entry.data is not None]
+        paths = [path for data in (*named, plan.recipe.target) if data for path in vars(data).values() if path]
+        files = [resolve_file(str(path), plan.root) for path in paths]
+        facts.append([stamp(file)[:3] for file in files if file.exists()])
+    return digest_of(facts)
 
 
 def merge_recipe(
     recipe: "Recipe | PathLike",
     out: PathLike,
     *,
+    as_adapter: "Kind | None" = None,
+    rank: int | None = None,
     force: bool = False,
     threads: int | None = None,
     shard_size: int | None = None,
@@ -328,39 +368,66 @@ def merge_recipe(
     coefficients: "Coefficients | None" = None,
     watcher: "Watcher | None" = None,
     listener: "Listener | None" = None,
-) -> "Summary":
+    learned: "Callable[[Coefficients], None] | None" = None,
+) -> "Summary | AdapterSummary":
     """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge`` and ``learn``.
 
-    A learned method learns first, unless its ``coefficients`` are given.
+    The models are opened once. A learned method learns first, unless its ``coefficients`` are given, in the folder
+    that the merge then works in, so that the same call continues wherever it was stopped.
+
+    Args:
+        recipe: what to merge.
+        out: the folder (or file) to write.
+        as_adapter: write a PEFT adapter instead of a model: "cat" (exact) or "svd" (of rank ``rank``).
+        rank: of "svd".
+        force: replace a non-empty ``out``; files in it that Consilience has not written are moved to OUT.kept.
+        threads: number of workers (default: the cores this process may use); never changes the result.
+        shard_size: greatest number of data bytes of an output file.
+        stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
+        allow_nonfinite: let NaN, Inf and overflow through.
+        device: where a learned method runs the model.
+        tensorboard: a folder that a learned method logs to.
+        trust_remote_code: run ``.py`` files that come with the base.
+        coefficients: what a learned method found before.
+        watcher: told of progress in learning.
+        listener: told of progress in merging.
+        learned: called with the coefficients as soon as they are found.
+
+    Raises:
+        InputError: the input is wrong; nothing is left behind.
+        MachineError: the disk or another part of the machine failed; the same call continues where it stopped.
     """
+    from consilience.engine.adapter_output import adapter_in, check_adapter
+    from consilience.engine.merge import merge_in, merge_workdir
 
-    def planned(found: "Coefficients | None") -> "Plan":
-        return plan_recipe(
-            recipe,
-            out,
-            shard_size=shard_size,
-            stochastic_rounding=stochastic_rounding,
-            allow_nonfinite=allow_nonfinite,
-            coefficients=found,
-        )
-
-    plan = planned(coefficients)
-    if plan.unlearned:
-        plan.close()
-        found = learn(
-            recipe,
-            out,
-            force=force,
-            threads=threads,
-            device=device,
-            tensorboard=tensorboard,
-            trust_remote_code=trust_remote_code,
-            watcher=watcher,
-        )
-        plan = planned(found)
-    from consilience.engine.merge import run_merge
-
+    plan = plan_recipe(
+        recipe,
+        out,
+        shard_size=shard_size,
+        stochastic_rounding=stochastic_rounding,
+        allow_nonfinite=allow_nonfinite,
+        coefficients=coefficients,
+    )
     try:
-        return run_merge(plan, Path(out), force=force, threads=threads, listener=listener)
+        kind = check_adapter(plan, as_adapter, rank)
+        digest, folder = _work_digest(plan, kind, rank), True if kind is not None else None
+        learning = _Learning(threads, device, tensorboard, trust_remote_code, watcher)
+        with merge_workdir(plan, Path(out), force=force, digest=digest, folder=folder) as work:
+            if work.delivered is None and plan.unlearned:
+                plan = _learned(plan, work, learning)
+                if learned is not None and plan.coefficients is not None:
+                    learned(plan.coefficients)
+            if kind is not None:
+                return adapter_in(plan, work, kind, rank or 0, threads=threads, listener=listener)
+            return merge_in(plan, work, threads=threads, listener=listener)
     finally:
         plan.close()
+
+
+def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
+    """Learn a plan's coefficients in the folder that is held, and return the plan with them."""
+    from consilience.engine.output import LEARNING
+    from consilience.engine.plan import with_coefficients
+    from consilience.learned.learn import learn_plan
+
+    return with_coefficients(plan, learn_plan(plan, work.path / LEARNING, **learning.arguments()))

@@ -786,7 +786,7 @@ def test_a_damaged_state_is_learned_again(
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(zoo, experts, parameters=PLAIN | BUSY | {"steps": 4}))
     with pytest.raises(KeyboardInterrupt):
         cs.merge_recipe(recipe, tmp_path / "out", threads=1, watcher=Counter(2))
-    kept = list((tmp_path / "out.partial" / "consilience" / "learning").rglob("*.safetensors"))
+    kept = list((tmp_path / "out.partial" / "learning").rglob("*.safetensors"))
     assert len(kept) == 3  # the state, and two experts' answers
     for file in kept:
         file.write_bytes(damage(file.read_bytes()))

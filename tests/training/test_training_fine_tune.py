@@ -248,7 +248,7 @@ def test_what_does_not_suit_is_one_line_and_leaves_nothing(base: Path, tasks: li
 def test_somebody_elses_partial_folder_is_not_touched(base: Path, tasks: list[Path], tmp_path: Path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").touch()
-    refused("no training left it", base, tasks, tmp_path / "out")
+    refused("not left by an unfinished run", base, tasks, tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").is_file()
 
 

@@ -71,9 +71,9 @@ def doctor(
         typer.echo(text(found))
     if html is not None:
         from consilience.stability.report_page import page
-        from consilience.tasks.cache import write_atomically
+        from consilience.workdir import write_file
 
-        write_atomically(html.resolve(), page(found).encode())
+        write_file(html.resolve(), page(found))
         typer.echo(f"{html}: open it in a browser", err=True)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from consilience.errors import InputError
+from consilience.workdir import write_file
 
 route = typer.Typer(
     help="Models that route every token to the right experts.", no_args_is_help=True, rich_markup_mode=None
@@ -275,7 +276,7 @@ def explain_answer(
     found = explain(model, prompt, max_new_tokens=max_new_tokens, answer=answer)
     typer.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found.to_text(), nl=as_json)
     if html is not None:
-        html.write_text(found.to_html(), encoding="utf-8")
+        write_file(html.resolve(), found.to_html())
         typer.echo(f"{html}: open it in a browser", err=True)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from consilience.engine.block import NonFinite, Stopped, count_tensor
+from consilience.engine.block import Marks, NonFinite, Stopped, count_tensor
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
@@ -52,6 +52,8 @@ class Streamer:
         self.listener = listener or Silent()
         self.stop = threading.Event()
         self.done: dict[Piece, Record] = {}
+        #: Fingerprint sums of the first pass over each piece that is read more than once.
+        self.first: dict[Piece, Marks] = {}
         self.on_record: Callable[[Record], None] = lambda record: None
         self._local = threading.local()
 
@@ -104,6 +106,13 @@ class Streamer:
         self.on_record(record)
         self._tick(tensor, segment)
 
+    def _marks(self, tensor: TensorPlan, segment: int) -> Marks | None:
+        """Return where a pass puts its fingerprint sums: the first over a piece does, later ones need not."""
+        piece = (tensor.index, segment)
+        if piece in self.first:
+            return None
+        return self.first.setdefault(piece, [[0, 0] for _ in range(len(tensor.rows) + 1)])
+
     def _tick(self, tensor: TensorPlan, segment: int) -> None:
         start, stop = tensor.span(segment)
         self.listener.advance(tensor.bytes_read // tensor.passes * (stop - start) // max(tensor.numel, 1))
@@ -114,7 +123,7 @@ class Streamer:
         worker, selection, program = self._worker(), None, tensor.program
         if program.trim is not None:
             selection = Selection(program.trim.keep, tensor.numel, [(tensor.index, 0)])
-            selection.count_upper(worker.loader(tensor), 0, tensor.numel)
+            selection.count_upper(worker.loader(tensor), 0, tensor.numel, self._marks(tensor, 0))
             selection.pick_upper()
             selection.count_lower(worker.loader(tensor, first=False), 0, tensor.numel)
             selection.pick_lower()
@@ -132,7 +141,7 @@ class Streamer:
         def run(segment: int) -> None:
             worker = self._worker()
             stages = worker.stages(tensor, program, None, [])
-            summation.add(worker.loader(tensor), *tensor.span(segment), stages)
+            summation.add(worker.loader(tensor), *tensor.span(segment), stages, self._marks(tensor, segment))
             self._tick(tensor, segment)
 
         each(run)
@@ -188,7 +197,11 @@ class Streamer:
 
             self._each(pool, [lambda piece=piece: one(piece) for piece in selection.pieces])
 
-        each(lambda piece, worker, tensor, start, stop: selection.count_upper(worker.loader(tensor), start, stop))
+        each(
+            lambda piece, worker, tensor, start, stop: selection.count_upper(
+                worker.loader(tensor), start, stop, self._marks(tensor, piece[1])
+            )
+        )
         selection.pick_upper()
         each(
             lambda piece, worker, tensor, start, stop: selection.count_lower(

@@ -14,7 +14,7 @@ from consilience.checkpoints.json_files import parse_object
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.optimizers.gradient import Loss, Optimizer, Terms
-from consilience.tasks.cache import write_atomically
+from consilience.workdir import write_file
 
 #: Seconds between two states written to disk.
 SAVE_EVERY = 20.0
@@ -202,7 +202,7 @@ class _Run:
             "misses": self.misses,
         }
         contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
-        write_atomically(self.folder / "state.safetensors", save(contiguous, {"facts": json.dumps(facts)}))
+        write_file(self.folder / "state.safetensors", save(contiguous, {"facts": json.dumps(facts)}))
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return the facts and arrays on disk, unless they are damaged or of another run: then it is learned again."""

@@ -380,12 +380,12 @@ def _kept_answers(run: Run, expert: int, rows: Sequence[Row], data: Data) -> lis
 def _keep_answers(run: Run, expert: int, rows: Sequence[Row], data: Data, answers: Sequence[str]) -> None:
     import json
 
-    from consilience.tasks.cache import write_atomically
+    from consilience.workdir import write_file
 
     path = _answers_path(run, expert, rows, data)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(list(answers)).encode())
+        write_file(path, json.dumps(list(answers)).encode())
 
 
 def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any]:

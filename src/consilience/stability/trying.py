@@ -4,7 +4,6 @@ What TIES, DARE and their like do to task vectors is not in the quadratic model 
 here. A merge takes as much room on disk as the model, one at a time, below the folder for temporary files (TMPDIR).
 """
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from consilience.stability.case import Case, open_case
 from consilience.stability.geometry import Vector
 from consilience.stability.landscape import RecipeLandscape
 from consilience.stability.probe import Listener
+from consilience.workdir import scratch
 
 if TYPE_CHECKING:
     from consilience.engine.plan import Plan
@@ -96,8 +96,8 @@ def _tried(
     one: Wanted, case: Case, recipe: Recipe, own: Vector, settings: "ProbeSettings", threads: int | None,
     watch: "Watch",
 ) -> Tried:  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="consilience-try-") as place:
-        folder = Path(place) / "merged"
+    with scratch("consilience-try-") as place:
+        folder = place / "merged"
         _merge(one, case, recipe, folder, threads, watch)
         losses = _losses(one, case, recipe, folder, settings, threads, watch)
     return Tried(one.text, tuple(map(float, losses)), *worst_rise(case.names, losses - own))

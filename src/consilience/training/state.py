@@ -12,6 +12,8 @@ from typing import Any
 
 from consilience.errors import MachineError
 
+#: The saved state of a run, in OUT.partial.
+STATE = "state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

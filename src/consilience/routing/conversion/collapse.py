@@ -7,7 +7,6 @@ left when tokens can no longer differ. The means are a Coefficients value, appli
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,7 @@ from consilience.api import build_recipe, plan_recipe
 from consilience.coefficients import Coefficients, make_groups
 from consilience.coefficients.coefficients import WEIGHTS
 from consilience.engine.adapter_output import called
-from consilience.engine.merge import run_merge
-from consilience.engine.output import OURS, partial_path, write_json
+from consilience.engine.merge import stream_in
 from consilience.engine.plan import Plan
 from consilience.errors import InputError
 from consilience.progress import Listener, listening
@@ -34,7 +32,7 @@ from consilience.tasks.load import require_transformers
 from consilience.tasks.readout import decoder_start
 from consilience.tasks.results import Evaluation
 from consilience.tasks.rows import Task, load_tasks, row_hashes
-from consilience.training.place import check_out, claimed, delivery
+from consilience.workdir import OURS, check_out, digest_of, workdir, write_json
 
 RECORD = "collapse.json"
 
@@ -102,7 +100,8 @@ def collapse(
     measured = load_tasks(held_out) if held_out else named
     description = store.read_description(folder)
     place = store.find_base(description.base, folder, base)
-    check_out(out, [folder, place, *(one.path for one in (*named, *measured) if one.path is not None)], force)
+    inputs = [folder, place, *(one.path for one in (*named, *measured) if one.path is not None)]
+    check_out(out, force=force, inputs=inputs)
     routed: Any = model
     if model is None:
         routed = load_routed(folder, base=base, device=device, dtype="float32", trust_remote_code=trust_remote_code)
@@ -112,17 +111,16 @@ def collapse(
     total, shares = _watched(routed, named, batch_size, max_examples, progress)
     plan = _planned(str(place), experts, total, _facts(routed, named, total, max_examples))
     try:
-        partial = partial_path(out.absolute())
-        with claimed(partial, {"collapse": plan.digest}):
-            merged = partial / plan.digest / out.name
-            if not merged.is_dir():
-                run_merge(plan, merged)
-            assert plan.coefficients is not None
-            compared = _compared(routed, merged, measured, batch_size, max_examples, progress is True)
+        assert plan.coefficients is not None
+        with workdir(out, digest_of({"collapse": plan.digest}), force=force, inputs=inputs) as work:
+            if work.delivered is not None:
+                known = tuple(map(Evaluation.from_dict, work.delivered["evaluations"]))
+                return Collapsed(str(out), plan.coefficients, shares, known)
+            stream_in(plan, work)
+            compared = _compared(routed, work.result, measured, batch_size, max_examples, progress is True)
             found = Collapsed(str(out), plan.coefficients, shares, compared)
-            write_json(merged / OURS / RECORD, found.to_dict())
-            with delivery(partial, out) as result:
-                os.replace(merged, result)
+            write_json(work.result / OURS / RECORD, found.to_dict())
+            work.deliver({"evaluations": [one.to_dict() for one in compared]})
         return found
     finally:
         plan.close()

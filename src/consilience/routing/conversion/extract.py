@@ -6,12 +6,9 @@ So a model whose weights were all trained joins a routed model, or a merge of ad
 does not hold (embeddings, the output layer, norms, biases) is left out, and how much of the update that is, is said.
 """
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +18,22 @@ import yaml
 
 from consilience.api import build_recipe, plan_recipe
 from consilience.checkpoints.dtypes import ALIASES, DTYPES
+from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, gather, lora_config, write_tensors
 from consilience.engine.block import Loader, NonFinite, Scratch
 from consilience.engine.card import hub_name, licences
 from consilience.engine.lineage import versions
 from consilience.engine.low_rank import Array, factorise
-from consilience.engine.output import partial_path, write_json
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import check_ties
-from consilience.errors import InputError, MachineError, nearest
+from consilience.engine.unchanged import check_unchanged
+from consilience.errors import InputError, nearest
 from consilience.methods.program import Program, WeightedSum
 from consilience.progress import Listener, listening
 from consilience.routing.conversion.linear import Layout, layout
 from consilience.tasks.load import check_folder, require_transformers
-from consilience.training.place import check_out, claimed, delivery
+from consilience.workdir import check_out, digest_of, workdir, write_json
 
 RECORD = "extraction.json"
 _TASK_VECTOR = Program("task_vectors", WeightedSum((1.0,)))
@@ -111,6 +109,14 @@ class Extraction:
         }
 
 
+def read_extraction(folder: Path) -> Extraction:
+    """Read what ``extract`` wrote beside its adapter."""
+    value = read_object(folder / RECORD)
+    layers = [{key: one[key] for key in Layer.__dataclass_fields__} for one in value["layers"]]
+    rest = tuple(Rest(**one) for one in value["rest"])
+    return Extraction(value["base"], value["expert"], tuple(Layer(**one) for one in layers), rest)
+
+
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     rank: int | None
@@ -170,18 +176,23 @@ def extract(
     plan = plan_recipe(build_recipe("task_arithmetic", str(base), {"expert": str(expert)}, {}))
     try:
         folders = [_base_folder(plan), plan.experts[0].folder]
-        check_out(out, [folder for folder in folders if folder is not None], force)
+        inputs = [folder for folder in folders if folder is not None]
+        check_out(out, force=force, inputs=inputs)
         check_ties(plan)
         known = layout(_base_folder(plan), {t.name: t.shape for t in plan.tensors}, trust_remote_code=trust_remote_code)
         facts = {"digest": plan.digest, **asdict(wanted)}
-        partial = partial_path(out.absolute())
-        with claimed(partial, facts), listening("extracting", progress) as listener:
-            work = partial / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-            with _written(out):
-                work.mkdir(exist_ok=True)
-                found = _factorised(plan, known, wanted, work, listener)
-            with delivery(partial, out) as result:
-                _write(result, out.name, plan, known, found, work)
+        with (
+            workdir(out, digest_of(facts), force=force, inputs=inputs) as work,
+            listening("extracting", progress) as listener,
+        ):
+            if work.delivered is not None:
+                return read_extraction(out)
+            layers = work.path / "layers"
+            layers.mkdir(exist_ok=True)
+            found = _factorised(plan, known, wanted, layers, listener)
+            _write(work.new_result(), out.name, plan, known, found, layers)
+            check_unchanged(plan, {}, {})
+            work.deliver({})
         return found
     finally:
         plan.close()
@@ -194,15 +205,6 @@ def _base_folder(plan: Plan) -> Path:
         raise InputError(f"{plan.base.reference}: is a lone file; give the base's folder, with its config.json")
     check_folder(folder)
     return folder
-
-
-@contextmanager
-def _written(out: Path) -> Generator[None]:
-    """Say in one line that the disk failed."""
-    try:
-        yield
-    except OSError as error:
-        raise MachineError(f"{out}: cannot be written ({error}); mend it, then run this again") from error
 
 
 def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, listener: Listener) -> Extraction:
