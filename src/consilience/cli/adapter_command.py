@@ -6,6 +6,7 @@ from typing import Any
 import typer
 
 from consilience.errors import InputError
+from consilience.progress import open_progress
 
 
 def check_adapter(plan: Any, kind: str, rank: int | None) -> None:
@@ -36,7 +37,16 @@ def merge_to_adapter(
 
         typer.echo("\n".join(describe(plan, thread_count(threads))))
         return
-    summary = write_adapter(plan, out, "cat" if kind == "cat" else "svd", rank or 0, force=force, threads=threads)
+    with open_progress(not quiet) as progress:
+        summary = write_adapter(
+            plan,
+            out,
+            "cat" if kind == "cat" else "svd",
+            rank or 0,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
     if not quiet:
         lost = f", {summary.discarded:.2%} of the update's energy discarded" if kind == "svd" else ", exact"
         typer.echo(f"{summary.out}: adapter on {summary.modules} modules, rank {summary.rank}{lost}")

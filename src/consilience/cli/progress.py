@@ -1,7 +1,6 @@
-"""Progress bars and the summary of a merge on a terminal."""
+"""A merge and its summary on a terminal."""
 
 import math
-import sys
 from pathlib import Path
 
 import typer
@@ -9,40 +8,16 @@ import typer
 from consilience.engine.plan import Plan
 from consilience.engine.summary import Summary
 from consilience.errors import printable
+from consilience.progress import open_progress
 
 
 def work(plan: Plan, out: Path, *, force: bool, threads: int | None, quiet: bool) -> Summary:
-    """Run a merge under a progress bar (none when quiet or when standard error is not a terminal)."""
+    """Run a merge and show how far it is, unless quiet."""
     from consilience.engine.merge import run_merge
 
     try:
-        if quiet or not sys.stderr.isatty():
-            return run_merge(plan, out, force=force, threads=threads)
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(f"merging ({plan.method.name})", total=sum(t.bytes_read for t in plan.tensors))
-
-            class Bar:
-                def advance(self, nbytes: int) -> None:
-                    progress.advance(task, nbytes)
-
-            return run_merge(plan, out, force=force, threads=threads, listener=Bar())
+        with open_progress(not quiet) as progress:
+            return run_merge(plan, out, force=force, threads=threads, progress=progress)
     finally:
         plan.close()
 
