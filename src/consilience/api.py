@@ -1,6 +1,6 @@
 """The library's front door: everything the command line does, a function does."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,10 +9,9 @@ from consilience.errors import InputError, nearest
 if TYPE_CHECKING:
     from consilience.coefficients import Coefficients
     from consilience.engine.plan import Plan
-    from consilience.engine.stream import Listener
     from consilience.engine.summary import Summary
     from consilience.experts.state_dict import StateDict
-    from consilience.learned.loop import Watcher
+    from consilience.progress import ProgressOption
     from consilience.recipe.schema import Recipe
     from consilience.stability.diagnosis import Diagnosis
 
@@ -88,6 +87,7 @@ def merge(
     target: Mapping[str, PathLike] | None = None,
     coefficients: PathLike | None = None,
     device: str = "cpu",
+    progress: "ProgressOption" = False,
     **parameters: Any,
 ) -> "Summary | dict[str, Any]":
     """Merge experts into one model.
@@ -111,6 +111,8 @@ def merge(
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``; for paths.
         parameters: the method's; a mapping gives one value per expert name.
 
     Returns:
@@ -143,6 +145,7 @@ def merge(
         stochastic_rounding=stochastic_rounding,
         allow_nonfinite=allow_nonfinite,
         device=device,
+        progress=progress,
     )
 
 
@@ -185,7 +188,7 @@ def diagnose(
     methods: Sequence[str] = (),
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: "bool | Callable[[int, int], None]" = False,
+    progress: "ProgressOption" = False,
 ) -> "Diagnosis":
     """Examine a recipe's experts before they are merged: their checkpoints, and losses on probe rows if there are any.
 
@@ -198,12 +201,13 @@ def diagnose(
         methods: merge methods to try on the probe rows, as ``METHOD`` or ``METHOD:KEY=VALUE,KEY=VALUE``.
         device: where probes run the model.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: True for bars on the terminal, or a function called with (done, in all) of each part of the work.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``.
 
     Raises:
         InputError: the recipe has no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
     """
-    from consilience.progress import listening
+    from consilience.progress import open_progress
     from consilience.recipe.schema import Recipe, read_recipe
     from consilience.stability.doctor import diagnose
     from consilience.stability.probing import ProbeSettings
@@ -217,16 +221,17 @@ def diagnose(
     if tried and probe_rows is None:
         raise InputError("methods: are tried on probe rows, and probes are left out; give probe_rows")
     probes = None if probe_rows is None else ProbeSettings(probe_rows, device, trust_remote_code, tried)
-    return diagnose(
-        recipe,
-        where=where,
-        root=root,
-        exact=exact,
-        threads=threads,
-        seed=seed,
-        probes=probes,
-        watch=lambda part: listening(part, progress),
-    )
+    with open_progress(progress) as shown:
+        return diagnose(
+            recipe,
+            where=where,
+            root=root,
+            exact=exact,
+            threads=threads,
+            seed=seed,
+            probes=probes,
+            progress=shown,
+        )
 
 
 def plan_recipe(
@@ -278,7 +283,7 @@ def learn(
     device: str = "cpu",
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
-    watcher: "Watcher | None" = None,
+    progress: "ProgressOption" = False,
 ) -> "Coefficients":
     """Learn a recipe's coefficients without merging: ``merge_recipe`` and ``save_coefficients`` take them.
 
@@ -290,25 +295,28 @@ def learn(
         device: a torch device.
         tensorboard: a folder to log to.
         trust_remote_code: run ``.py`` files that come with the base.
-        watcher: told of progress.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``.
 
     Raises:
         InputError: recipe, models or data are wrong, or the method is not a learned one.
     """
     from consilience.learned.learn import learn_plan
+    from consilience.progress import open_progress
 
     plan = plan_recipe(recipe, out)
     try:
-        return learn_plan(
-            plan,
-            None if out is None else Path(out),
-            force=force,
-            threads=threads,
-            device=device,
-            tensorboard=None if tensorboard is None else Path(tensorboard),
-            trust_remote_code=trust_remote_code,
-            watcher=watcher,
-        )
+        with open_progress(progress) as shown:
+            return learn_plan(
+                plan,
+                None if out is None else Path(out),
+                force=force,
+                threads=threads,
+                device=device,
+                tensorboard=None if tensorboard is None else Path(tensorboard),
+                trust_remote_code=trust_remote_code,
+                progress=shown,
+            )
     finally:
         plan.close()
 
@@ -326,8 +334,7 @@ def merge_recipe(
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
     coefficients: "Coefficients | None" = None,
-    watcher: "Watcher | None" = None,
-    listener: "Listener | None" = None,
+    progress: "ProgressOption" = False,
 ) -> "Summary":
     """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge`` and ``learn``.
 
@@ -355,12 +362,14 @@ def merge_recipe(
             device=device,
             tensorboard=tensorboard,
             trust_remote_code=trust_remote_code,
-            watcher=watcher,
+            progress=progress,
         )
         plan = planned(found)
     from consilience.engine.merge import run_merge
+    from consilience.progress import open_progress
 
     try:
-        return run_merge(plan, Path(out), force=force, threads=threads, listener=listener)
+        with open_progress(progress) as shown:
+            return run_merge(plan, Path(out), force=force, threads=threads, progress=shown)
     finally:
         plan.close()

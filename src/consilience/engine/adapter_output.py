@@ -26,9 +26,10 @@ from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import recipe_text
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Listener, Silent, Streamer
+from consilience.engine.stream import Streamer
 from consilience.errors import InputError
 from consilience.methods.program import WeightedSum
+from consilience.progress import NullProgress, Progress
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def write_adapter(
     *,
     force: bool = False,
     threads: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> AdapterSummary:
     """Write the merge of LoRA experts as a PEFT adapter folder.
 
@@ -161,7 +162,7 @@ def write_adapter(
         rank: rank of ``svd``.
         force: replace a non-empty ``out``.
         threads: workers for methods that merge dense updates.
-        listener: told of progress.
+        progress: told of every tensor.
 
     Raises:
         InputError: an expert is not a plain adapter, or the method is not a weighted sum and ``cat`` was asked for.
@@ -172,10 +173,12 @@ def write_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         found: list[_Factors] = []
-        for tensor in plan.tensors:
-            if tensor.program is not None and any(source.pair for source in tensor.rows):
-                found.append(_factors(plan, tensor, kind, rank, threads))
-                (listener or Silent()).advance(tensor.bytes_read)
+        progress = progress or NullProgress()
+        adapted = [t for t in plan.tensors if t.program is not None and any(source.pair for source in t.rows)]
+        progress.phase(f"merging ({plan.method.name})", len(adapted), "tensors")
+        for tensor in adapted:
+            found.append(_factors(plan, tensor, kind, rank, threads))
+            progress.advance()
         ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
         (partial / output.OURS).mkdir(parents=True)
         dtype = DTYPES[plan.recipe.output_dtype or "F32"]

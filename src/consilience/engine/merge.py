@@ -21,11 +21,12 @@ from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
 from consilience.engine.output import JOURNAL, LEARNING, OURS, PLAN, FileSink
 from consilience.engine.plan import Plan
-from consilience.engine.stream import Listener, Piece, Silent, Streamer, check_ties, integer_notes, thread_count
+from consilience.engine.stream import Piece, Streamer, check_ties, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
 from consilience.engine.verify import verify_headers, verify_segment
 from consilience.engine.worker import Record
 from consilience.errors import InputError, MachineError
+from consilience.progress import NullProgress, Progress
 
 
 def raise_file_limit() -> None:
@@ -121,20 +122,21 @@ def _has(expert: Any, name: str) -> bool:
     return in_model or (expert.adapter is not None and name in expert.adapter.whole)
 
 
-def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, listener: Listener) -> None:
+def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, progress: Progress) -> None:
     from concurrent.futures import ThreadPoolExecutor
     from threading import local
 
     held = local()
 
-    def one(record: Record) -> None:
+    def one(record: Record) -> int:
         if not hasattr(held, "buffer"):
             held.buffer = np.empty(1 << 22, np.uint8)
-        verify_segment(plan, sink, record, held.buffer)
+        return verify_segment(plan, sink, record, held.buffer)
 
+    progress.phase("verifying", sum(tensor.nbytes for tensor in plan.tensors), "bytes")
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(one, list(records.values())):
-            listener.advance(0)
+        for nbytes in pool.map(one, list(records.values())):
+            progress.advance(nbytes)
 
 
 def _write_papers(partial: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
@@ -167,7 +169,7 @@ def run_merge(
     *,
     force: bool = False,
     threads: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> Summary:
     """Carry a plan out: after it, OUT is complete, verified and on disk, or (on any error) absent.
 
@@ -195,7 +197,7 @@ def run_merge(
                 records = _resume(partial, plan)
                 sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
                 output.check_space(out, plan, sum(t.nbytes for t in sizes.values()))
-                return _run(plan, out, partial, records, thread_count(threads), listener or Silent(), started)
+                return _run(plan, out, partial, records, thread_count(threads), progress or NullProgress(), started)
             except InputError:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -208,12 +210,12 @@ def run_merge(
 
 
 def _run(
-    plan: Plan, out: Path, partial: Path, records: dict[Piece, Record], threads: int, listener: Listener, started: float
+    plan: Plan, out: Path, partial: Path, records: dict[Piece, Record], threads: int, progress: Progress, started: float
 ) -> Summary:
     resumed = len(records)
     sink = FileSink(partial, plan)
     try:
-        streamer = Streamer(plan, sink, threads=threads, listener=listener)
+        streamer = Streamer(plan, sink, threads=threads, progress=progress)
         streamer.done = dict(records)
         with Journal(partial / OURS / JOURNAL, sink.flush) as journal:
             streamer.on_record = journal.add
@@ -222,7 +224,7 @@ def _run(
             raise journal.failure
         sink.flush()
         try:
-            _verify(plan, sink, records, threads, listener)
+            _verify(plan, sink, records, threads, progress)
         except MachineError:
             (partial / OURS / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
             raise

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from consilience.coefficients import Coefficients
 from consilience.engine import output
+from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.merge import claimed
 from consilience.engine.output import LEARNING, OURS, PLAN
 from consilience.engine.plan import Plan
 from consilience.errors import InputError, MachineError
-from consilience.learned.loop import Unwatched, Watcher
 from consilience.learned.run import Machine, Run, base_folder, groups_of, require_tensorboard
+from consilience.progress import NullProgress, Progress
 
 
 def check_data(plan: Plan) -> None:
@@ -32,13 +33,14 @@ def check_data(plan: Plan) -> None:
 
 
 def learn_state(
-    plan: Plan, folder: Path, *, machine: Machine | None = None, watcher: Watcher | None = None
+    plan: Plan, folder: Path, *, machine: Machine | None = None, progress: Progress | None = None
 ) -> Coefficients:
     """Learn the coefficients of a plan with its state in a folder of the caller's, which is kept."""
     if plan.method.learn is None:
         raise InputError(f"{plan.where}: method {plan.method.name!r} learns nothing; see 'consilience methods'")
-    run = Run(plan, plan.root, folder, None, machine or Machine(), watcher or Unwatched(), plan.where)
-    return plan.method.learn(run, **plan.learning)
+    run = Run(plan, plan.root, folder, None, machine or Machine(), progress or NullProgress(), plan.where)
+    with compilation_shown(run.progress):
+        return plan.method.learn(run, **plan.learning)
 
 
 def learn_plan(
@@ -50,7 +52,7 @@ def learn_plan(
     device: str = "cpu",
     tensorboard: Path | None = None,
     trust_remote_code: bool = False,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> Coefficients:
     """Learn the coefficients of a plan; see ``consilience.api.learn``."""
     if plan.method.learn is None:
@@ -61,15 +63,16 @@ def learn_plan(
     if tensorboard is not None:
         require_tensorboard()
     run = Run(
-        plan, plan.root, None, tensorboard, Machine(device, threads, trust_remote_code), watcher or Unwatched(),
+        plan, plan.root, None, tensorboard, Machine(device, threads, trust_remote_code), progress or NullProgress(),
         plan.where,
     )  # fmt: skip
     if out is None:
-        return plan.method.learn(run, **plan.learning)
+        with compilation_shown(run.progress):
+            return plan.method.learn(run, **plan.learning)
     made = output.check_destination(out, plan, force)
     partial = output.partial_path(out)
     try:
-        with claimed(partial):
+        with claimed(partial), compilation_shown(run.progress):
             (partial / OURS).mkdir(exist_ok=True)
             if not (partial / OURS / PLAN).exists():
                 output.write_json(partial / OURS / PLAN, {"digest": LEARNING})

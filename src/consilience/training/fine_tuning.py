@@ -12,7 +12,7 @@ from typing import Any
 from consilience.checkpoints.reference import resolve
 from consilience.engine.output import OURS, partial_path
 from consilience.errors import InputError, MachineError
-from consilience.progress import LossListener, listening_to_loss
+from consilience.progress import LossProgressOption, Progress, open_progress
 from consilience.tasks.cache import fingerprint
 from consilience.tasks.load import check_device, check_folder, require_transformers
 from consilience.tasks.rows import Task
@@ -23,7 +23,7 @@ from consilience.training.place import STATE, check_out, claimed, delivery
 from consilience.training.record import TaskShare, TrainingRecord, describe
 from consilience.training.sampling import draw
 from consilience.training.settings import Precision, Settings
-from consilience.training.state import Progress, load_state, save_state
+from consilience.training.state import TrainingState, load_state, save_state
 from consilience.training.step import descend
 
 #: Writing checkpoints may take this share of the time.
@@ -50,7 +50,7 @@ def fine_tune(
     device: str = "cpu",
     checkpoint_seconds: float = 60.0,
     force: bool = False,
-    progress: bool | LossListener = False,
+    progress: LossProgressOption = False,
 ) -> TrainingRecord:
     r"""Fine-tune a model on the labelled rows of one or several tasks, in equal shares.
 
@@ -90,7 +90,8 @@ def fine_tune(
         checkpoint_seconds: seconds between saved states; up to ten times as many where saving takes over a twentieth of
             the time.
         force: replace what stands at ``out``.
-        progress: True for a bar with the loss on the terminal, or a function called after every step.
+        progress: True for a bar with the loss (or lines) on standard error, a function called with (steps done, steps
+            in all, loss) after every step, or a ``Progress``.
 
     Raises:
         InputError: a setting, the base or a row does not suit, or the loss is no longer finite; nothing is left behind.
@@ -120,12 +121,12 @@ def fine_tune(
     with (
         claimed(partial, json.loads(json.dumps(plan))),
         _threads(threads),
-        listening_to_loss("training", progress) as listener,
+        open_progress(progress, ("loss",)) as shown,
     ):
         longest = max(len(one.inputs) for part in data for one in part.sequences)
         with _memory(folder):
             trainee = load_trainee(folder, str(base), settings, device, longest)
-            done = _train(trainee, data, settings, partial / STATE, checkpoint_seconds, listener)
+            done = _train(trainee, data, settings, partial / STATE, checkpoint_seconds, shown)
         record = _record(str(base), str(plan["base"]), data, settings, trainee, done, device)
         with delivery(partial, out) as result:
             write_trained(trainee, settings, folder, result)
@@ -169,14 +170,16 @@ def _memory(base: Path) -> Generator[None]:
 
 
 def _train(
-    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, listener: LossListener
-) -> Progress:
+    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, progress: Progress
+) -> TrainingState:
     """Take the steps that are left, saving the state now and then; return where the run stands."""
     import torch
 
     parameters = list(trainee.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     done = load_state(state, trainee.parameters, optimizer)
+    progress.phase("training", settings.steps)
+    progress.advance(done.step)
     saved, pause = time.monotonic(), every
     while done.step < settings.steps:
         started = time.monotonic()
@@ -184,7 +187,7 @@ def _train(
         done.step += 1
         done.seconds += time.monotonic() - started
         latest = done.losses[-1]
-        listener(done.step, settings.steps, sum(latest.values()) / len(latest))
+        progress.advance(1, loss=sum(latest.values()) / len(latest))
         if time.monotonic() - saved >= pause:
             started = time.monotonic()
             save_state(state, trainee.parameters, optimizer, done)
@@ -214,7 +217,7 @@ def _record(
     data: Sequence[Examples],
     settings: Settings,
     trainee: Trainee,
-    done: Progress,
+    done: TrainingState,
     device: str,
 ) -> TrainingRecord:
     import torch

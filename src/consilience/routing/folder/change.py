@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consilience.engine.output import OURS
 from consilience.errors import InputError, MachineError
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.recipe.schema import DataPaths
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
@@ -35,7 +36,7 @@ def add_expert(
     base: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: bool = False,
+    progress: ProgressOption = False,
 ) -> store.Description:
     """Add an adapter to a routed model. Until the last step, which replaces ``routing.json``, it is the model it was.
 
@@ -50,7 +51,7 @@ def add_expert(
         base: where the base is, if it has moved.
         device: where the base runs, if it is needed.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: show bars.
+        progress: as ``build_routed`` takes it.
 
     Raises:
         InputError: the name is taken, the adapter does not fit, or rows are missing; nothing has changed.
@@ -59,10 +60,10 @@ def add_expert(
     require_transformers("routing")
     folder = Path(folder)
     source = _source(folder, name, adapter, data, instruction)
-    with _changing(folder) as description:
+    with _changing(folder) as description, open_progress(progress) as shown:
         if name in description.experts:
             raise InputError(f"{folder}: has an expert {name!r} already; choose another name")
-        return _add(folder, description, source, base, device, trust_remote_code, progress)
+        return _add(folder, description, source, base, device, trust_remote_code, shown)
 
 
 def _source(folder: Path, name: str, adapter: Path | str, data: Path | str | None, instruction: str | None) -> Source:
@@ -83,7 +84,7 @@ def _add(
     base: str | None,
     device: str,
     trust_remote_code: bool,
-    progress: bool,
+    progress: Progress,
 ) -> store.Description:
     name = source.name
     place = store.find_base(description.base, folder, base)
