@@ -98,8 +98,9 @@ class _Phase:
         self.text = ", ".join([text, *shown] if text else shown)
 
     def state(self, now: float) -> str:
-        """Return how far the phase is, how fast it goes and how long it will take, as far as that is known."""
-        parts = [_amount(self.done, self.total, self.unit)]
+        """Return how far the phase is, how fast it goes and how long it will take; "" where nothing is known."""
+        amount = _amount(self.done, self.total, self.unit)
+        parts = [amount] if amount else []
         if self.total:
             parts.append(f"{min(1.0, self.done / self.total):.0%}")
         # What an interrupted run had done comes at once with the first unit: the rate is of what was done since.
@@ -112,11 +113,14 @@ class _Phase:
 
     def outcome(self, now: float) -> str:
         """Return what was done, and in how long."""
-        parts = [f"{_amount(self.done, self.total, self.unit)} in {_duration(now - self.started)}"]
+        amount = _amount(self.done, self.total, self.unit) or "done"
+        parts = [f"{amount} in {_duration(now - self.started)}"]
         return ", ".join([*parts, self.text] if self.text else parts)
 
 
 def _amount(done: int, total: int | None, unit: str) -> str:
+    if total is None and not done:
+        return ""
     if unit == "bytes":
         largest = max(done, total or 0)
         scale, unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
@@ -174,7 +178,7 @@ class LineProgress:
         since = phase.started if phase.printed is None else phase.printed
         if now - since >= (SILENCE if phase.printed is None and phase.done else INTERVAL):
             phase.printed = now
-            self._print(phase.title, phase.state(now))
+            self._print(phase.title, phase.state(now) or f"{_duration(now - phase.started)} so far")
 
     def _end(self) -> None:
         if self._phase is not None and self._phase.printed is not None:
@@ -226,7 +230,8 @@ class BarProgress:
 
     def close(self) -> None:
         """Take the bar off the terminal."""
-        self._bars.stop()
+        if self._phase is not None:
+            self._bars.stop()
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def test_float32_writes_float32(base: Path, tasks: list[Path], tmp_path: Path):
 
 def test_progress_is_told_of_the_loss(base: Path, tasks: list[Path], tmp_path: Path):
     stream = io.StringIO()
-    run(base, tasks, tmp_path / "out", steps=2, progress=LineProgress(stream, itertools.count(step=20).__next__))
+    run(base, tasks, tmp_path / "out", steps=2, progress=LineProgress(stream, itertools.count(step=1000).__next__))
     said = stream.getvalue()
     assert said.startswith("training: ")
     assert "2 of 2 steps" in said
