@@ -11,10 +11,9 @@ if TYPE_CHECKING:
     from consilience.coefficients import Coefficients
     from consilience.engine.adapter_output import AdapterSummary, Kind
     from consilience.engine.plan import Plan
-    from consilience.engine.stream import Listener
     from consilience.engine.summary import Summary
     from consilience.experts.state_dict import StateDict
-    from consilience.learned.loop import Watcher
+    from consilience.progress import Progress, ProgressOption
     from consilience.recipe.schema import Recipe
     from consilience.stability.diagnosis import Diagnosis
     from consilience.workdir import Workdir
@@ -93,6 +92,7 @@ def merge(
     target: Mapping[str, PathLike] | None = None,
     coefficients: PathLike | None = None,
     device: str = "cpu",
+    progress: "ProgressOption" = False,
     **parameters: Any,
 ) -> "Summary | AdapterSummary | dict[str, Any]":
     """Merge experts into one model.
@@ -118,6 +118,8 @@ def merge(
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``; for paths.
         parameters: the method's; a mapping gives one value per expert name.
 
     Returns:
@@ -152,6 +154,7 @@ def merge(
         stochastic_rounding=stochastic_rounding,
         allow_nonfinite=allow_nonfinite,
         device=device,
+        progress=progress,
     )
 
 
@@ -194,7 +197,7 @@ def diagnose(
     methods: Sequence[str] = (),
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: "bool | Callable[[int, int], None]" = False,
+    progress: "ProgressOption" = False,
 ) -> "Diagnosis":
     """Examine a recipe's experts before they are merged: their checkpoints, and losses on probe rows if there are any.
 
@@ -207,12 +210,13 @@ def diagnose(
         methods: merge methods to try on the probe rows, as ``METHOD`` or ``METHOD:KEY=VALUE,KEY=VALUE``.
         device: where probes run the model.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: True for bars on the terminal, or a function called with (done, in all) of each part of the work.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``.
 
     Raises:
         InputError: the recipe has no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
     """
-    from consilience.progress import listening
+    from consilience.progress import open_progress
     from consilience.recipe.schema import Recipe, read_recipe
     from consilience.stability.doctor import diagnose
     from consilience.stability.probing import ProbeSettings
@@ -226,16 +230,17 @@ def diagnose(
     if tried and probe_rows is None:
         raise InputError("methods: are tried on probe rows, and probes are left out; give probe_rows")
     probes = None if probe_rows is None else ProbeSettings(probe_rows, device, trust_remote_code, tried)
-    return diagnose(
-        recipe,
-        where=where,
-        root=root,
-        exact=exact,
-        threads=threads,
-        seed=seed,
-        probes=probes,
-        watch=lambda part: listening(part, progress),
-    )
+    with open_progress(progress) as shown:
+        return diagnose(
+            recipe,
+            where=where,
+            root=root,
+            exact=exact,
+            threads=threads,
+            seed=seed,
+            probes=probes,
+            progress=shown,
+        )
 
 
 def plan_recipe(
@@ -287,7 +292,7 @@ def learn(
     device: str = "cpu",
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
-    watcher: "Watcher | None" = None,
+    progress: "ProgressOption" = False,
 ) -> "Coefficients":
     """Learn a recipe's coefficients without merging: ``merge_recipe`` and ``save_coefficients`` take them.
 
@@ -299,7 +304,8 @@ def learn(
         device: a torch device.
         tensorboard: a folder to log to.
         trust_remote_code: run ``.py`` files that come with the base.
-        watcher: told of progress.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``.
 
     Raises:
         InputError: recipe, models or data are wrong, or the method is not a learned one.
@@ -308,15 +314,17 @@ def learn(
     from consilience.engine.merge import merge_workdir
     from consilience.engine.output import LEARNING
     from consilience.learned.learn import check_learning, learn_plan
+    from consilience.progress import open_progress
 
     plan = plan_recipe(recipe, out)
-    settings = _Learning(threads, device, tensorboard, trust_remote_code, watcher).arguments()
     try:
-        check_learning(plan, settings["tensorboard"])
-        if out is None:
-            return learn_plan(plan, **settings)
-        with merge_workdir(plan, Path(out), force=force, digest=_work_digest(plan, None, None)) as work:
-            return learn_plan(plan, work.path / LEARNING, **settings)
+        with open_progress(progress) as shown:
+            settings = _Learning(threads, device, tensorboard, trust_remote_code, shown).arguments()
+            check_learning(plan, settings["tensorboard"])
+            if out is None:
+                return learn_plan(plan, **settings)
+            with merge_workdir(plan, Path(out), force=force, digest=_work_digest(plan, None, None)) as work:
+                return learn_plan(plan, work.path / LEARNING, **settings)
     finally:
         plan.close()
 
@@ -329,7 +337,7 @@ class _Learning:
     device: str
     tensorboard: PathLike | None
     trust_remote_code: bool
-    watcher: "Watcher | None"
+    progress: "Progress"
 
     def arguments(self) -> dict[str, Any]:
         """Return keyword arguments of ``learn_plan``."""
@@ -366,8 +374,7 @@ def merge_recipe(
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
     coefficients: "Coefficients | None" = None,
-    watcher: "Watcher | None" = None,
-    listener: "Listener | None" = None,
+    progress: "ProgressOption" = False,
     learned: "Callable[[Coefficients], None] | None" = None,
 ) -> "Summary | AdapterSummary":
     """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge`` and ``learn``.
@@ -389,8 +396,7 @@ def merge_recipe(
         tensorboard: a folder that a learned method logs to.
         trust_remote_code: run ``.py`` files that come with the base.
         coefficients: what a learned method found before.
-        watcher: told of progress in learning.
-        listener: told of progress in merging.
+        progress: True for a bar on standard error (lines where it is no terminal), or what is told of progress.
         learned: called with the coefficients as soon as they are found.
 
     Raises:
@@ -399,6 +405,7 @@ def merge_recipe(
     """
     from consilience.engine.adapter_output import adapter_in, check_adapter
     from consilience.engine.merge import merge_in, merge_workdir
+    from consilience.progress import open_progress
 
     plan = plan_recipe(
         recipe,
@@ -411,15 +418,17 @@ def merge_recipe(
     try:
         kind = check_adapter(plan, as_adapter, rank)
         digest, folder = _work_digest(plan, kind, rank), True if kind is not None else None
-        learning = _Learning(threads, device, tensorboard, trust_remote_code, watcher)
-        with merge_workdir(plan, Path(out), force=force, digest=digest, folder=folder) as work:
+        with (
+            open_progress(progress) as shown,
+            merge_workdir(plan, Path(out), force=force, digest=digest, folder=folder) as work,
+        ):
             if work.delivered is None and plan.unlearned:
-                plan = _learned(plan, work, learning)
+                plan = _learned(plan, work, _Learning(threads, device, tensorboard, trust_remote_code, shown))
                 if learned is not None and plan.coefficients is not None:
                     learned(plan.coefficients)
             if kind is not None:
-                return adapter_in(plan, work, kind, rank or 0, threads=threads, listener=listener)
-            return merge_in(plan, work, threads=threads, listener=listener)
+                return adapter_in(plan, work, kind, rank or 0, threads=threads, progress=shown)
+            return merge_in(plan, work, threads=threads, progress=shown)
     finally:
         plan.close()
 

@@ -581,7 +581,7 @@ def test_force_keeps_the_old_model_when_the_last_rename_fails(
 def test_force_without_an_exchange_of_folders_keeps_the_old_model_too(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the file system cannot exchange two folders, the second of two renames may fail; a rerun has the old one."""
+    """Where two folders cannot be exchanged, the second of two renames may fail; a rerun has the old one."""
     old = old_model()
     rename = os.rename
 

@@ -30,6 +30,7 @@ from consilience.__main__ import run
 from consilience.api import learn, merge, merge_recipe
 from consilience.coefficients import constant, load_coefficients, make_groups, save_coefficients
 from consilience.errors import InputError
+from consilience.progress import NullProgress
 
 Recipe = dict[str, Any]
 
@@ -420,14 +421,14 @@ def test_a_full_disk_while_merging_keeps_what_was_learned(
     when = state.stat().st_mtime_ns
     seen: list[int] = []
 
-    class Watcher:
-        def phase(self, name: str, total: int) -> None:
+    class Steps(NullProgress):
+        def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
             seen.clear()
 
-        def advance(self, count: int, text: str = "") -> None:
-            seen.append(count)
+        def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
+            seen.extend([count] if count else [])
 
-    learn(Path("recipe.yaml"), Path("made/out"), threads=1, watcher=Watcher())
+    learn(Path("recipe.yaml"), Path("made/out"), threads=1, progress=Steps())
     assert seen == [2]  # both steps at once: they were done before
     assert state.stat().st_mtime_ns == when
     assert run(command(recipe)) == 0

@@ -333,7 +333,7 @@ def evaluate(
         device=device,
         threads=threads,
         cache=cache,
-        progress=sys.stderr.isatty(),
+        progress=True,
         trust_remote_code=trust_remote_code,
     )
     if as_json:
@@ -392,7 +392,7 @@ def train(
         threads=threads,
         device=device,
         force=force,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
     )
     if not quiet:
         typer.echo(f"{out}: {record.steps} steps, final loss {record.final_loss:.4f}, {record.seconds:.0f} s")

@@ -1,7 +1,6 @@
 """``consilience doctor``: what is wrong with these experts, and will they merge?"""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +60,7 @@ def doctor(
         methods=methods or [],
         device=device,
         trust_remote_code=trust_remote_code,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
     )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))

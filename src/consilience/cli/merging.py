@@ -50,7 +50,7 @@ def merge_command(source: Any, out: Path, *, quiet: bool, **settings: Any) -> No
         for line in summary(found):
             typer.echo(line)
 
-    result = merge_recipe(source, out, learned=None if quiet else tell, **settings)
+    result = merge_recipe(source, out, learned=None if quiet else tell, progress=not quiet, **settings)
     if quiet:
         return
     if isinstance(result, AdapterSummary):

@@ -24,10 +24,11 @@ from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import check_learned, merge_workdir, recipe_text
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Listener, Silent, Streamer
+from consilience.engine.stream import Streamer
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError
 from consilience.methods.program import WeightedSum
+from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, digest_of, write_json
 
 Kind = Literal["cat", "svd"]
@@ -181,7 +182,7 @@ def write_adapter(
     *,
     force: bool = False,
     threads: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> AdapterSummary:
     """Write the merge of LoRA experts as a PEFT adapter folder.
 
@@ -192,7 +193,7 @@ def write_adapter(
         rank: rank of ``svd``.
         force: replace a non-empty ``out``.
         threads: workers for methods that merge dense updates.
-        listener: told of progress.
+        progress: told of every tensor.
 
     Raises:
         InputError: an expert is not a plain adapter, or the method is not a weighted sum and ``cat`` was asked for.
@@ -201,7 +202,7 @@ def write_adapter(
     check_learned(plan)
     check_low_rank(plan)
     with merge_workdir(plan, out, force=force, digest=adapter_digest(plan, kind, rank), folder=True) as work:
-        return adapter_in(plan, work, kind, rank, threads=threads, listener=listener)
+        return adapter_in(plan, work, kind, rank, threads=threads, progress=progress)
 
 
 def adapter_digest(plan: Plan, kind: Kind, rank: int) -> str:
@@ -216,16 +217,18 @@ def adapter_in(
     rank: int,
     *,
     threads: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> AdapterSummary:
     """Write the adapter in a folder that is held, and deliver it; see ``write_adapter``."""
     if work.delivered is not None:
         return AdapterSummary.from_dict(work.delivered)
     found: list[_Factors] = []
-    for tensor in plan.tensors:
-        if tensor.program is not None and any(source.pair for source in tensor.rows):
-            found.append(_factors(plan, tensor, kind, rank, threads))
-            (listener or Silent()).advance(tensor.bytes_read)
+    progress = progress or NullProgress()
+    adapted = [t for t in plan.tensors if t.program is not None and any(source.pair for source in t.rows)]
+    progress.phase(f"merging ({plan.method.name})", len(adapted), "tensors")
+    for tensor in adapted:
+        found.append(_factors(plan, tensor, kind, rank, threads))
+        progress.advance()
     ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
     result = work.new_result()
     _write_weights(plan, result / WEIGHTS, found, DTYPES[plan.recipe.output_dtype or "F32"])

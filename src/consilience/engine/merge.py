@@ -19,12 +19,13 @@ from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
 from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
 from consilience.engine.plan import Plan
-from consilience.engine.stream import Listener, Piece, Silent, Streamer, check_ties, integer_notes, thread_count
+from consilience.engine.stream import Piece, Streamer, check_ties, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
 from consilience.engine.unchanged import check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
 from consilience.engine.worker import Record
 from consilience.errors import InputError, MachineError
+from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, json_text, workdir, write_file, write_json
 
 
@@ -90,20 +91,21 @@ def _has(expert: Any, name: str) -> bool:
     return in_model or (expert.adapter is not None and name in expert.adapter.whole)
 
 
-def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, listener: Listener) -> None:
+def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, progress: Progress) -> None:
     from concurrent.futures import ThreadPoolExecutor
     from threading import local
 
     held = local()
 
-    def one(record: Record) -> None:
+    def one(record: Record) -> int:
         if not hasattr(held, "buffer"):
             held.buffer = np.empty(1 << 22, np.uint8)
-        verify_segment(plan, sink, record, held.buffer)
+        return verify_segment(plan, sink, record, held.buffer)
 
+    progress.phase("verifying", sum(tensor.nbytes for tensor in plan.tensors), "bytes")
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(one, list(records.values())):
-            listener.advance(0)
+        for nbytes in pool.map(one, list(records.values())):
+            progress.advance(nbytes)
 
 
 def _write_papers(result: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
@@ -138,7 +140,7 @@ def run_merge(
     *,
     force: bool = False,
     threads: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> Summary:
     """Carry a plan out: after it, OUT is complete, verified and on disk, or (on any error) absent.
 
@@ -152,7 +154,7 @@ def run_merge(
     """
     check_learned(plan)
     with merge_workdir(plan, out, force=force) as work:
-        return merge_in(plan, work, threads=threads, listener=listener)
+        return merge_in(plan, work, threads=threads, progress=progress)
 
 
 @contextlib.contextmanager
@@ -168,17 +170,17 @@ def merge_workdir(
         yield work
 
 
-def merge_in(plan: Plan, work: Workdir, *, threads: int | None = None, listener: Listener | None = None) -> Summary:
+def merge_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress: Progress | None = None) -> Summary:
     """Merge in a folder that is held, and deliver; if an earlier run had delivered, return what that one reported."""
     if work.delivered is not None:
         return Summary.from_dict(work.delivered)
     started = time.perf_counter()
-    summary = replace(stream_in(plan, work, threads=threads, listener=listener), seconds=time.perf_counter() - started)
+    summary = replace(stream_in(plan, work, threads=threads, progress=progress), seconds=time.perf_counter() - started)
     work.deliver(summary.to_dict())
     return replace(summary, notes=(*summary.notes, *work.notes))
 
 
-def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, listener: Listener | None = None) -> Summary:
+def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress: Progress | None = None) -> Summary:
     """Leave the merged model in ``work.result``, complete and verified.
 
     Raises:
@@ -186,12 +188,12 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, listener
         MachineError: the disk is full or failed.
     """
     records = _resume(work, plan)
-    resumed, threads, listener = len(records), thread_count(threads), listener or Silent()
+    resumed, threads, progress = len(records), thread_count(threads), progress or NullProgress()
     sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
     output.check_space(work.out, plan, sum(t.nbytes for t in sizes.values()))
     sink = FileSink(work.path, plan)
     try:
-        streamer = Streamer(plan, sink, threads=threads, listener=listener)
+        streamer = Streamer(plan, sink, threads=threads, progress=progress)
         streamer.done = dict(records)
         with Journal(work.path / JOURNAL, sink.flush) as journal:
             streamer.on_record = journal.add
@@ -200,7 +202,7 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, listener
             raise journal.failure
         sink.flush()
         try:
-            _verify(plan, sink, records, threads, listener)
+            _verify(plan, sink, records, threads, progress)
         except MachineError:
             (work.path / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
             raise

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from consilience.coefficients import Coefficients
+from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan
 from consilience.errors import InputError, MachineError
-from consilience.learned.loop import Unwatched, Watcher
 from consilience.learned.run import Machine, Run, base_folder, groups_of, require_tensorboard
+from consilience.progress import NullProgress, Progress
 
 
 def check_data(plan: Plan) -> None:
@@ -27,13 +28,14 @@ def check_data(plan: Plan) -> None:
 
 
 def learn_state(
-    plan: Plan, folder: Path, *, machine: Machine | None = None, watcher: Watcher | None = None
+    plan: Plan, folder: Path, *, machine: Machine | None = None, progress: Progress | None = None
 ) -> Coefficients:
     """Learn the coefficients of a plan with its state in a folder of the caller's, which is kept."""
     if plan.method.learn is None:
         raise InputError(f"{plan.where}: method {plan.method.name!r} learns nothing; see 'consilience methods'")
-    run = Run(plan, plan.root, folder, None, machine or Machine(), watcher or Unwatched(), plan.where)
-    return plan.method.learn(run, **plan.learning)
+    run = Run(plan, plan.root, folder, None, machine or Machine(), progress or NullProgress(), plan.where)
+    with compilation_shown(run.progress):
+        return plan.method.learn(run, **plan.learning)
 
 
 def check_learning(plan: Plan, tensorboard: Path | None) -> None:
@@ -59,17 +61,18 @@ def learn_plan(
     device: str = "cpu",
     tensorboard: Path | None = None,
     trust_remote_code: bool = False,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
 ) -> Coefficients:
     """Learn the coefficients of a plan, with its state in ``folder``; see ``consilience.api.learn``."""
     check_learning(plan, tensorboard)
     assert plan.method.learn is not None
     run = Run(
-        plan, plan.root, folder, tensorboard, Machine(device, threads, trust_remote_code), watcher or Unwatched(),
+        plan, plan.root, folder, tensorboard, Machine(device, threads, trust_remote_code), progress or NullProgress(),
         plan.where,
     )  # fmt: skip
     try:
-        return plan.method.learn(run, **plan.learning)
+        with compilation_shown(run.progress):
+            return plan.method.learn(run, **plan.learning)
     except MemoryError as error:
         raise _full(str(error)) from error
     except RuntimeError as error:

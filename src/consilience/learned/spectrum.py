@@ -43,7 +43,7 @@ def spectrum(run: Run, groups: Sequence[Group]) -> dict[str, float]:
     kept = _kept(path)
     if kept is not None:
         return kept
-    run.watcher.phase("how far the experts are apart", 1)
+    run.progress.phase("distances between the experts")
     bank = Bank(run.plan, groups, threads=run.machine.threads)
     try:
         by_tensor = bank.gram()

@@ -10,7 +10,7 @@ from typing import Any
 
 from consilience.checkpoints.reference import resolve
 from consilience.errors import InputError, MachineError
-from consilience.progress import LossListener, listening_to_loss
+from consilience.progress import LossProgressOption, Progress, open_progress
 from consilience.tasks.cache import fingerprint
 from consilience.tasks.load import check_device, check_folder, require_transformers
 from consilience.tasks.rows import Task
@@ -20,7 +20,7 @@ from consilience.training.model import Trainee, load_trainee, write_trained
 from consilience.training.record import RECORD, TaskShare, TrainingRecord, describe, read_record
 from consilience.training.sampling import draw
 from consilience.training.settings import Precision, Settings
-from consilience.training.state import STATE, Progress, load_state, save_state
+from consilience.training.state import STATE, TrainingState, load_state, save_state
 from consilience.training.step import descend
 from consilience.workdir import OURS, digest_of, workdir
 
@@ -48,7 +48,7 @@ def fine_tune(
     device: str = "cpu",
     checkpoint_seconds: float = 60.0,
     force: bool = False,
-    progress: bool | LossListener = False,
+    progress: LossProgressOption = False,
 ) -> TrainingRecord:
     r"""Fine-tune a model on the labelled rows of one or several tasks, in equal shares.
 
@@ -88,7 +88,8 @@ def fine_tune(
         checkpoint_seconds: seconds between saved states; up to ten times as many where saving takes over a twentieth of
             the time.
         force: replace what stands at ``out``.
-        progress: True for a bar with the loss on the terminal, or a function called after every step.
+        progress: True for a bar with the loss (or lines) on standard error, a function called with (steps done, steps
+            in all, loss) after every step, or a ``Progress``.
 
     Raises:
         InputError: a setting, the base or a row does not suit, or the loss is no longer finite; nothing is left behind.
@@ -117,14 +118,14 @@ def fine_tune(
     with (
         workdir(out, digest_of(plan), force=force, inputs=inputs) as work,
         _threads(threads),
-        listening_to_loss("training", progress) as listener,
+        open_progress(progress, ("loss",)) as shown,
     ):
         if work.delivered is not None:
             return read_record(_record_folder(out, lora_rank) / RECORD)
         longest = max(len(one.inputs) for part in data for one in part.sequences)
         with _memory(folder):
             trainee = load_trainee(folder, str(base), settings, device, longest)
-            done = _train(trainee, data, settings, work.path / STATE, checkpoint_seconds, listener)
+            done = _train(trainee, data, settings, work.path / STATE, checkpoint_seconds, shown)
         record = _record(str(base), str(plan["base"]), data, settings, trainee, done, device)
         result = work.new_result()
         write_trained(trainee, settings, folder, result)
@@ -173,14 +174,16 @@ def _memory(base: Path) -> Generator[None]:
 
 
 def _train(
-    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, listener: LossListener
-) -> Progress:
+    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, progress: Progress
+) -> TrainingState:
     """Take the steps that are left, saving the state now and then; return where the run stands."""
     import torch
 
     parameters = list(trainee.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     done = load_state(state, trainee.parameters, optimizer)
+    progress.phase("training", settings.steps)
+    progress.advance(done.step)
     saved, pause = time.monotonic(), every
     while done.step < settings.steps:
         started = time.monotonic()
@@ -188,7 +191,7 @@ def _train(
         done.step += 1
         done.seconds += time.monotonic() - started
         latest = done.losses[-1]
-        listener(done.step, settings.steps, sum(latest.values()) / len(latest))
+        progress.advance(1, loss=sum(latest.values()) / len(latest))
         if time.monotonic() - saved >= pause:
             started = time.monotonic()
             save_state(state, trainee.parameters, optimizer, done)
@@ -218,7 +221,7 @@ def _record(
     data: Sequence[Examples],
     settings: Settings,
     trainee: Trainee,
-    done: Progress,
+    done: TrainingState,
     device: str,
 ) -> TrainingRecord:
     import torch

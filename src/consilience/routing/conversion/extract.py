@@ -30,7 +30,7 @@ from consilience.engine.stream import check_ties
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError, nearest
 from consilience.methods.program import Program, WeightedSum
-from consilience.progress import Listener, listening
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.conversion.linear import Layout, layout
 from consilience.tasks.load import check_folder, require_transformers
 from consilience.workdir import check_out, digest_of, workdir, write_json
@@ -145,7 +145,7 @@ def extract(
     energy: float | None = None,
     dtype: str | None = None,
     force: bool = False,
-    progress: bool | Listener = False,
+    progress: ProgressOption = False,
     trust_remote_code: bool = False,
 ) -> Extraction:
     """Write the low-rank part of a fine-tuned model's update as a PEFT adapter with alpha = r.
@@ -161,7 +161,8 @@ def extract(
             has rank ``rank``.
         dtype: of the factors: float32, bfloat16, ...; None: the base's own.
         force: replace what stands at ``out``.
-        progress: True for a bar on standard error, or a function called with (tensors done, tensors in all).
+        progress: True for a bar (or lines) on standard error, a function called with (tensors done, tensors in all),
+            or a ``Progress``.
         trust_remote_code: run ``.py`` files that come with the base.
 
     Raises:
@@ -181,15 +182,12 @@ def extract(
         check_ties(plan)
         known = layout(_base_folder(plan), {t.name: t.shape for t in plan.tensors}, trust_remote_code=trust_remote_code)
         facts = {"digest": plan.digest, **asdict(wanted)}
-        with (
-            workdir(out, digest_of(facts), force=force, inputs=inputs) as work,
-            listening("extracting", progress) as listener,
-        ):
+        with open_progress(progress) as shown, workdir(out, digest_of(facts), force=force, inputs=inputs) as work:
             if work.delivered is not None:
                 return read_extraction(out)
             layers = work.path / "layers"
             layers.mkdir(exist_ok=True)
-            found = _factorised(plan, known, wanted, layers, listener)
+            found = _factorised(plan, known, wanted, layers, shown)
             _write(work.new_result(), out.name, plan, known, found, layers)
             check_unchanged(plan, {}, {})
             work.deliver({})
@@ -207,12 +205,13 @@ def _base_folder(plan: Plan) -> Path:
     return folder
 
 
-def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, listener: Listener) -> Extraction:
+def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, progress: Progress) -> Extraction:
     """Leave a file of factors in ``work`` for every linear layer that changed, and measure the other tensors."""
     layers: list[Layer] = []
     rest: list[Rest] = []
     changed = [t for t in plan.tensors if t.program is not None and t.name not in plan.alignment.ties]
-    for done, tensor in enumerate(changed, 1):
+    progress.phase("extracting", len(changed), "tensors")
+    for tensor in changed:
         if tensor.name in known.linear:
             part = _part(work, tensor)
             if not part.is_file():
@@ -222,7 +221,7 @@ def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, listener
         else:
             total = math.fsum(float(block @ block) for _, block in _blocks(tensor))
             rest += [Rest(tensor.name, known.kinds[tensor.name], total)] if total else []
-        listener(done, len(changed))
+        progress.advance()
     base, expert = plan.recipe.base_model or "", plan.experts[0].reference
     if not layers:
         raise InputError(f"{expert}: no linear layer differs from {base}, so there is nothing to extract")

@@ -11,7 +11,7 @@ from consilience.checkpoints.adapter import is_adapter
 from consilience.checkpoints.reference import resolve
 from consilience.engine.plan import expert_names, resolve_file
 from consilience.errors import InputError
-from consilience.progress import listening
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
 from consilience.routing.folder.recipe import RoutedEntry, RouteRecipe
@@ -138,7 +138,7 @@ def build(
     force: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: bool = False,
+    progress: ProgressOption = False,
 ) -> store.Description:
     """Build a routed model from a base and its adapters.
 
@@ -152,7 +152,7 @@ def build(
         force: replace what stands at ``out``.
         device: where the base runs, if gates, mean activations or instructions need it.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: show bars.
+        progress: as ``build_routed`` takes it.
 
     Raises:
         InputError: the recipe, an adapter or a row is wrong; nothing is left behind.
@@ -169,16 +169,16 @@ def build(
     described = store.Base.of(folder, recipe.base_model)
     digest = digest_of({"base": asdict(described), "recipe": recipe.model_dump()})
     base = Base(folder, device, trust_remote_code)
-    with workdir(out, digest, force=force, inputs=inputs, keep=(GATES,)) as work:
+    with open_progress(progress) as shown, workdir(out, digest, force=force, inputs=inputs, keep=(GATES,)) as work:
         if work.delivered is not None:
             return store.read_description(out)
         experts = [Expert(source.name, read_factors(source.adapter)) for source in sources]
         for expert in experts:
             check_fit(base()[0], expert)
         # First all that may fail; gates are trained for hours.
-        recipes = Work(base, settings, gates, work.path / GATES, progress)
+        recipes = Work(base, settings, gates, work.path / GATES, shown)
         rows = [recipes.rows(source, where) for source in sources]
-        instructions = None if told is None else instruct(base, told, sources, progress)
+        instructions = None if told is None else instruct(base, told, sources, shown)
         if settings.scale == "adaptive" and instructions is not None and instructions.adaptive is None:
             raise InputError(
                 f"{where}: scale: adaptive is fitted on examples of two experts at least, and there are not so many; "
@@ -206,7 +206,7 @@ class Work:
     settings: Settings
     gates: GateSettings
     state: Path
-    progress: bool
+    progress: Progress
 
     def rows(self, source: Source, where: str) -> list[Examples]:
         """Return the rows that an expert's vectors are learned from; none where the local router needs none.
@@ -267,7 +267,7 @@ def _read(sources: list[Source], told: InstructionSettings | None) -> list[Path]
     return [*(source.adapter for source in sources), *rows, *(Path(model) for model in local if model)]
 
 
-def instruct(base: Base, settings: InstructionSettings, sources: list[Source], progress: bool) -> Instructions:
+def instruct(base: Base, settings: InstructionSettings, sources: list[Source], progress: Progress) -> Instructions:
     """Describe and embed what experts do.
 
     Raises:
@@ -275,8 +275,7 @@ def instruct(base: Base, settings: InstructionSettings, sources: list[Source], p
     """
     model, tokenizer = base() if runs_base(settings) else (None, None)
     known = [described(base, source) for source in sources]
-    with listening("instructions", progress) as listener:
-        return Instructions.build(settings, known, model, tokenizer, lambda done, total, _: listener(done, total))
+    return Instructions.build(settings, known, model, tokenizer, progress)
 
 
 def runs_base(settings: InstructionSettings) -> bool:

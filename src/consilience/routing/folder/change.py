@@ -14,6 +14,7 @@ from torch import Tensor
 from consilience.checkpoints.files import stamp
 from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError, MachineError
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.recipe.schema import DataPaths
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
@@ -40,7 +41,7 @@ def add_expert(
     base: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: bool = False,
+    progress: ProgressOption = False,
 ) -> store.Description:
     """Add an adapter to a routed model. Until the last step, which replaces ``routing.json``, it is the model it was.
 
@@ -55,7 +56,7 @@ def add_expert(
         base: where the base is, if it has moved.
         device: where the base runs, if it is needed.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: show bars.
+        progress: as ``build_routed`` takes it.
 
     Raises:
         InputError: the name is taken, the adapter does not fit, or rows are missing; nothing has changed.
@@ -66,12 +67,12 @@ def add_expert(
     source = _source(folder, name, adapter, data, instruction)
     files = [stamp(path)[:3] for path in sorted(source.adapter.iterdir()) if path.is_file()]
     wanted = {"add": name, "adapter": files, "data": str(data), "instruction": instruction}
-    with _changing(folder, digest_of(wanted)) as change:
+    with open_progress(progress) as shown, _changing(folder, digest_of(wanted)) as change:
         if change.done:
             return change.before
         if name in change.before.experts:
             raise InputError(f"{folder}: has an expert {name!r} already; choose another name")
-        return _add(change, source, base, device, trust_remote_code, progress)
+        return _add(change, source, base, device, trust_remote_code, shown)
 
 
 def _source(folder: Path, name: str, adapter: Path | str, data: Path | str | None, instruction: str | None) -> Source:
@@ -91,7 +92,7 @@ def _add(
     base: str | None,
     device: str,
     trust_remote_code: bool,
-    progress: bool,
+    progress: Progress,
 ) -> store.Description:
     folder, description, name = change.folder, change.before, source.name
     place = store.find_base(description.base, folder, base)
