@@ -199,11 +199,12 @@ class BarProgress:
     def __init__(self, console: Any = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(20),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),  # where room is scarce the bar gives way
             TextColumn("{task.fields[state]}", markup=False),
         )
         self._bars = Progress(*columns, console=console or Console(stderr=True), transient=True)
