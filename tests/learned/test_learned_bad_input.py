@@ -384,7 +384,7 @@ def same_as_undisturbed(recipe: Recipe) -> None:
 
 
 STATE = "consilience.learned.loop.write_file"
-ANSWERS = "consilience.tasks.cache.write_file"
+ANSWERS = "consilience.student.teachers.write_file"
 
 
 @pytest.mark.parametrize(("what", "calls"), [(STATE, 0), (STATE, 2), (ANSWERS, 0), (ANSWERS, 1)])

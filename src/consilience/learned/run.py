@@ -19,6 +19,7 @@ from consilience.student.outputs import Reader
 from consilience.student.student import Precision, Settings, Student, blocks_of, make_student
 from consilience.student.teachers import Teachers
 from consilience.tasks.rows import Row, Task, overlap, read_rows
+from consilience.workdir import write_file
 
 Responses = Literal["given", "none", "generate"]
 
@@ -379,8 +380,6 @@ def _kept_answers(run: Run, expert: int, rows: Sequence[Row], data: Data) -> lis
 
 def _keep_answers(run: Run, expert: int, rows: Sequence[Row], data: Data, answers: Sequence[str]) -> None:
     import json
-
-    from consilience.workdir import write_file
 
     path = _answers_path(run, expert, rows, data)
     if path is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from consilience.student.calibration import Batch, Sample, batches, each_expert
 from consilience.student.outputs import Head, Outputs, Reader
 from consilience.student.student import Student
+from consilience.workdir import write_file
 
 
 class Teachers:
@@ -70,8 +71,6 @@ class Teachers:
 
     def _save(self, path: Path, chosen: Sequence[int]) -> None:
         from safetensors.torch import save
-
-        from consilience.workdir import write_file
 
         path.parent.mkdir(parents=True, exist_ok=True)
         # By place among the expert's own rows: other experts' rows may come and go between runs.
