@@ -1,4 +1,4 @@
-"""The commands that are killed: how their inputs are made, what they write, and what an unfinished one may leave in it."""
+"""The commands that are killed: how their inputs are made, what they write, and what a kill may leave in it."""
 
 import json
 from collections.abc import Callable

@@ -2,21 +2,23 @@
 
 One process loads the program; every run is a fork of it, so that hundreds of kills take seconds.
 
-    python harness.py KIND PLACE [--every N]
+    python harness.py KIND PLACE [--random KILLS]
+
+With ``--random`` the kills come at random times instead.
 """
 
 import argparse
 import builtins
 import functools
 import io
-import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,16 @@ def once(command: Command, fuse: Fuse) -> int:
     return forked(job)
 
 
+def killed_after(command: Command, seconds: float) -> int:
+    """Run the command in a fork and kill it after so many seconds; return how it ended."""
+    child = os.fork()
+    if child == 0:
+        os._exit(command.run())
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def tree(place: Path) -> Tree:
     """Return every file below a folder, with what differs from run to run taken out."""
     found: Tree = {}
@@ -135,7 +147,7 @@ def _timeless(value: Any) -> bytes:
 
 
 @contextmanager
-def prepared(command: Command, source: Path) -> Iterator[Path]:
+def prepared(source: Path) -> Generator[Path]:
     """Give a fresh copy of the place that a command runs in, as the current folder."""
     place = source.parent / "place"  # always the same, for some outputs name it
     shutil.copytree(source, place, symlinks=True, copy_function=shutil.copy2)
@@ -171,28 +183,31 @@ def check_between(command: Command, place: Path, old: Tree, new: Tree, at: int) 
     return "old"
 
 
-def kill_everywhere(kind: str, source: Path, every: int = 1, only: list[int] | None = None) -> dict[str, int]:
-    """Kill a command before every call (or every so many), and rerun it; return how many kills left OUT how.
+def kill_everywhere(command: Command, source: Path, random_kills: int = 0, seed: int = 0) -> dict[str, int]:
+    """Kill a command before every call (or at random times), and rerun it; return how many kills left OUT how.
 
     Raises:
         AssertionError: something was torn, lost or left, or the rerun did not end well.
     """
-    command = COMMANDS[kind]
     os.environ["FUSE_COUNT"] = str(source.parent / "count")
-    with prepared(command, source):
+    with prepared(source):
         assert command.run() == 0  # here, not in a fork: what it loads and compiles is there for all that follow
-    with prepared(command, source) as place:
+    with prepared(source) as place:
         old = _output(command, place)
+        began = time.monotonic()
         status = once(command, Fuse(-1))
-        assert status == 0, f"{kind}: undisturbed run ended with {status}"
+        seconds = time.monotonic() - began
+        assert status == 0, f"the undisturbed run ended with {status}"
         new, wanted = _output(command, place), tree(place)
     total = int((source.parent / "count").read_text())
-    assert total > 10, f"{kind}: only {total} state-changing calls were counted"
-    seen = {"absent": 0, "old": 0, "complete": 0}
-    for at in only if only is not None else range(0, total, every):
-        with prepared(command, source) as place:
-            status = once(command, Fuse(at))
-            if status == 0 and only is not None:
+    assert total > 10, f"only {total} state-changing calls were counted"
+    seen = {"absent": 0, "old": 0, "complete": 0, "too late": 0}
+    draw = random.Random(seed)
+    for at in range(random_kills or total):
+        with prepared(source) as place:
+            status = killed_after(command, draw.random() * seconds) if random_kills else once(command, Fuse(at))
+            if status == 0 and random_kills:
+                seen["too late"] += 1
                 continue
             assert status == -signal.SIGKILL, f"kill {at} of {total}: ended with {status}"
             seen[check_between(command, place, old, new, at)] += 1
@@ -213,18 +228,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=sorted(COMMANDS))
     parser.add_argument("place", type=Path)
-    parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--random", type=int, default=0, metavar="KILLS", help="kill at so many random calls instead")
+    parser.add_argument("--random", type=int, default=0, metavar="KILLS", help="kill at so many random times instead")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     source = given.place.resolve() / "source"
     source.mkdir(parents=True)
     os.chdir(source)
-    COMMANDS[given.kind].prepare()
-    draw = random.Random(given.seed)
-    limit = 400
-    only = list(itertools.islice(iter(lambda: draw.randrange(limit), None), given.random)) if given.random else None
-    print(json.dumps(kill_everywhere(given.kind, source, given.every, only)))
+    command = COMMANDS[given.kind]
+    command.prepare()
+    sys.stdout.write(json.dumps(kill_everywhere(command, source, given.random, given.seed)) + "\n")
 
 
 if __name__ == "__main__":
