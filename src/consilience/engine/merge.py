@@ -21,7 +21,7 @@ from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece, Streamer, check_ties, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
-from consilience.engine.unchanged import check_unchanged
+from consilience.engine.unchanged import check_files, check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
 from consilience.engine.worker import Record
 from consilience.errors import InputError, MachineError
@@ -197,7 +197,7 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         streamer.done = dict(records)
         with Journal(work.path / JOURNAL, sink.flush) as journal:
             streamer.on_record = journal.add
-            records = streamer.run()
+            records = _streamed(plan, streamer)
         if journal.failure is not None:
             raise journal.failure
         sink.flush()
@@ -235,6 +235,15 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         fingerprint=fingerprint,
         notes=tuple(notes),
     )
+
+
+def _streamed(plan: Plan, streamer: Streamer) -> dict[Piece, Record]:
+    """Run the merge; what goes wrong because an input changed meanwhile is blamed on that."""
+    try:
+        return streamer.run()
+    except (InputError, ArithmeticError, LookupError, ValueError):
+        check_files(plan)
+        raise
 
 
 def _policy_notes(plan: Plan) -> list[str]:

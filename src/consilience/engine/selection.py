@@ -12,6 +12,7 @@ import numpy as np
 
 from consilience.engine.block import Loader, Marks
 from consilience.engine.kernels.select import HIGH, LOW, count_equal, count_high, count_low, pick_bin
+from consilience.errors import InputError
 
 Piece = tuple[int, int]
 
@@ -65,9 +66,18 @@ class Selection:
             self.low += local[:, :LOW]
 
     def pick_lower(self) -> None:
-        """After the second pass: thresholds, and how many entries equal to them are kept."""
+        """After the second pass: thresholds, and how many entries equal to them are kept.
+
+        Raises:
+            InputError: the second pass did not find the values that the first had counted.
+        """
         for k in self.ranked:
             bits, above = pick_bin(self.low[k], self.keep[k] - self.above[k])
+            if bits < 0:
+                raise InputError(
+                    "an input changed while it was being merged: a second pass found other values than the first; "
+                    "leave the inputs alone and run the merge again"
+                )
             self.threshold[k] = np.uint32((self.bins[k] << 15) | bits).view(np.float32)
             self.total[k] = self.keep[k] - self.above[k] - above
 

@@ -13,12 +13,24 @@ from consilience.errors import InputError
 from consilience.experts.model import Model
 
 
-def check_unchanged(plan: Plan, first: dict[Piece, Marks], records: dict[Piece, Record]) -> None:
-    """Compare every input file with what it was when the merge was planned.
+def check_files(plan: Plan) -> None:
+    """Compare every input file's size, modification time and inode with what they were when the merge was planned.
 
-    Size, modification time and inode must be the same. Where only the time of the last change of status differs, as
-    after ``chmod``, ``ln`` or a write whose time was set back, the tensors are read again and their fingerprints
-    compared. What was read in several passes must have been the same in the first and the last.
+    Raises:
+        InputError: names the file that changed.
+    """
+    for model in plan.models:
+        for before in model.stamps():
+            if not _same_but_for_status(before, _now(before)):
+                raise _changed(before.path)
+
+
+def check_unchanged(plan: Plan, first: dict[Piece, Marks], records: dict[Piece, Record]) -> None:
+    """Make sure that every input was the same from the plan to the last pass.
+
+    Beyond ``check_files``, where the time of the last change of a file's status differs, as after ``chmod``, ``ln`` or
+    a write whose time was set back, the tensors are read again and their fingerprints compared. What was read in
+    several passes must have been the same in the first and the last.
 
     Args:
         plan: what was merged.
@@ -34,14 +46,15 @@ def check_unchanged(plan: Plan, first: dict[Piece, Marks], records: dict[Piece, 
             if [sums & MASK for sums in before] != [sums & MASK for sums in after] and source.storage is not None:
                 assert source.dense is not None
                 raise _changed(source.storage.stamps()[source.dense.file].path)
+    check_files(plan)
     for model in plan.models:
         for before in model.stamps():
-            after = _now(before)
-            if after == before:
-                continue
-            touched = after is not None and after._replace(changed=before.changed) == before
-            if not touched or not _same_values(plan, model, before, records):
+            if _now(before) != before and not _same_values(plan, model, before, records):
                 raise _changed(before.path)
+
+
+def _same_but_for_status(before: Stamp, after: Stamp | None) -> bool:
+    return after is not None and after._replace(changed=before.changed) == before
 
 
 def _now(before: Stamp) -> Stamp | None:
