@@ -69,8 +69,8 @@ def test_what_was_to_be_kept_outlives_wrong_input_and_another_digest(tmp_path: P
         assert names(work.path) == ["learned", "work.json"]
 
     out = tmp_path / "out"
+    learned = writes("learned", KeyboardInterrupt(), lambda work: (work.path / "other").touch())
     with pytest.raises(KeyboardInterrupt):
-        learned = writes("learned", KeyboardInterrupt(), lambda work: (work.path / "other").touch())
         during(out, "one", learned, keep=("learned",))
     with pytest.raises(InputError, match="wrong"):
         during(out, "two", writes("more", InputError("wrong"), check), keep=("learned",))
