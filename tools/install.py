@@ -41,7 +41,7 @@ def _run(python: Path, *arguments: str) -> None:
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+    _run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments)
 
 
 def _environment(folder: Path) -> Path:
