@@ -245,10 +245,8 @@ def test_the_cache_changes_nothing() -> None:
 
 
 def test_a_step_with_a_cache_keeps_the_query() -> None:
-    model, ids = (
-        routed_llama(Settings("phatgoose", scale=50.0)),
-        make_tokenizer()(["aabc"], return_tensors="pt").input_ids,
-    )
+    model = routed_llama(Settings("phatgoose", scale=50.0))
+    ids = make_tokenizer()(["aabc"], return_tensors="pt").input_ids
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.no_grad():
         first = model(input_ids=ids[:, :-1], use_cache=True)
