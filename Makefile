@@ -24,9 +24,11 @@ demo: setup
 
 # The quick tier; test-all is the rest: each test is in one of them.
 test: setup
+	@echo "test: the quick tests; make test-all runs the rest"
 	$(PY) -m pytest -n 2 -m "not slow"
 
 test-all: setup
+	@echo "test-all: the tests marked slow; make test runs all others"
 	$(PY) -m pytest -n 2 -m slow
 
 # Outside CI: the newest versions that pyproject.toml allows, in an environment of their own. TORCH=VERSION to change torch too.

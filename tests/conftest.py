@@ -17,6 +17,11 @@ settings.register_profile("random", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the real base take longest: begun first, they leave no core idle at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+
+
 @pytest.fixture(scope="session")
 def real_base() -> Path:
     """The real SmolLM2 base, fetched once per checkout (one test process fetches, the others wait)."""

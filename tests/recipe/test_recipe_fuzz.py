@@ -55,7 +55,7 @@ OPENINGS = {"[": "]", "{": "}", "{a: [": "]}", "- ": "", "[\n": "]", "? ": ""}
 
 
 @pytest.mark.parametrize("loader", [yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)])
-@pytest.mark.parametrize("levels", [101, 250, 999, 1000, 1001, 1030, 20_000])
+@pytest.mark.parametrize("levels", [101, 999, 1001, 20_000])
 @pytest.mark.parametrize("opening", OPENINGS)
 def test_deep_nesting_is_refused_in_our_words(
     opening: str, levels: int, loader: type[yaml.SafeLoader], monkeypatch: pytest.MonkeyPatch
