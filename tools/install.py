@@ -37,7 +37,7 @@ def _step(what: str) -> Generator[None]:
 
 def _run(python: Path, *arguments: str) -> None:
     if subprocess.run([python, *arguments], cwd=ROOT, check=False).returncode != 0:
-        sys.exit(f"set-up: failed (above); once that is mended, the same command goes on in {python.parent.parent}")
+        sys.exit("\nset-up: failed (above); fix this and rerun the same command")
 
 
 def _pip(python: Path, *arguments: str) -> None:
@@ -51,7 +51,7 @@ def _environment(folder: Path) -> Path:
             try:
                 venv.create(folder, symlinks=True, with_pip=True)
             except (subprocess.CalledProcessError, OSError) as error:
-                sys.exit(f"\nset-up: no environment can be made ({error}); does this Python have venv and pip?")
+                sys.exit(f"\nset-up: {folder.name} cannot be created ({error}); does this Python have venv and pip?")
     old = subprocess.run([python, "-c", f"import sys; sys.exit(sys.version_info < {OLDEST})"], check=False).returncode
     if old:
         sys.exit(f"set-up: {folder} has a Python older than {OLDEST[0]}.{OLDEST[1]}, or a broken one; remove it")

@@ -16,7 +16,7 @@ import tomllib
 import venv
 from pathlib import Path
 
-from tools.lockfile import ACCELERATORS, BY_MACHINE, PATH, ROOT, Locked, parse, pin
+from tools.lockfile import ACCELERATORS, BY_MACHINE, PATH, ROOT, Locked, parse, pin, read
 
 RESOLVER = "uv==0.13.9"
 RUN = "3.11"
@@ -73,35 +73,48 @@ def _uv(uv: Path, *arguments: str, text: str = "") -> str:
     return done.stdout
 
 
+def resolve(uv: Path, torch: str) -> str:
+    """Return the lock of the newest versions that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    build: list[str] = project["build-system"]["requires"]
+    command = ["pip", "compile", "pyproject.toml", "-", "--extra", "dev", "--upgrade"]
+    command += ["--universal", "--python-version", RUN, "--fork-strategy", "fewest"]
+    command += ["--generate-hashes", "--only-binary", ":all:", "--no-header", "--annotation-style", "line"]
+    return lock_text(_uv(uv, *command, text="\n".join([*build, torch])))
+
+
+def check_files(uv: Path, locked: tuple[Locked, ...], folder: Path) -> None:
+    """End with an error unless each Python has a wheel of every package, under the locked hashes."""
+    for version in (RUN, *RESOLVED):
+        command = ["pip", "install", "--dry-run", "--no-deps", "--only-binary", ":all:"]
+        command += ["--target", str(folder / "none"), "--python", sys.executable, "--python-version", version]
+        for name, packages, options in (
+            ("hashed.txt", [package for package in locked if package.hashes], ["--require-hashes"]),
+            ("free.txt", [package for package in locked if not package.hashes], []),
+        ):
+            (folder / name).write_text("\n".join(package.line for package in packages), encoding="utf-8")
+            _uv(uv, *command, *options, "--requirement", str(folder / name))
+
+
 def main() -> None:
-    """Resolve, check that every Python has a file of every package, and write the lock."""
+    """Resolve, check, write the lock, and say what changed."""
     parser = argparse.ArgumentParser(prog="python -m tools.lock")
     parser.add_argument("--torch", help="the version of torch; the locked one if left out")
     arguments = parser.parse_args()
-    before = parse(PATH.read_text(encoding="utf-8")) if PATH.exists() else ()
+    if not (arguments.torch or PATH.exists()):
+        parser.error(f"there is no {PATH.name} to take torch's version from; pass --torch")
+    before = read() if PATH.exists() else ()
     torch = f"{BY_MACHINE}=={arguments.torch}" if arguments.torch else pin(BY_MACHINE)
-    build: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        venv.create(folder, with_pip=True)
-        quiet = ["--quiet", "--disable-pip-version-check"]
-        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", *quiet, RESOLVER], check=True)
+        venv.create(folder, symlinks=True, with_pip=True)
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+        if subprocess.run([*pip, RESOLVER], check=False).returncode != 0:
+            sys.exit(f"lock: {RESOLVER} could not be installed (above)")
         uv = folder / "bin" / "uv"
-        hashed = ["--generate-hashes", "--only-binary", ":all:", "--no-header", "--annotation-style", "line"]
-        versions = ["--universal", "--python-version", RUN, "--fork-strategy", "fewest", "--upgrade"]
-        answer = _uv(
-            uv, "pip", "compile", "pyproject.toml", "-", "--extra", "dev", *versions, *hashed,
-            text="\n".join([*build, torch]),
-        )  # fmt: skip
-        text = lock_text(answer)
+        text = resolve(uv, torch)
         after = parse(text)
-        requirements = folder / "requirements.txt"
-        requirements.write_text("\n".join(package.line for package in after if package.hashes), encoding="utf-8")
-        for version in (RUN, *RESOLVED):
-            dry = ["pip", "install", "--dry-run", "--no-deps", "--only-binary", ":all:"]
-            dry += ["--target", str(folder / "none"), "--python", sys.executable, "--python-version", version]
-            _uv(uv, *dry, "--require-hashes", "--requirement", str(requirements))
-            _uv(uv, *dry, torch)
+        check_files(uv, after, folder)
     PATH.write_text(text, encoding="utf-8")
     for line in changes(before, after) if before else ():
         print(f"lock: {line}")
