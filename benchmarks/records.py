@@ -1,6 +1,5 @@
 """Results that are kept: a JSON file, and the page that is generated from it."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import TypeAdapter
 from benchmarks.page import listed, measured
 from benchmarks.provenance import machine, now, versions
 from benchmarks.synthetic import ROOT
+from studies.json_rows import json_rows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -62,7 +62,8 @@ def load(kind: type[R], path: Path) -> R:
 def write(results: "DataclassInstance", path: Path) -> None:
     """Write a results file, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+    # A measurement that failed is NaN.
+    path.write_text(json_rows(asdict(results), allow_nan=True), encoding="utf-8")
 
 
 def write_page(results: R, path: Path, page: Callable[[R, str], str]) -> None:

@@ -33,7 +33,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.errors import ConsilienceError, InputError, MachineError, nearest
-from consilience.tasks.cache import write_atomically
+from consilience.progress import open_progress
+from consilience.workdir import write_file
+from studies.json_rows import json_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,119}")
@@ -216,13 +218,13 @@ def run_cell(study: Study, identity: str, setting: Mapping[str, Any], results: P
         "versions": code,
     }
     try:
-        text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
+        text = json_rows(record)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the result is not JSON ({error})") from None
     path = cell_path(results, study, identity)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, f"{text}\n".encode())
+        write_file(path, text.encode())
     except OSError as error:
         raise MachineError(f"{path}: cannot be written ({error.strerror})") from None
     return Cell(identity, plain, json.loads(text)["result"], seconds, json.loads(text))
@@ -256,8 +258,8 @@ def build_tables(study: Study, results: Path) -> Path | None:
             if not _SAFE.fullmatch(name):
                 raise InputError(f"study {study.name}: picture {name!r} must be letters, digits and . _ + = -")
             (results / study.name).mkdir(exist_ok=True)
-            write_atomically(results / study.name / name, data)
-        write_atomically(page, f"{tables.markdown.rstrip()}\n\n{footer}\n".encode())
+            write_file(results / study.name / name, data)
+        write_file(page, f"{tables.markdown.rstrip()}\n\n{footer}\n".encode())
     except OSError as error:
         raise MachineError(f"{page}: cannot be written ({error.strerror})") from None
     return page
@@ -326,17 +328,12 @@ def run_missing(
 
     With a limit no cell begins that is expected to end past it, taking the median time of the study's finished cells.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     failures: list[str] = []
     if not any(plan.missing for plan in plans):
         return failures
-    console = Console(stderr=True)
     started = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        bar = bars.add_task("cells", total=sum(len(plan.missing) for plan in plans))
+    with open_progress(True) as progress:
+        progress.phase("cells", sum(len(plan.missing) for plan in plans), "cells")
         for plan in plans:
             times = [cell.seconds for cell in plan.done.values()]
             for identity, setting in plan.missing:
@@ -344,9 +341,9 @@ def run_missing(
                 expected = statistics.median(times) if times else 0.0
                 elapsed = time.perf_counter() - started
                 if limit_seconds is not None and elapsed + expected > limit_seconds:
-                    console.print(f"{name}: not begun, the time limit is near", markup=False, highlight=False)
+                    print(f"{name}: not begun, the time limit is near", file=sys.stderr)
                     return failures
-                bars.update(bar, description=name)
+                progress.advance(0, name)
                 try:
                     cell = run_cell(plan.study, identity, setting, results)
                 except MachineError:
@@ -356,11 +353,11 @@ def run_missing(
                         traceback.print_exc()
                     said = str(error).strip().splitlines()[:1]
                     failures.append(f"{name}: {type(error).__name__}: {said[0] if said else 'no message'}")
-                    console.print(f"failed {failures[-1]}", markup=False, highlight=False)
+                    print(f"failed {failures[-1]}", file=sys.stderr)
                 else:
                     times.append(cell.seconds)
-                    console.print(f"{name}: {cell.seconds:.0f} s", markup=False, highlight=False)
-                bars.advance(bar)
+                    print(f"{name}: {cell.seconds:.0f} s", file=sys.stderr)
+                progress.advance()
                 gc.collect()  # models that a cell leaves in reference cycles would add up
     return failures
 

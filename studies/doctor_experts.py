@@ -26,7 +26,7 @@ from consilience.stability.logs.curve import collect
 from consilience.stability.logs.facts import LARGEST, read_facts
 from consilience.stability.logs.reading import Reading
 from consilience.stability.training import Training, assemble
-from consilience.tasks.cache import write_atomically
+from consilience.workdir import write_file
 from suites.packages import locked
 from suites.vision import CACHE, data, nets
 from suites.vision.images import DataSet, Images
@@ -246,14 +246,14 @@ def world(suite: Suite, seed: int, cache: Path | None = None, load: Callable[[st
             images = gather(suite, seed, load)
             both = {name: {"images": one.images, "labels": one.labels} for name, one in images.items()}
             flat = {f"{name}/{key}": value.contiguous() for name, one in both.items() for key, value in one.items()}
-            write_atomically(place / "tasks.safetensors", save(flat))
+            write_file(place / "tasks.safetensors", save(flat))
         stored = load_file(place / "tasks.safetensors")
         images = {name.removesuffix("/images"): Images(value, stored[name.removesuffix("images") + "labels"])
                   for name, value in stored.items() if name.endswith("/images")}  # fmt: skip
         made = _untrained(suite, images, seed)
         if not (place / "base.safetensors").is_file():
             theta, heads = _joint(made, seed)
-            write_atomically(place / "base.safetensors", save({"theta": theta, **heads}))
+            write_file(place / "base.safetensors", save({"theta": theta, **heads}))
         kept = load_file(place / "base.safetensors")
     made.theta = kept.pop("theta")
     made.heads = kept
@@ -325,8 +325,8 @@ def expert(made: World, task: int, tuning: Tuning, seed: int, cache: Path | None
     with locked(place.parent / f".{place.stem}.lock"):
         if not place.is_file():
             tau, said = train(made, task, tuning, seed)
-            write_atomically(log, json.dumps(said).encode())
-            write_atomically(place, save({"tau": tau}))
+            write_file(log, json.dumps(said).encode())
+            write_file(place, save({"tau": tau}))
     record = json.loads(log.read_text("utf-8"))
     return Expert(task, tuning, load_file(place)["tau"], training_of(record, made.tasks[task].name))
 

@@ -11,6 +11,7 @@ from typing import Any
 import consilience as cs
 from consilience.api import build_recipe, plan_recipe
 from consilience.engine.adapter_output import write_adapter
+from consilience.progress import ProgressOption
 from consilience.tasks import Evaluation, evaluate, load_task
 from suites.language import CACHE, DOMAINS, adapter_path, heldout_path
 from suites.language.base import base_path
@@ -24,7 +25,7 @@ def experts(domains: Sequence[str] = DOMAINS) -> dict[str, str]:
     return {domain: str(adapter_path(domain)) for domain in domains}
 
 
-def measure(model: str, split: str, name: str | None = None, progress: bool = False) -> Evaluation:
+def measure(model: str, split: str, name: str | None = None, progress: ProgressOption = False) -> Evaluation:
     """Measure a model (``PATH`` or ``PATH+ADAPTER``) on every domain's ``split``."""
     tasks = [load_task(f"{d}={heldout_path(d, 'validation' if split == 'validation' else 'test')}") for d in DOMAINS]
     return evaluate(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from consilience.errors import MachineError
+from consilience.progress import LossProgressOption
 from consilience.routing import build_routed, load_routed
 from consilience.routing.expert import read_factors
 from consilience.routing.folder.build import Base
@@ -27,7 +28,6 @@ from suites.language import ALL_DOMAINS, CACHE, adapter_path, train_path
 from suites.language.base import base_path
 from suites.language.data import train_rows
 from suites.language.train import ALPHA, RANK
-from suites.language.train_full import say_progress
 from suites.packages import locked
 
 #: PHATGOOSE's steps, rate and warm-up; batches of 8 rows instead of 1,024.
@@ -84,7 +84,7 @@ def multitask(domains: Sequence[str], steps: int) -> Any:
                 train_rows(domain)
             fine_tune(
                 base_path(), [f"{domain}={train_path(domain)}" for domain in domains], place, learning_rate=1e-3,
-                steps=steps, lora_rank=RANK, lora_alpha=ALPHA, seed=0, threads=1, progress=say_progress,
+                steps=steps, lora_rank=RANK, lora_alpha=ALPHA, seed=0, threads=1, progress=True,
             )  # fmt: skip
     return _built(_recipe([{"model": str(place), "name": "multitask"}]))
 
@@ -100,7 +100,7 @@ def _ready(domain: str) -> None:
         raise MachineError(f"{adapter_path(domain)}: is not there; train it: python -m suites.language.train {domain}")
 
 
-def gates(domain: str, progress: bool = False) -> dict[str, Tensor]:
+def gates(domain: str, progress: LossProgressOption = False) -> dict[str, Tensor]:
     """Return the gates of an expert, trained on its own rows, once."""
     folder = CACHE / "language" / "gates"
     place = folder / f"{domain}.safetensors"

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from consilience import progress
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests run side by side: several OpenMP threads in each on busy cores are many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Short jobs print no progress, but on a busy machine they are not short; tests/test_progress.py looks at the lines.
+progress.SILENCE = progress.INTERVAL = 600.0
 # A clean clone is judged by the same examples every time; HYPOTHESIS_PROFILE=random looks for new ones. How long one
 # example takes on a busy machine is no defect.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -986,24 +986,95 @@ def same(found: Arrays, wanted: Arrays) -> None:
         np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6)
 
 
+def snapshot_of(folder: str, cache: Path) -> Path:
+    """Move a model into a hub's cache: every file a link from the snapshot to a blob."""
+    repository = cache / f"models--org--{folder}"
+    place = repository / "snapshots" / "0123abcd"
+    place.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(Path(folder).iterdir())):
+        path.rename(repository / "blobs" / f"{number:040x}")
+        (place / path.name).symlink_to(f"../../blobs/{number:040x}")
+    return place
+
+
 def test_models_made_of_links_work() -> None:
-    """Hub caches hold every file as a link into a store."""
+    """Hub caches hold every file as a link into a store of that model."""
     wanted = expected()
-    Path("blobs").mkdir()
-    for number, path in enumerate(p for name in ("base", "a", "b") for p in sorted(Path(name).iterdir())):
-        path.rename(f"blobs/{number}")
-        path.symlink_to(f"../blobs/{number}")
-    same(merged(*MERGE), wanted)
+    base, a, b = (str(snapshot_of(name, Path("hub"))) for name in ("base", "a", "b"))
+    same(merged("merge", base, "out", "-e", f"a={a}", "-e", f"b={b}"), wanted)
     assert not Path("out/config.json").is_symlink()
+
+
+def test_a_link_within_the_folder_is_copied_as_the_file_it_leads_to() -> None:
+    Path("base/vocabulary.txt").write_text("a b c")
+    Path("base/vocab.txt").symlink_to("vocabulary.txt")
+    merged(*MERGE)
+    assert not Path("out/vocab.txt").is_symlink()
+    assert Path("out/vocab.txt").read_text() == "a b c"
+
+
+@pytest.mark.parametrize("target", ["../elsewhere.txt", "../hub/models--org--base/blobs/0"])
+def test_a_link_that_leads_out_of_its_folder_is_refused_by_name(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one is a blob of a hub's cache, but the link does not lie in a snapshot of it."""
+    Path("hub/models--org--base/blobs").mkdir(parents=True)
+    (Path("base") / target).write_text("mine")
+    Path("base/notes.txt").symlink_to(target)
+    assert run([*MERGE, "-q"]) == 2
+    assert "base/notes.txt: is a link to a file outside" in capsys.readouterr().err
+    assert not Path("out").exists()
+    Path("base/notes.txt").unlink()
+    same(merged(*MERGE), expected())
+
+
+def test_a_snapshot_may_not_link_to_another_models_blobs(capsys: pytest.CaptureFixture[str]) -> None:
+    base, other = snapshot_of("base", Path("hub")), snapshot_of("a", Path("hub"))
+    (base / "notes.txt").symlink_to((other / "config.json").resolve())
+    assert run(["merge", str(base), "out", "-e", "b=b", "-q"]) == 2
+    assert "notes.txt: is a link" in capsys.readouterr().err
+
+
+def test_weights_that_the_user_names_through_a_link_are_merged() -> None:
+    wanted = expected()
+    Path("store").mkdir()
+    for name in ("base", "a", "b"):
+        Path(name).rename(f"store/{name}")
+        Path(name).symlink_to(f"store/{name}")
+    Path("store/a/model.safetensors").rename("store/weights")
+    Path("store/a/model.safetensors").symlink_to("../weights")
+    same(merged(*MERGE), wanted)
 
 
 def test_force_replaces_out_and_nothing_else() -> None:
     occupied("out")
-    kept = [occupied("out.replaced"), occupied("out.old")]
+    kept = [occupied("out.kept"), occupied("out.old")]
     same(merged(*MERGE, "--force"), expected())
     assert not Path("out/thesis.txt").exists()
     assert [(path / "thesis.txt").read_text(encoding="utf-8") for path in kept] == ["mine", "mine"]
-    assert sorted(p.name for p in Path.cwd().iterdir()) == ["a", "b", "base", "out", "out.old", "out.replaced"]
+    assert Path("out.kept-2/thesis.txt").read_text(encoding="utf-8") == "mine"  # nor was that ours to delete
+    names = ["a", "b", "base", "out", "out.kept", "out.kept-2", "out.old"]
+    assert sorted(p.name for p in Path.cwd().iterdir()) == names
+
+
+def test_force_keeps_what_was_added_to_a_merge_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an older merge only what that merge wrote goes: not what was added since, nor what was changed since."""
+    merged(*MERGE, "--method", "linear")
+    Path("out/evaluation").mkdir()
+    Path("out/evaluation/scores.json").write_text("{}")
+    Path("out/link").symlink_to("../base")
+    Path("out/README.md").write_text("my own words")
+    assert run([*MERGE, "--force"]) == 0
+    assert "note: 3 file(s) at out had not been written by Consilience; they are now in out.kept" in (
+        capsys.readouterr().out
+    )
+    same(load_file("out/model.safetensors"), expected())
+    found = sorted(str(path) for path in Path("out.kept").rglob("*") if not path.is_dir() or path.is_symlink())
+    assert found == ["out.kept/README.md", "out.kept/evaluation/scores.json", "out.kept/link"]
+    assert Path("out.kept/README.md").read_text() == "my own words"
+    assert Path("out.kept/link").is_symlink()
+    assert not Path("out/evaluation").exists()
 
 
 def test_an_empty_out_is_free() -> None:
@@ -1203,7 +1274,7 @@ def test_an_interrupt_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("consilience.engine.merge.run_merge", interrupted)
+    monkeypatch.setattr("consilience.engine.merge.merge_in", interrupted)
     assert run(MERGE) == 130
     err = capsys.readouterr().err
     assert err.count("\n") == 1

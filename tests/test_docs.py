@@ -1,20 +1,30 @@
 """The documentation is true: every method has a page with its parameters, and what the docs tell people to do works."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import typer
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from consilience.cli.app import app
 from consilience.coefficients import load_coefficients
 from consilience.methods import load, names
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md"))]
+ADAPTER = "adapter_model.safetensors"
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -36,27 +46,107 @@ def test_every_method_has_a_page_with_its_parameters_and_defaults(name: str) -> 
     assert f"[{name}]({name}.md)" in (DOCS / "methods" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 
+def typed(text: str) -> tuple[list[str], list[str]]:
+    """Return a console block's commands (after ``$``, to the last line that ends in a backslash) and its output."""
+    commands: list[str] = []
+    output: list[str] = []
+    for line in text.splitlines():
+        if commands and commands[-1].endswith("\\"):
+            commands[-1] += "\n" + line
+        elif line.startswith("$ "):
+            commands.append(line[2:])
+        else:
+            output.append(line)
+    return commands, output
+
+
 def run_page(page: Path, folder: Path) -> None:
-    """Do what a page says, in order, in ``folder``: write its named files, type its commands, run its Python."""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    for language, file, text in BLOCK.findall(page.read_text()):
+    """Do what a page says, in one shell in ``folder``: write its named files, type its commands, run its Python.
+
+    The shell finds ``consilience`` and this Python only once the page activates the environment, and the output that a
+    page shows must be there.
+    """
+    (folder / ".venv").symlink_to(sys.prefix)
+    script, shown = ["set -ex"], dict[int, list[str]]()
+    for number, (language, file, text) in enumerate(BLOCK.findall(page.read_text())):
         if file:
             (folder / file).write_text(text)
-        commands: list[list[str]] = []
-        if language == "console":
-            commands = [shlex.split(line[2:]) for line in text.splitlines() if line.startswith("$ ")]
+        elif language == "console":
+            commands, shown[number] = typed(text)
+            script += [f"exec > output-{number}", *commands]
         elif language == "python":
-            commands = [["python", "-c", text]]
-        for command in commands:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{page.name}: {shlex.join(command)[:200]}\n{done.stderr[-2000:]}"
+            script += [f"python - <<'END-{number}'", text, f"END-{number}"]
+    ours = str(Path(sys.executable).parent)
+    path = os.pathsep.join(entry for entry in os.environ["PATH"].split(os.pathsep) if entry != ours)
+    modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "PYTHONPATH": modules.rstrip(os.pathsep)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{page.name}: {done.stderr[-3000:]}"
+    for number, lines in shown.items():
+        output = (folder / f"output-{number}").read_text().splitlines()
+        for line in lines:
+            assert line in output, f"{page.name}: {line!r} is not in the output"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_have_the_options_that_pages_give_them(page: Path) -> None:
+    group = typer.main.get_command(app)
+    for block in re.findall(r"^```(?:bash|console)?\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.removeprefix("$ ").startswith("consilience "):
+                command, _, _ = line.removeprefix("$ ").partition(" > ")
+                parse(group, shlex.split(command, comments=True)[1:])
+
+
+def parse(command: Any, words: list[str]) -> None:
+    """Let a command, and the command below it that ``words`` name, take them apart, without running either."""
+    context = command.make_context(command.name, words)
+    if hasattr(command, "resolve_command"):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        parse(inner, rest)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_readme_s_adapter_is_the_weighted_sum_of_the_two(tmp_path: Path, real_base: Path) -> None:
+    (tmp_path / "suites").symlink_to(ROOT / "suites")
+    (tmp_path / "base").symlink_to(real_base)
+    run_page(ROOT / "README.md", tmp_path)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(real_base, dtype=torch.float32).eval()
+
+    by_hand = load()
+    weights = {name: parameter.data for name, parameter in by_hand.named_parameters()}
+    for name, weight in {"pronounce": 0.7, "sentiment": 0.3}.items():
+        folder = ROOT / "suites" / "language" / "adapters" / name
+        config, factors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / ADAPTER)
+        for key in factors:
+            if ".lora_A." in key:
+                update = factors[key.replace("lora_A", "lora_B")].double() @ factors[key].double()
+                target = weights[key.removeprefix("base_model.model.").replace(".lora_A.", ".")]
+                target += (weight * config["lora_alpha"] / config["r"] * update).float()
+    adapted = PeftModel.from_pretrained(load(), tmp_path / "merged-adapter").eval()
+    tokens = torch.tensor([[1, 4093, 198, 2020, 314, 260, 2355, 13129]])
+    with torch.no_grad():
+        expected, found = by_hand(tokens).logits, adapted(tokens).logits
+        with adapted.disable_adapter():
+            base = adapted(tokens).logits
+    assert (found - expected).abs().max() < 1e-3
+    assert (expected - base).abs().max() > 1
 
 
 @pytest.mark.real

@@ -1,6 +1,7 @@
 """The library's front door: everything the command line does, a function does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -8,13 +9,14 @@ from consilience.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from consilience.coefficients import Coefficients
+    from consilience.engine.adapter_output import AdapterSummary, Kind
     from consilience.engine.plan import Plan
-    from consilience.engine.stream import Listener
     from consilience.engine.summary import Summary
     from consilience.experts.state_dict import StateDict
-    from consilience.learned.loop import Watcher
+    from consilience.progress import Progress, ProgressOption
     from consilience.recipe.schema import Recipe
     from consilience.stability.diagnosis import Diagnosis
+    from consilience.workdir import Workdir
 
 PathLike = str | Path
 
@@ -78,6 +80,8 @@ def merge(
     *,
     method: str = "task_arithmetic",
     out_dtype: str | None = None,
+    as_adapter: "Kind | None" = None,
+    rank: int | None = None,
     seed: int = 0,
     private: Sequence[str] = (),
     force: bool = False,
@@ -88,8 +92,9 @@ def merge(
     target: Mapping[str, PathLike] | None = None,
     coefficients: PathLike | None = None,
     device: str = "cpu",
+    progress: "ProgressOption" = False,
     **parameters: Any,
-) -> "Summary | dict[str, Any]":
+) -> "Summary | AdapterSummary | dict[str, Any]":
     """Merge experts into one model.
 
         theta = theta_0 + method(tau_1 ... tau_K),   tau_k = theta_k - theta_0
@@ -101,6 +106,8 @@ def merge(
         out: the folder (or file) to write; required for paths, not allowed for state dicts.
         method: a name ``consilience methods`` lists.
         out_dtype: float32, float16, bfloat16 or float64; by default every tensor keeps the base's.
+        as_adapter: write LoRA experts as one PEFT adapter: "cat" (exact) or "svd" (truncated to ``rank``).
+        rank: of "svd".
         seed: of the random methods and of stochastic rounding.
         private: globs of tensors that are not merged.
         force: replace a non-empty ``out``.
@@ -111,6 +118,8 @@ def merge(
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``; for paths.
         parameters: the method's; a mapping gives one value per expert name.
 
     Returns:
@@ -138,11 +147,14 @@ def merge(
     return merge_recipe(
         recipe,
         out,
+        as_adapter=as_adapter,
+        rank=rank,
         force=force,
         threads=threads,
         stochastic_rounding=stochastic_rounding,
         allow_nonfinite=allow_nonfinite,
         device=device,
+        progress=progress,
     )
 
 
@@ -185,7 +197,7 @@ def diagnose(
     methods: Sequence[str] = (),
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: "bool | Callable[[int, int], None]" = False,
+    progress: "ProgressOption" = False,
 ) -> "Diagnosis":
     """Examine a recipe's experts before they are merged: their checkpoints, and losses on probe rows if there are any.
 
@@ -198,12 +210,13 @@ def diagnose(
         methods: merge methods to try on the probe rows, as ``METHOD`` or ``METHOD:KEY=VALUE,KEY=VALUE``.
         device: where probes run the model.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: True for bars on the terminal, or a function called with (done, in all) of each part of the work.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``.
 
     Raises:
         InputError: the recipe has no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
     """
-    from consilience.progress import listening
+    from consilience.progress import open_progress
     from consilience.recipe.schema import Recipe, read_recipe
     from consilience.stability.doctor import diagnose
     from consilience.stability.probing import ProbeSettings
@@ -217,16 +230,17 @@ def diagnose(
     if tried and probe_rows is None:
         raise InputError("methods: are tried on probe rows, and probes are left out; give probe_rows")
     probes = None if probe_rows is None else ProbeSettings(probe_rows, device, trust_remote_code, tried)
-    return diagnose(
-        recipe,
-        where=where,
-        root=root,
-        exact=exact,
-        threads=threads,
-        seed=seed,
-        probes=probes,
-        watch=lambda part: listening(part, progress),
-    )
+    with open_progress(progress) as shown:
+        return diagnose(
+            recipe,
+            where=where,
+            root=root,
+            exact=exact,
+            threads=threads,
+            seed=seed,
+            probes=probes,
+            progress=shown,
+        )
 
 
 def plan_recipe(
@@ -278,7 +292,7 @@ def learn(
     device: str = "cpu",
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
-    watcher: "Watcher | None" = None,
+    progress: "ProgressOption" = False,
 ) -> "Coefficients":
     """Learn a recipe's coefficients without merging: ``merge_recipe`` and ``save_coefficients`` take them.
 
@@ -290,33 +304,67 @@ def learn(
         device: a torch device.
         tensorboard: a folder to log to.
         trust_remote_code: run ``.py`` files that come with the base.
-        watcher: told of progress.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``.
 
     Raises:
         InputError: recipe, models or data are wrong, or the method is not a learned one.
+        MachineError: memory or disk ran out; the same call continues.
     """
-    from consilience.learned.learn import learn_plan
+    from consilience.engine.merge import merge_workdir
+    from consilience.engine.output import LEARNING
+    from consilience.learned.learn import check_learning, learn_plan
+    from consilience.progress import open_progress
 
     plan = plan_recipe(recipe, out)
     try:
-        return learn_plan(
-            plan,
-            None if out is None else Path(out),
-            force=force,
-            threads=threads,
-            device=device,
-            tensorboard=None if tensorboard is None else Path(tensorboard),
-            trust_remote_code=trust_remote_code,
-            watcher=watcher,
-        )
+        with open_progress(progress) as shown:
+            settings = _Learning(threads, device, tensorboard, trust_remote_code, shown).arguments()
+            check_learning(plan, settings["tensorboard"])
+            if out is None:
+                return learn_plan(plan, **settings)
+            with merge_workdir(plan, Path(out), force=force, digest=_work_digest(plan, None, None)) as work:
+                return learn_plan(plan, work.path / LEARNING, **settings)
     finally:
         plan.close()
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """How a learned method runs."""
+
+    threads: int | None
+    device: str
+    tensorboard: PathLike | None
+    trust_remote_code: bool
+    progress: "Progress"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return keyword arguments of ``learn_plan``."""
+        return vars(self) | {"tensorboard": None if self.tensorboard is None else Path(self.tensorboard)}
+
+
+def _work_digest(plan: "Plan", as_adapter: str | None, rank: int | None) -> str:
+    """Identify the work of a command: the plan, the rows it is to learn from, and the form of the output."""
+    from consilience.checkpoints.files import stamp
+    from consilience.engine.plan import resolve_file
+    from consilience.workdir import digest_of
+
+    facts: list[Any] = [plan.digest, as_adapter, rank]
+    if plan.unlearned:
+        named = [entry.data for entry in plan.recipe.models if entry.data is not None]
+        paths = [path for data in (*named, plan.recipe.target) if data for path in vars(data).values() if path]
+        files = [resolve_file(str(path), plan.root) for path in paths]
+        facts.append([stamp(file)[:3] for file in files if file.exists()])
+    return digest_of(facts)
 
 
 def merge_recipe(
     recipe: "Recipe | PathLike",
     out: PathLike,
     *,
+    as_adapter: "Kind | None" = None,
+    rank: int | None = None,
     force: bool = False,
     threads: int | None = None,
     shard_size: int | None = None,
@@ -326,41 +374,69 @@ def merge_recipe(
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
     coefficients: "Coefficients | None" = None,
-    watcher: "Watcher | None" = None,
-    listener: "Listener | None" = None,
-) -> "Summary":
+    progress: "ProgressOption" = False,
+    learned: "Callable[[Coefficients], None] | None" = None,
+) -> "Summary | AdapterSummary":
     """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge`` and ``learn``.
 
-    A learned method learns first, unless its ``coefficients`` are given.
+    The models are opened once. A learned method learns first, unless its ``coefficients`` are given, in the folder
+    that the merge then works in, so that the same call continues wherever it was stopped.
+
+    Args:
+        recipe: what to merge.
+        out: the folder (or file) to write.
+        as_adapter: write a PEFT adapter instead of a model: "cat" (exact) or "svd" (of rank ``rank``).
+        rank: of "svd".
+        force: replace a non-empty ``out``; files in it that Consilience has not written are moved to OUT.kept.
+        threads: number of workers (default: the cores this process may use); never changes the result.
+        shard_size: greatest number of data bytes of an output file.
+        stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
+        allow_nonfinite: let NaN, Inf and overflow through.
+        device: where a learned method runs the model.
+        tensorboard: a folder that a learned method logs to.
+        trust_remote_code: run ``.py`` files that come with the base.
+        coefficients: what a learned method found before.
+        progress: True for a bar on standard error (lines where it is no terminal), or what is told of progress.
+        learned: called with the coefficients as soon as they are found.
+
+    Raises:
+        InputError: the input is wrong; nothing is left behind.
+        MachineError: the disk or another part of the machine failed; the same call continues where it stopped.
     """
+    from consilience.engine.adapter_output import adapter_in, check_adapter
+    from consilience.engine.merge import merge_in, merge_workdir
+    from consilience.progress import open_progress
 
-    def planned(found: "Coefficients | None") -> "Plan":
-        return plan_recipe(
-            recipe,
-            out,
-            shard_size=shard_size,
-            stochastic_rounding=stochastic_rounding,
-            allow_nonfinite=allow_nonfinite,
-            coefficients=found,
-        )
-
-    plan = planned(coefficients)
-    if plan.unlearned:
-        plan.close()
-        found = learn(
-            recipe,
-            out,
-            force=force,
-            threads=threads,
-            device=device,
-            tensorboard=tensorboard,
-            trust_remote_code=trust_remote_code,
-            watcher=watcher,
-        )
-        plan = planned(found)
-    from consilience.engine.merge import run_merge
-
+    plan = plan_recipe(
+        recipe,
+        out,
+        shard_size=shard_size,
+        stochastic_rounding=stochastic_rounding,
+        allow_nonfinite=allow_nonfinite,
+        coefficients=coefficients,
+    )
     try:
-        return run_merge(plan, Path(out), force=force, threads=threads, listener=listener)
+        kind = check_adapter(plan, as_adapter, rank)
+        digest, folder = _work_digest(plan, kind, rank), True if kind is not None else None
+        with (
+            open_progress(progress) as shown,
+            merge_workdir(plan, Path(out), force=force, digest=digest, folder=folder) as work,
+        ):
+            if work.delivered is None and plan.unlearned:
+                plan = _learned(plan, work, _Learning(threads, device, tensorboard, trust_remote_code, shown))
+                if learned is not None and plan.coefficients is not None:
+                    learned(plan.coefficients)
+            if kind is not None:
+                return adapter_in(plan, work, kind, rank or 0, threads=threads, progress=shown)
+            return merge_in(plan, work, threads=threads, progress=shown)
     finally:
         plan.close()
+
+
+def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
+    """Learn a plan's coefficients in the folder that is held, and return the plan with them."""
+    from consilience.engine.output import LEARNING
+    from consilience.engine.plan import with_coefficients
+    from consilience.learned.learn import learn_plan
+
+    return with_coefficients(plan, learn_plan(plan, work.path / LEARNING, **learning.arguments()))

@@ -55,14 +55,8 @@ def train_all_weights(domains: Sequence[str], steps: int, out: Path, *, force: b
         seed=SEED,
         threads=1,
         force=force,
-        progress=say_progress,
+        progress=True,
     )
-
-
-def say_progress(done: int, total: int, loss: float) -> None:
-    """Print every tenth step."""
-    if done % 10 == 0 or done == total:
-        print(f"step {done}/{total} loss {loss:.4f}", flush=True)
 
 
 def full_path(domain: str) -> Path:

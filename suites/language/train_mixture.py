@@ -28,7 +28,6 @@ from suites.language.train_full import (
     FOLDER,
     SEED,
     STEPS,
-    say_progress,
     test_scores,
     train_all_weights,
     training_task,
@@ -62,7 +61,7 @@ def train_lora() -> Path:
             batch_size=BATCH_SIZE,
             seed=SEED,
             threads=1,
-            progress=say_progress,
+            progress=True,
         )
     return _BUILT
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.errors import ConsilienceError, InputError
-from consilience.progress import LossListener, listening_to_loss
+from consilience.progress import Progress, ProgressOption, open_progress
 from suites.packages import locked
 from suites.vision import CACHE, data, domains, nets
 from suites.vision.domains import Domains, Sizes
@@ -127,7 +127,7 @@ def experiment(
     images: DataSet | None = None,
     cache: Path | None = None,
     folder: Path | None = None,
-    progress: bool = False,
+    progress: ProgressOption = False,
 ) -> Experiment:
     """Return the experiment of a setting, training what is not in the cache.
 
@@ -136,7 +136,8 @@ def experiment(
         images: the data set itself, where it is not one of ``data.LOADERS``.
         cache: the cache to use instead of the suite's own.
         folder: the user's folder of the data set.
-        progress: whether to show a bar on standard error.
+        progress: True for a bar (or lines) on standard error, a function called with (steps done, steps in all) of each
+            network, or a ``Progress``.
 
     Raises:
         InputError: the setting is wrong, or a kept network is damaged.
@@ -146,13 +147,11 @@ def experiment(
     who = plan(setting, images)
     spec = nets.spec_for(setting.net, images, width=setting.width, patch=setting.patch)
     place = (cache or CACHE) / "experts" / folder_name(setting, spec)
-    with locked(place.parent / f".{place.name}.lock"):
+    with locked(place.parent / f".{place.name}.lock"), open_progress(progress) as shown:
         trainer = _Trainer(setting, images, who, spec, place)
-        base = trainer.network("base", who.pretraining, None, progress)
+        base = trainer.network("base", who.pretraining, None, shown)
         names = [f"expert-{k}" for k in range(len(who.experts))]
-        found = {
-            name: trainer.network(name, rows, base, progress) for name, rows in zip(names, who.experts, strict=True)
-        }
+        found = {name: trainer.network(name, rows, base, shown) for name, rows in zip(names, who.experts, strict=True)}
     return Experiment(
         setting,
         spec,
@@ -177,15 +176,16 @@ class _Trainer:
         test = images.test.take(who.test)
         self.test = (spec.inputs(test.images), test.labels)
 
-    def network(self, name: str, rows: domains.Rows, start: nets.StateDict | None, progress: bool) -> nets.StateDict:
+    def network(
+        self, name: str, rows: domains.Rows, start: nets.StateDict | None, progress: Progress
+    ) -> nets.StateDict:
         """Return the weights of one network, trained on ``rows`` from ``start``, if it is not kept already."""
         folder = self.place / name
         if not (folder / CARD).is_file():
-            with listening_to_loss(name, progress) as listener:
-                self._train(folder, rows, start, listener)
+            self._train(folder, rows, start, progress)
         return nets.read_state(folder)
 
-    def _train(self, folder: Path, rows: domains.Rows, start: nets.StateDict | None, listener: LossListener) -> None:
+    def _train(self, folder: Path, rows: domains.Rows, start: nets.StateDict | None, progress: Progress) -> None:
         number = -1 if start is None else int(folder.name.removeprefix("expert-"))
         own = self.images.train.take(rows)
         net = nets.build(self.spec, self.setting.seed)
@@ -199,7 +199,8 @@ class _Trainer:
             own.labels,
             schedule,
             seed=[self.setting.seed, number + 1],
-            listener=listener,
+            progress=progress,
+            title=f"training {folder.name}",
         )
         seconds = time.monotonic() - before
         score = accuracy(net, *self.test)

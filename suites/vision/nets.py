@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from consilience.errors import InputError, nearest
-from consilience.tasks.cache import write_atomically
+from consilience.workdir import write_file
 from suites.vision.images import DataSet, channel_statistics, normalised
 from suites.vision.mobilenet import MobileNetV2
 from suites.vision.resnet import ResNet
@@ -149,8 +149,8 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 def save_net(folder: Path, spec: NetSpec, state: StateDict) -> None:
     """Write ``net.json`` and then ``model.safetensors`` into ``folder``, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SPEC, (json.dumps(asdict(spec), indent=2) + "\n").encode())
-    write_atomically(folder / WEIGHTS, save({name: tensor.contiguous() for name, tensor in state.items()}))
+    write_file(folder / SPEC, (json.dumps(asdict(spec), indent=2) + "\n").encode())
+    write_file(folder / WEIGHTS, save({name: tensor.contiguous() for name, tensor in state.items()}))
 
 
 def read_spec(folder: Path) -> NetSpec:

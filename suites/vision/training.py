@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consilience.errors import MachineError
-from consilience.progress import LossListener
+from consilience.progress import NullProgress, Progress
 from consilience.training.schedule import cosine
 
 BATCH = 128
@@ -80,7 +80,8 @@ def train(
     schedule: Schedule,
     *,
     seed: Sequence[int],
-    listener: LossListener | None = None,
+    progress: Progress | None = None,
+    title: str = "training",
 ) -> list[float]:
     """Train ``net`` in place by cross-entropy, and return the loss of every step in nats.
 
@@ -90,7 +91,8 @@ def train(
         labels: int64 [n].
         schedule: how.
         seed: decides the order of the images.
-        listener: told of every step.
+        progress: told of every step.
+        title: what it calls the training.
 
     Raises:
         MachineError: the loss is no number any more.
@@ -98,6 +100,8 @@ def train(
     optimizer = _optimizer(net, schedule)
     order = batches(len(labels), schedule.batch, schedule.epochs, seed)
     losses: list[float] = []
+    progress = progress or NullProgress()
+    progress.phase(title, len(order))
     _lay_out(net, torch.channels_last)
     net.train()
     for step, rows in enumerate(order):
@@ -110,8 +114,7 @@ def train(
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise MachineError(f"the loss is {losses[-1]} at step {step}; lower the learning rate")
-        if listener is not None:
-            listener(step + 1, len(order), losses[-1])
+        progress.advance(1, loss=losses[-1])
     _lay_out(net, torch.contiguous_format)
     net.eval()
     return losses

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from consilience.__main__ import run
+from consilience.engine.summary import Summary
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_the_summary_measures_what_the_output_dtype_swallows(models: Path) -> No
     summary = cs.merge(
         models / "b.safetensors", {"e": models / "e.safetensors"}, models / "o.safetensors", out_dtype="bfloat16"
     )
-    assert not isinstance(summary, dict)
+    assert isinstance(summary, Summary)
     (lost,) = summary.below_unit
     # One unit in the last place of bfloat16 at 1.0 is 2^-7: half of the 500 changed entries lie below it.
     assert lost.entries == pytest.approx(0.5)

@@ -167,7 +167,7 @@ def test_the_adapter_has_a_card_and_lineage(suite: Any) -> None:
     folder, _, _ = suite
     write_adapter(plan(folder), folder / "out", "cat")
     card = (folder / "out/README.md").read_text()
-    assert "base_model_relation: merge" in card
+    assert "base_model" not in card.partition("\n---\n")[0]
     assert "library_name: peft" in card
     lineage = json.loads((folder / "out/consilience/lineage.json").read_text())
     assert [model["name"] for model in lineage["models"]] == ["one", "two"]

@@ -123,9 +123,11 @@ def merge_files(paths: dict[str, str], out: Path, name: str, shard_size: int | N
         **{k: v for k, v in run.items() if k in ("seed", "out_dtype")},
     )
     stochastic = RUNS[name].get("stochastic_rounding", False)
-    return cs.merge_recipe(
+    summary = cs.merge_recipe(
         recipe, out, shard_size=shard_size, threads=more.get("threads"), stochastic_rounding=stochastic
     )
+    assert isinstance(summary, Summary)
+    return summary
 
 
 def load_folder(folder: Path) -> State:

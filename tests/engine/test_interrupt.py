@@ -119,7 +119,7 @@ def interrupt_by_full_disk(monkeypatch: pytest.MonkeyPatch, writes: int = 20, **
 
 
 def journal() -> Path:
-    return Path("out.partial/consilience/journal.jsonl")
+    return Path("out.partial/journal.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,8 +234,9 @@ def test_too_little_space_is_seen_before_anything_is_computed(
         "consilience.engine.merge.verify_headers",
         "consilience.engine.merge.lineage",
         "consilience.engine.output.copy_side_files",
-        "consilience.engine.output.sync_tree",
-        "consilience.engine.output.install",
+        "consilience.workdir.sync_tree",
+        "consilience.workdir.Workdir._announce",
+        "consilience.workdir.Workdir._install",
     ],
 )
 def test_a_disk_that_fills_up_at_the_end_is_continued_too(
@@ -568,21 +569,41 @@ def test_force_keeps_the_old_model_when_the_last_rename_fails(
     """The new model cannot take OUT's place: the old one must stand there again."""
     old = old_model()
 
-    def failing(real: Callable[..., None]) -> Callable[..., None]:
-        def rename(source: Any, target: Any, **more: Any) -> None:
-            if str(source).endswith("out.partial"):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            real(source, target, **more)
-
-        return rename
+    def failing(source: Any, target: Any) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", failing(os.rename))
-        patch.setattr(os, "replace", failing(os.replace))
+        patch.setattr("consilience.workdir.exchange", failing)
         assert command("--force") == 1
     complaint(capsys)
     assert {n: v.tobytes() for n, v in load_file("out/model.safetensors").items()} == old
     assert command("--force") == 0
+    same_as_uninterrupted()
+
+
+def test_force_without_an_exchange_of_folders_keeps_the_old_model_too(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where two folders cannot be exchanged, the second of two renames may fail; a rerun has the old one."""
+    old = old_model()
+    rename = os.rename
+
+    def failing(source: Any, target: Any, **more: Any) -> None:
+        if str(source).endswith("out.partial/result"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("consilience.workdir.exchange", lambda one, other: False)  # pyright: ignore
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "rename", failing)
+            assert command("--force") == 1
+        complaint(capsys)
+        assert not Path("out").exists()
+        assert command("--set", "density=0.4") == 2  # another command puts the old model back before it refuses
+        assert "--force" in complaint(capsys)
+        assert {n: v.tobytes() for n, v in load_file("out/model.safetensors").items()} == old
+        assert command("--force") == 0
     same_as_uninterrupted()
 
 

@@ -674,19 +674,20 @@ import torch
 torch.set_num_threads(1)
 import consilience.learned.loop as loop
 from consilience.api import merge_recipe
+from consilience.progress import NullProgress
 loop.SAVE_EVERY = -1.0
 
-class Killer(loop.Unwatched):
+class Killer(NullProgress):
     phase_name = ""
-    def phase(self, name, total):
-        self.phase_name, self.left = name, 5
-    def advance(self, count, text=""):
+    def phase(self, title, total=None, unit="steps"):
+        self.phase_name, self.left = title, 5
+    def advance(self, count=1, text="", /, **figures):
         if self.phase_name == "learning" and count:
             self.left -= 1
             if self.left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-merge_recipe(sys.argv[1], sys.argv[2], threads=1, watcher=Killer())
+merge_recipe(sys.argv[1], sys.argv[2], threads=1, progress=Killer())
 """
 
 
@@ -697,13 +698,13 @@ class Counter:
         self.stop, self.now = stop, ""
         self.seen: dict[str, list[int]] = {}
 
-    def phase(self, name: str, total: int) -> None:
-        self.now = name
-        self.seen[name] = []
+    def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
+        self.now = title
+        self.seen[title] = []
 
-    def advance(self, count: int, text: str = "") -> None:
-        self.seen[self.now].append(count)
-        if self.now == "learning" and len([c for c in self.seen[self.now] if c]) == self.stop:
+    def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
+        self.seen[self.now] += [count] if count else []
+        if self.now == "learning" and len(self.seen[self.now]) == self.stop:
             raise KeyboardInterrupt
 
 
@@ -719,9 +720,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(zoo: Path, tmp_path
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not out.exists()
     counter = Counter()
-    cs.merge_recipe(recipe, out, threads=1, watcher=counter)
+    cs.merge_recipe(recipe, out, threads=1, progress=counter)
     assert counter.seen["learning"] == [4] + [1] * 8  # the fifth step was done but not yet written
-    assert sum(counter.seen["the experts' answers"]) == 0  # kept from the killed run
+    assert sum(counter.seen["answers of the experts"]) == 0  # kept from the killed run
     same_as_undisturbed(recipe, tmp_path)
 
 
@@ -745,7 +746,7 @@ def test_an_interrupted_run_resumes_its_early_stopping(
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(zoo, experts, parameters=settings))
     for stop in (7, 4):
         with pytest.raises(KeyboardInterrupt):
-            cs.merge_recipe(recipe, tmp_path / "out", threads=1, watcher=Counter(stop))
+            cs.merge_recipe(recipe, tmp_path / "out", threads=1, progress=Counter(stop))
         assert not (tmp_path / "out").exists()
     cs.merge_recipe(recipe, tmp_path / "out", threads=1)
     same_as_undisturbed(recipe, tmp_path)
@@ -760,7 +761,7 @@ def test_a_second_stage_resumes(zoo: Path, tmp_path: Path, monkeypatch: pytest.M
     recipe = write_recipe(tmp_path / "recipe.yaml", value)
     for stop in (2, 3, 2):
         with pytest.raises(KeyboardInterrupt):
-            cs.merge_recipe(recipe, tmp_path / "out", threads=1, watcher=Counter(stop))
+            cs.merge_recipe(recipe, tmp_path / "out", threads=1, progress=Counter(stop))
     cs.merge_recipe(recipe, tmp_path / "out", threads=1)
     same_as_undisturbed(recipe, tmp_path)
 
@@ -771,12 +772,11 @@ def test_a_run_of_other_settings_does_not_continue(zoo: Path, tmp_path: Path, mo
     first = recipe_of(zoo, experts, parameters=PLAIN | BUSY)
     second = recipe_of(zoo, experts, parameters=PLAIN | BUSY | {"temperature": 2.0})
     with pytest.raises(KeyboardInterrupt):
-        cs.merge_recipe(parse_recipe(first, "test"), tmp_path / "out", threads=1, watcher=Counter(4))
+        cs.merge_recipe(parse_recipe(first, "test"), tmp_path / "out", threads=1, progress=Counter(4))
     counter = Counter()
     recipe = write_recipe(tmp_path / "recipe.yaml", second)
-    cs.merge_recipe(recipe, tmp_path / "out", threads=1, watcher=counter)
-    assert sum(counter.seen["learning"]) == 12
-    assert counter.seen["learning"][0] == 0
+    cs.merge_recipe(recipe, tmp_path / "out", threads=1, progress=counter)
+    assert counter.seen["learning"] == [1] * 12
     same_as_undisturbed(recipe, tmp_path)
 
 
@@ -788,8 +788,8 @@ def test_a_damaged_state_is_learned_again(
     experts = {name: zoo / name for name in ("a", "b")}
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(zoo, experts, parameters=PLAIN | BUSY | {"steps": 4}))
     with pytest.raises(KeyboardInterrupt):
-        cs.merge_recipe(recipe, tmp_path / "out", threads=1, watcher=Counter(2))
-    kept = list((tmp_path / "out.partial" / "consilience" / "learning").rglob("*.safetensors"))
+        cs.merge_recipe(recipe, tmp_path / "out", threads=1, progress=Counter(2))
+    kept = list((tmp_path / "out.partial" / "learning").rglob("*.safetensors"))
     assert len(kept) == 3  # the state, and two experts' answers
     for file in kept:
         file.write_bytes(damage(file.read_bytes()))

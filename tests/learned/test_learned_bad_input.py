@@ -30,6 +30,7 @@ from consilience.__main__ import run
 from consilience.api import learn, merge, merge_recipe
 from consilience.coefficients import constant, load_coefficients, make_groups, save_coefficients
 from consilience.errors import InputError
+from consilience.progress import NullProgress
 
 Recipe = dict[str, Any]
 
@@ -339,15 +340,15 @@ def test_an_occupied_out_is_known_before_any_work(place: Path, capsys: pytest.Ca
 
 def test_another_run_in_the_same_place_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = command(good())
-    ours = Path("made/out.partial/consilience")
+    ours = Path("made/out.partial")
     (ours / "learning").mkdir(parents=True)
-    (ours / "plan.json").write_text('{"digest": "learning"}')
+    (ours / "work.json").write_text('{"format": 1, "digest": "another"}')
     (ours / "learning" / "state.safetensors").write_text("hours of work")
     before = snapshot(place)
     descriptor = os.open("made/out.partial", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     assert run(arguments) == 2
-    assert "another merge" in complaint(capsys)
+    assert "another run" in complaint(capsys)
     assert snapshot(place) == before
     os.close(descriptor)
 
@@ -382,20 +383,20 @@ def same_as_undisturbed(recipe: Recipe) -> None:
     assert sorted(p.name for p in Path("made").iterdir()) == ["out"]
 
 
-STATE = "consilience.learned.loop.write_atomically"
-ANSWERS = "consilience.tasks.cache.write_atomically"
+STATE = "consilience.learned.loop.write_file"
+ANSWERS = "consilience.student.teachers.write_file"
 
 
 @pytest.mark.parametrize(("what", "calls"), [(STATE, 0), (STATE, 2), (ANSWERS, 0), (ANSWERS, 1)])
 def test_a_full_disk_keeps_what_was_done(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, calls: int
 ) -> None:
-    from consilience.tasks.cache import write_atomically
+    from consilience.workdir import write_file
 
     monkeypatch.setattr("consilience.learned.loop.SAVE_EVERY", -1.0)
     recipe = good(parameters={"steps": 4, "hidden_layers": ["1", "2"]})
     with monkeypatch.context() as patch:
-        patch.setattr(what, failing_after(calls, write_atomically))
+        patch.setattr(what, failing_after(calls, write_file))
         assert run(command(recipe)) == 1
     message = complaint(capsys)
     assert os.strerror(errno.ENOSPC) in message
@@ -416,18 +417,18 @@ def test_a_full_disk_while_merging_keeps_what_was_learned(
         patch.setattr(os, "pwrite", failing_after(3, os.pwrite))
         assert run(command(recipe)) == 1
     complaint(capsys)
-    state = Path("made/out.partial/consilience/learning/state.safetensors")
+    state = Path("made/out.partial/learning/state.safetensors")
     when = state.stat().st_mtime_ns
     seen: list[int] = []
 
-    class Watcher:
-        def phase(self, name: str, total: int) -> None:
+    class Steps(NullProgress):
+        def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
             seen.clear()
 
-        def advance(self, count: int, text: str = "") -> None:
-            seen.append(count)
+        def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
+            seen.extend([count] if count else [])
 
-    learn(Path("recipe.yaml"), Path("made/out"), threads=1, watcher=Watcher())
+    learn(Path("recipe.yaml"), Path("made/out"), threads=1, progress=Steps())
     assert seen == [2]  # both steps at once: they were done before
     assert state.stat().st_mtime_ns == when
     assert run(command(recipe)) == 0
@@ -460,7 +461,7 @@ def test_an_interrupt_keeps_the_state(
         patch.setattr(Problem, "evaluate", failing_after(1, evaluate, KeyboardInterrupt))
         assert run(command(good())) == 130
     assert "interrupted" in complaint(capsys)
-    assert Path("made/out.partial/consilience/learning/state.safetensors").is_file()
+    assert Path("made/out.partial/learning/state.safetensors").is_file()
     assert run(command(good())) == 0
     same_as_undisturbed(good())
 

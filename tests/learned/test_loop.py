@@ -119,29 +119,29 @@ def test_no_steps_return_the_start() -> None:
 
 
 class Log:
-    """A watcher and a TensorBoard writer in one."""
+    """A progress and a TensorBoard writer in one."""
 
     def __init__(self) -> None:
         self.done = 0
-        self.texts: list[str] = []
+        self.figures: list[dict[str, float]] = []
         self.scalars: list[tuple[str, int]] = []
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
         raise AssertionError("the phase is the caller's to begin")
 
-    def advance(self, count: int, text: str = "") -> None:
+    def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
         self.done += count
-        self.texts.append(text)
+        self.figures.append(figures)
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         self.scalars.append((tag, global_step))
 
 
-def test_watchers_hear_of_every_step() -> None:
+def test_progress_is_told_of_every_step() -> None:
     log = Log()
-    descend(Walk(), square, 2, stopping=Stopping(held_out, every=2), watcher=log, scalars=log)
+    descend(Walk(), square, 2, stopping=Stopping(held_out, every=2), progress=log, scalars=log)
     assert log.done == 2
-    assert "held out" in log.texts[-1]
+    assert [list(figures) for figures in log.figures] == [[], ["loss"], ["loss", "held_out"]]
     assert log.scalars == [
         ("loss/total", 0), ("loss/loss", 0), ("loss/total", 1), ("loss/loss", 1), ("loss/held_out", 1),
     ]  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pyt
         return square(alpha, step, gradient=gradient)
 
     stopping = Stopping(held_out, every=2, patience=99)
-    descend(make("adam"), recording, STEPS, stopping=stopping, folder=tmp_path, identity="this run", watcher=log)
+    descend(make("adam"), recording, STEPS, stopping=stopping, folder=tmp_path, identity="this run", progress=log)
     assert asked == [5, 6, 7, 8]
     assert log.done == STEPS
 

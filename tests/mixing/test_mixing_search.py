@@ -243,11 +243,11 @@ class Interrupter:
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
         pass
 
-    def advance(self, count: int, text: str = "") -> None:
-        if text:
+    def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
+        if count:
             self.after -= 1
         if not self.after:
             raise KeyboardInterrupt
@@ -265,7 +265,7 @@ def test_a_resumed_search_is_the_uninterrupted_one(
     }  # fmt: skip
     whole = mix(module, states, labelled(), **settings)
     with pytest.raises(KeyboardInterrupt):
-        mix(module, states, labelled(), folder=tmp_path, watcher=Interrupter(5), **settings)
+        mix(module, states, labelled(), folder=tmp_path, progress=Interrupter(5), **settings)
     found = mix(module, states, labelled(), folder=tmp_path, **settings)
     assert np.array_equal(found.alpha, whole.alpha)
     assert np.array_equal(found.trajectory, whole.trajectory)

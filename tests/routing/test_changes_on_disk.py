@@ -95,7 +95,7 @@ def test_what_a_killed_run_left_goes_with_the_next_change(zoo: Path, routed: Pat
     assert kept.read_bytes() == b"hours of training"
     assert {path.name for path in (routed / "consilience/experts").iterdir()} == {"e0", "e2"}
     files = {path for path in ours(routed) if "/" not in path}
-    assert files == {"routing.json", str(made.tensors)}
+    assert files == {"routing.json", "files.json", str(made.tensors)}
 
 
 @pytest.mark.parametrize("harm", ["rolled", "nan", "short"])

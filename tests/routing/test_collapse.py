@@ -179,7 +179,7 @@ def test_an_interrupted_run_goes_on(routed: Path, rows: Path, tmp_path: Path, mo
             collapse(routed, [rows], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as broken:
-        broken.setattr("consilience.routing.conversion.collapse.run_merge", stopping)
+        broken.setattr("consilience.engine.worker.Worker.merge", stopping)
         collapse(routed, [rows], tmp_path / "out")
     collapse(routed, [rows], tmp_path / "whole")
     for name in ("model.safetensors", "consilience/coefficients.safetensors"):

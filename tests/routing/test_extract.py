@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -204,6 +205,20 @@ def test_an_interrupted_run_goes_on(models: Path, tmp_path: Path, monkeypatch: p
     for name in ("adapter_model.safetensors", "adapter_config.json", "extraction.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_card_links_to_the_base_s_hub_ids_alone(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "base", tmp_path / "base")
+    stated = {None: None, "base_model: acme/base": ["acme/base"], "base_model: local-folder": None}
+    for matter, ids in stated.items():
+        if matter is not None:
+            (tmp_path / "base/README.md").write_text(f"---\n{matter}\n---\n")
+        extract(tmp_path / "base", models / "expert", tmp_path / "out", rank=1, force=True)
+        _, front, body = (tmp_path / "out/README.md").read_text().split("---\n", 2)
+        card = yaml.safe_load(front)
+        assert card.get("base_model") == ids
+        assert card.get("base_model_relation") == (None if ids is None else "adapter")
+        assert "part of the update of expert: " in body
 
 
 def test_another_rank_starts_anew(models: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tiny_models import make_llama, make_tokenizer
 from torch import Tensor
 
 from consilience.errors import InputError
+from consilience.progress import NullProgress
 from consilience.routing.instructions.adaptive import Adaptive, fit_adaptive
 from consilience.routing.instructions.describe import DescriberSettings
 from consilience.routing.instructions.semantics import Instructions, InstructionSettings, Source
@@ -345,10 +346,19 @@ def test_a_lookup_knows_which_task_a_query_is_of() -> None:
 
 
 def test_progress_is_told() -> None:
-    told: list[tuple[int, int, str]] = []
-    Instructions.build(TFIDF, SOURCES, progress=lambda *step: told.append(step))
-    assert [step[:2] for step in told] == [(n, 6) for n in range(1, 7)]
-    assert told[0][2] == "described sort"
+    told: list[tuple[Any, ...]] = []
+
+    class Told(NullProgress):
+        def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
+            told.append((title, total))
+
+        def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
+            told.append((count, text))
+
+    Instructions.build(TFIDF, SOURCES, progress=Told())
+    assert told[0] == ("instructions", 6)
+    assert [count for count, _ in told[1:]] == [1] * 6
+    assert told[1] == (1, "described sort")
 
 
 def test_a_large_scale_routes_all_tokens_to_the_expert_that_is_described() -> None:

@@ -13,6 +13,7 @@ from tiny_models import make_llama, make_tokenizer, shake
 
 import consilience as cs
 from consilience.errors import InputError
+from consilience.progress import CallbackProgress
 from consilience.recipe.schema import parse_recipe
 from consilience.stability.candidates import Candidate, best_scale, candidates, tried
 from consilience.stability.findings import Finding
@@ -132,7 +133,7 @@ def test_the_best_of_each_kind_is_tried() -> None:
     case = _case(3)
     measured = _probe(case)
     predicted, told = candidates(NAMES, measured), list[tuple[int, int]]()
-    found = tried(NAMES, measured, predicted, case, lambda done, total: told.append((done, total)))
+    found = tried(NAMES, measured, predicted, case, CallbackProgress(lambda *done: told.append(done)))
     assert sorted(one.name for one in found) == sorted(one.name for one in predicted)
     shown = [one for one in found if one.measured is not None]
     assert sorted(one.kind for one in shown) == ["average", "given", "scale", "subset", "weights"]

@@ -9,6 +9,7 @@ from stability_models import SHAPES, Make, drawn, moved, write_adapter, write_mo
 
 from consilience.api import plan_recipe
 from consilience.errors import InputError
+from consilience.progress import CallbackProgress
 from consilience.recipe.schema import parse_recipe
 from consilience.stability.survey import Survey, survey
 
@@ -118,9 +119,9 @@ def test_threads_and_blocks_change_nothing_beyond_rounding(case: Any, monkeypatc
             assert other.energies == pytest.approx(one.energies, rel=1e-3)
 
 
-def test_the_listener_hears_of_every_byte_once(case: Any) -> None:
+def test_progress_is_told_of_every_byte_once(case: Any) -> None:
     heard: list[tuple[int, int]] = []
-    found = _survey(case[0], listener=lambda done, total: heard.append((done, total)))
+    found = _survey(case[0], progress=CallbackProgress(lambda done, total: heard.append((done, total))))
     assert heard[-1] == (found.bytes_read, found.bytes_read)
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
 

@@ -261,7 +261,7 @@ def test_a_full_disk_ends_the_run(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cells_module, "write_atomically", full)
+    monkeypatch.setattr(cells_module, "write_file", full)
     assert register(make()) == 1
     assert "a.json: cannot be written (No space left on device)" in capsys.readouterr().err
 

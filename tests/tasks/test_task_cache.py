@@ -12,8 +12,8 @@ from consilience.tasks.cache import (
     key_of,
     recall,
     remember,
-    write_atomically,
 )
+from consilience.workdir import write_file
 
 OLD = 1_600_000_000_000_000_000
 
@@ -67,14 +67,14 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(monkeypatch: pytest
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "a.json"
-    write_atomically(target, b"old")
+    write_file(target, b"old")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(target, b"new")
+        write_file(target, b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

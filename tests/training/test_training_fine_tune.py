@@ -1,4 +1,6 @@
 import hashlib
+import io
+import itertools
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from tiny_base import make_tokenizer
 
 from consilience.checkpoints.adapter import open_adapter
 from consilience.errors import InputError, MachineError
+from consilience.progress import LineProgress
 from consilience.tasks import encode, load_task
 from consilience.training import TrainingRecord, fine_tune, read_record
 from consilience.training import fine_tuning as module
@@ -199,12 +202,13 @@ def test_float32_writes_float32(base: Path, tasks: list[Path], tmp_path: Path):
     assert '"dtype": "float32"' in (tmp_path / "out" / "config.json").read_text(encoding="utf-8")
 
 
-def test_a_bar_shows_the_loss(base: Path, tasks: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run(base, tasks, tmp_path / "out", steps=2, progress=True)
-    said = capsys.readouterr().err
-    assert "training" in said
-    assert "loss" in said
-    assert "2/2" in said
+def test_progress_is_told_of_the_loss(base: Path, tasks: list[Path], tmp_path: Path):
+    stream = io.StringIO()
+    run(base, tasks, tmp_path / "out", steps=2, progress=LineProgress(stream, itertools.count(step=1000).__next__))
+    said = stream.getvalue()
+    assert said.startswith("training: ")
+    assert "2 of 2 steps" in said
+    assert "loss 5." in said
 
 
 @pytest.mark.parametrize(
@@ -249,7 +253,7 @@ def test_what_does_not_suit_is_one_line_and_leaves_nothing(base: Path, tasks: li
 def test_somebody_elses_partial_folder_is_not_touched(base: Path, tasks: list[Path], tmp_path: Path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").touch()
-    refused("no training left it", base, tasks, tmp_path / "out")
+    refused("not left by an unfinished run", base, tasks, tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").is_file()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from consilience.checkpoints.dtypes import DType
+from consilience.checkpoints.files import Descriptor, Descriptors, Stamp, stamp
 from consilience.checkpoints.safetensors_file import Entry
 from consilience.errors import InputError
 
@@ -54,8 +55,8 @@ class Storage(Protocol):
         """Return all of the tensor's bytes without a copy, not to be written to: for passes that come back to them."""
         ...
 
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Return (file, size in bytes, modification time in ns) of every file: what a resumed run compares."""
+    def stamps(self) -> list[Stamp]:
+        """Return the stamp of every file at the time it was opened: what a resumed run compares."""
         ...
 
     def close(self) -> None:
@@ -73,30 +74,29 @@ class FileStorage:
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
-        self._descriptors: dict[int, int] = {}
+        self._stamps = [stamp(path) for path in files]
+        self._descriptors = Descriptors(files, os.O_RDONLY)
         self._views: dict[int, Bytes] = {}
         self._lock = threading.Lock()
 
-    def _descriptor(self, index: int) -> int:
-        with self._lock:
-            if index not in self._descriptors:
-                try:
-                    self._descriptors[index] = os.open(self.files[index], os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise InputError(f"{self.files[index]}: cannot be read ({error.strerror})") from None
-            return self._descriptors[index]
+    def _take(self, index: int) -> Descriptor:
+        try:
+            return self._descriptors.take(index)
+        except OSError as error:
+            raise InputError(f"{self.files[index]}: cannot be read ({error.strerror})") from None
 
     def read(self, tensor: TensorInfo, start: int, out: Bytes) -> None:
         """Fill ``out``; an ``InputError`` says so when the file ends early."""
-        descriptor = self._descriptors.get(tensor.file)
-        if descriptor is None:
-            descriptor = self._descriptor(tensor.file)
         position, view = tensor.offset + start, memoryview(cast(Any, out))
-        while view.nbytes:
-            count = os.preadv(descriptor, [view], position)
-            if count <= 0:
-                raise self._ended(tensor)
-            position, view = position + count, view[count:]
+        file = self._take(tensor.file)
+        try:
+            while view.nbytes:
+                count = os.preadv(file.number, [view], position)
+                if count <= 0:
+                    raise self._ended(tensor)
+                position, view = position + count, view[count:]
+        finally:
+            self._descriptors.release(file)
 
     def _ended(self, tensor: TensorInfo) -> InputError:
         where = f"{self.files[tensor.file]}: tensor {tensor.name!r}"
@@ -104,41 +104,42 @@ class FileStorage:
 
     def view(self, tensor: TensorInfo) -> Bytes:
         """Return the tensor's bytes as mapped pages; an ``InputError`` says so when the file has become shorter."""
-        descriptor = self._descriptor(tensor.file)
-        if os.fstat(descriptor).st_size < tensor.offset + tensor.nbytes:
-            raise self._ended(tensor)
-        with self._lock:
-            if tensor.file not in self._views:
-                # Private pages, for torch takes no read-only arrays; as nobody writes they stay the page cache's.
-                pages = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-                self._views[tensor.file] = np.frombuffer(pages, np.uint8)
-            whole = self._views[tensor.file]
+        file = self._take(tensor.file)
+        try:
+            if os.fstat(file.number).st_size < tensor.offset + tensor.nbytes:
+                raise self._ended(tensor)
+            with self._lock:
+                if tensor.file not in self._views:
+                    # Private pages, for torch takes no read-only arrays; as nobody writes they stay the page cache's.
+                    pages = mmap.mmap(file.number, 0, access=mmap.ACCESS_COPY)
+                    self._views[tensor.file] = np.frombuffer(pages, np.uint8)
+                whole = self._views[tensor.file]
+        finally:
+            self._descriptors.release(file)
         if whole.size < tensor.offset + tensor.nbytes:  # it has grown since it was mapped
             raise self._ended(tensor)
         return whole[tensor.offset : tensor.offset + tensor.nbytes]
 
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Return name, size and modification time of every file."""
-        stats = [(path, path.stat()) for path in self.files]
-        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    def stamps(self) -> list[Stamp]:
+        """Return every file's stamp at the time it was opened."""
+        return self._stamps
 
     def close(self) -> None:
         """Close every file that was opened."""
+        self._descriptors.close()
         with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
             self._views.clear()
 
     def __del__(self) -> None:
         """Close what is still open."""
-        self.close()
+        if hasattr(self, "_lock"):
+            self.close()
 
 
 class MemoryStorage:
     """Tensors held as flat byte views of the caller's arrays (state dicts, ``torch.load``-ed files)."""
 
-    def __init__(self, arrays: Mapping[str, Bytes], files: list[tuple[str, int, int]] | None = None) -> None:
+    def __init__(self, arrays: Mapping[str, Bytes], files: list[Stamp] | None = None) -> None:
         self.arrays = arrays
         self._files = files or []
 
@@ -150,8 +151,8 @@ class MemoryStorage:
         """Return the array itself."""
         return self.arrays[tensor.name].view()
 
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Return the files these arrays were read from, if any."""
+    def stamps(self) -> list[Stamp]:
+        """Return the stamps of the files these arrays were read from, if any."""
         return self._files
 
     def close(self) -> None:

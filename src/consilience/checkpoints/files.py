@@ -1,7 +1,16 @@
-"""Files named by strangers, looked at before they are opened."""
+"""Files named by strangers: looked at before they are opened, and open only so many at a time."""
 
+import contextlib
+import errno
+import itertools
+import os
+import shutil
 import stat
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 from consilience.errors import InputError
 
@@ -21,6 +30,143 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: is not a regular file; restore it from its source")
     return status.st_size
+
+
+class Stamp(NamedTuple):
+    """What tells one state of a file from another without reading it."""
+
+    path: str
+    size: int
+    modified: int
+    changed: int
+    device: int
+    inode: int
+
+
+def stamp(path: Path) -> Stamp:
+    """Return a file's present stamp; symlinks are followed.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = path.stat()
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return Stamp(str(path), status.st_size, *times, status.st_dev, status.st_ino)
+
+
+def copy_file(source: Path, target: Path, root: Path | None = None) -> None:
+    """Copy a file that lies in a model's folder ``root``; see ``check_link``."""
+    check_link(source, root)
+    shutil.copyfile(source, target)
+
+
+def check_link(path: Path, root: Path | None = None) -> None:
+    """Refuse to copy a link that leads out of the model's folder ``root`` (by default the file's), or no regular file.
+
+    A link may lead to a file of the same folder or, in a hub cache (``models--*/snapshots/REVISION``), to that cache's
+    ``blobs``: what else is on the machine is nobody's to publish.
+
+    Raises:
+        InputError: names the link.
+    """
+    regular_size(path)
+    if not path.is_symlink():
+        return
+    real, folder = path.resolve(), (root or path.parent).resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(place in real.parents for place in allowed):
+        raise InputError(f"{path}: is a link to a file outside its folder, which would be copied; copy or remove it")
+
+
+@dataclass(slots=True)
+class Descriptor:
+    """An open file's number, and how many use it now."""
+
+    number: int
+    users: int = 0
+
+
+class Descriptors:
+    """Files that are opened when they are used; over all, only as many stay open as the system allows.
+
+    ``take`` and ``release`` may be called from several threads; the least recently used files that nobody has taken
+    are closed first.
+    """
+
+    #: Descriptors that are left to the rest of the process: libraries, pipes, locks.
+    SPARED = 64
+    _lock = threading.RLock()  # an object may be collected, and closed, while its own thread holds it
+    _open: ClassVar[OrderedDict[tuple[int, int], Descriptor]] = OrderedDict()  # by (owner, file)
+    _owners = itertools.count()
+    _limit = 0
+
+    def __init__(self, files: list[Path], flags: int) -> None:
+        self.files, self.flags = files, flags | os.O_CLOEXEC
+        self._owner = next(self._owners)
+
+    def take(self, index: int) -> Descriptor:
+        """Return file number ``index``, which stays open until it is released.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        key = (self._owner, index)
+        with self._lock:
+            taken = self._open.get(key)
+            if taken is None:
+                self._evict(max(8, self._most() - self.SPARED) - 1)
+                taken = self._open[key] = Descriptor(self._opened(index))
+            self._open.move_to_end(key)
+            taken.users += 1
+            return taken
+
+    def release(self, taken: Descriptor) -> None:
+        """Say that a file is not in use any more."""
+        with self._lock:
+            taken.users -= 1
+
+    def _opened(self, index: int) -> int:
+        try:
+            return os.open(self.files[index], self.flags, 0o666)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            self._evict(0)  # others in this process hold more than was spared for them
+            return os.open(self.files[index], self.flags, 0o666)
+
+    @classmethod
+    def _evict(cls, left: int) -> None:
+        too_many = len(cls._open) - left
+        idle = [key for key, one in list(cls._open.items()) if one.users == 0] if too_many > 0 else []
+        for key in idle[: max(0, too_many)]:
+            cls._shut(key)
+
+    @classmethod
+    def _shut(cls, key: tuple[int, int]) -> None:
+        taken = cls._open.pop(key, None)
+        if taken is not None:
+            os.close(taken.number)
+
+    @classmethod
+    def _most(cls) -> int:
+        """Return how many files this process may have open, after raising the limit as far as that goes."""
+        if not cls._limit:
+            import resource
+
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft < hard:
+                with contextlib.suppress(ValueError, OSError):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            cls._limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)
+        return cls._limit
+
+    def close(self) -> None:
+        """Close every file that is open."""
+        with self._lock:
+            for key in [key for key in list(self._open) if key[0] == self._owner]:
+                self._shut(key)
 
 
 def siblings(path: Path) -> list[str]:

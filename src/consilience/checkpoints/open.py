@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.checkpoint import Bytes, Checkpoint, FileStorage, MemoryStorage, TensorInfo, from_entries
-from consilience.checkpoints.files import exists, siblings
+from consilience.checkpoints.files import Stamp, exists, regular_size, siblings, stamp
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.errors import InputError, nearest
@@ -57,11 +57,14 @@ def _refuse_twice(file: Path, known: dict[str, Any], found: dict[str, Any]) -> N
 def _open_safetensors(label: str, folder: Path | None, files: list[Path]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    for file in files:
+        regular_size(file)
+    storage = FileStorage(files)  # before the headers are read, so that a file that is replaced meanwhile is noticed
     for number, file in enumerate(files):
         entries, metadata = read_header(file)
         _refuse_twice(file, tensors, entries)
         tensors |= from_entries(entries, number)
-    return Checkpoint(label, tensors, FileStorage(files), files[0], folder, None, metadata)
+    return Checkpoint(label, tensors, storage, files[0], folder, None, metadata)
 
 
 def _open_torch(label: str, folder: Path | None, files: list[Path]) -> Checkpoint:
@@ -69,15 +72,16 @@ def _open_torch(label: str, folder: Path | None, files: list[Path]) -> Checkpoin
 
     tensors: dict[str, TensorInfo] = {}
     arrays: dict[str, Bytes] = {}
-    identity: list[tuple[str, int, int]] = []
+    stamps: list[Stamp] = []
     for number, file in enumerate(files):
+        regular_size(file)
+        before = stamp(file)
         infos, views = read_torch_file(file, number)
         _refuse_twice(file, tensors, infos)
         tensors |= infos
         arrays |= views
-        stat = file.stat()
-        identity.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return Checkpoint(label, tensors, MemoryStorage(arrays, identity), files[0], folder)
+        stamps.append(before)
+    return Checkpoint(label, tensors, MemoryStorage(arrays, stamps), files[0], folder)
 
 
 def _sharded(folder: Path, index: Path) -> tuple[list[Path], dict[str, list[str]]]:

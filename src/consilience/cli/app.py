@@ -175,53 +175,31 @@ def merge(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Merge a base and its experts into one verified checkpoint."""
-    from consilience.api import plan_recipe
-    from consilience.cli.adapter_command import check_adapter
-    from consilience.cli.learning import learned, learning_lines
+    from consilience.cli.merging import merge_command, show_plan
 
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
     source = read_input(recipe, expert, method, set_, extra, calibration, target)
-    if as_adapter is None and rank is not None:
-        raise InputError("--rank: only goes with --as-adapter svd")
-    size = parse_size(shard_size)
-
-    def planned(found: Any = None) -> Any:
-        return plan_recipe(
-            source,
-            None if as_adapter is not None else out,
-            shard_size=size,
-            stochastic_rounding=stochastic_rounding,
-            allow_nonfinite=allow_nonfinite,
-            coefficients=found,
-        )
-
-    plan = planned()
-    if as_adapter is not None:
-        check_adapter(plan, as_adapter, rank)
-    if plan.unlearned and not dry_run:
-        settings = {"force": force, "threads": threads, "device": device, "trust_remote_code": trust_remote_code}
-        found = learned(plan, None if as_adapter is not None else out, quiet, tensorboard=tensorboard, **settings)
-        plan.close()
-        plan = planned(found)
-    if as_adapter is not None:
-        from consilience.cli.adapter_command import merge_to_adapter
-
-        merge_to_adapter(plan, out, as_adapter, rank, force, dry_run, quiet, threads)
-        return
+    settings = {
+        "shard_size": parse_size(shard_size),
+        "stochastic_rounding": stochastic_rounding,
+        "allow_nonfinite": allow_nonfinite,
+    }
     if dry_run:
-        from consilience.engine.describe import describe
-        from consilience.engine.output import check_destination
-        from consilience.engine.stream import thread_count
-
-        check_destination(out, plan, force, create=False)
-        lines = [*describe(plan, thread_count(threads)), *(learning_lines(plan) if plan.unlearned else [])]
-        typer.echo("\n".join(map(printable, lines)))
+        show_plan(source, out, as_adapter, rank, force=force, threads=threads, **settings)
         return
-    from consilience.cli.progress import show_summary, work
-
-    summary = work(plan, out, force=force, threads=threads, quiet=quiet)
-    if not quiet:
-        show_summary(summary)
+    merge_command(
+        source,
+        out,
+        quiet=quiet,
+        as_adapter=as_adapter,
+        rank=rank,
+        force=force,
+        threads=threads,
+        device=device,
+        tensorboard=tensorboard,
+        trust_remote_code=trust_remote_code,
+        **settings,
+    )
 
 
 def parse_size(text: str) -> int:
@@ -355,7 +333,7 @@ def evaluate(
         device=device,
         threads=threads,
         cache=cache,
-        progress=sys.stderr.isatty(),
+        progress=True,
         trust_remote_code=trust_remote_code,
     )
     if as_json:
@@ -414,7 +392,7 @@ def train(
         threads=threads,
         device=device,
         force=force,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
     )
     if not quiet:
         typer.echo(f"{out}: {record.steps} steps, final loss {record.final_loss:.4f}, {record.seconds:.0f} s")

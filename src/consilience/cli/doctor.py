@@ -1,7 +1,6 @@
 """``consilience doctor``: what is wrong with these experts, and will they merge?"""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +60,7 @@ def doctor(
         methods=methods or [],
         device=device,
         trust_remote_code=trust_remote_code,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
     )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
@@ -71,9 +70,9 @@ def doctor(
         typer.echo(text(found))
     if html is not None:
         from consilience.stability.report_page import page
-        from consilience.tasks.cache import write_atomically
+        from consilience.workdir import write_file
 
-        write_atomically(html.resolve(), page(found).encode())
+        write_file(html.resolve(), page(found))
         typer.echo(f"{html}: open it in a browser", err=True)
 
 

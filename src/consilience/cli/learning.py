@@ -1,53 +1,8 @@
-"""Learning on a terminal: progress bars with the loss's terms, and what was learned in a few lines."""
+"""What a dry run says of learning, and what was learned in a few lines."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
-import typer
-
 from consilience.engine.plan import Plan
-
-
-def learned(plan: Plan, out: Path | None, quiet: bool, **settings: Any) -> Any:
-    """Learn a plan's coefficients under a progress bar and say how the loss went."""
-    from consilience.learned.learn import learn_plan
-
-    if quiet or not sys.stderr.isatty():
-        found = learn_plan(plan, out, **settings)
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            found = learn_plan(plan, out, watcher=_Bars(progress, plan.method.name), **settings)
-    if not quiet:
-        for line in summary(found):
-            typer.echo(line)
-    return found
-
-
-class _Bars:
-    """One bar per phase."""
-
-    def __init__(self, progress: Any, method: str) -> None:
-        self.progress, self.method = progress, method
-        self.task: Any = None
-
-    def phase(self, name: str, total: int) -> None:
-        """Begin a bar."""
-        if self.task is not None:
-            self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(f"{self.method}: {name}", total=total, text="")
-
-    def advance(self, count: int, text: str = "") -> None:
-        """Advance the bar and show how it goes."""
-        if self.task is not None:
-            self.progress.update(self.task, advance=count, text=text)
 
 
 def summary(found: Any) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from consilience.errors import InputError
+from consilience.workdir import write_file
 
 route = typer.Typer(
     help="Models that route every token to the right experts.", no_args_is_help=True, rich_markup_mode=None
@@ -69,8 +70,9 @@ def build(
     """Build a routed model from a base and LoRA adapters. An interrupted build continues."""
     from consilience.routing import build_routed
 
-    progress = not quiet and sys.stderr.isatty()
-    made = build_routed(recipe, out, force=force, device=device, trust_remote_code=trust_remote_code, progress=progress)
+    made = build_routed(
+        recipe, out, force=force, device=device, trust_remote_code=trust_remote_code, progress=not quiet
+    )
     if not quiet:
         names = ", ".join(made.experts)
         typer.echo(f"{out}: {len(made.experts)} experts ({names}), local router {made.settings.local}")
@@ -94,9 +96,8 @@ def add(
     from consilience.routing.folder.change import add_expert
 
     name, adapter = parse_assignment(expert, "-e")
-    progress = not quiet and sys.stderr.isatty()
     made = add_expert(
-        folder, name, adapter, data=data, instruction=instruction, base=base, device=device, progress=progress
+        folder, name, adapter, data=data, instruction=instruction, base=base, device=device, progress=not quiet
     )
     if not quiet:
         typer.echo(f"{folder}: {len(made.experts)} experts ({', '.join(made.experts)})")
@@ -194,7 +195,7 @@ def evaluate(
         max_examples=max_examples,
         max_tokens=max_tokens,
         dtype=products,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     if as_json:
         typer.echo("[" + ",\n".join(one.to_json() for one in found) + "]")
@@ -237,7 +238,7 @@ def collapse(
         batch_size=batch_size,
         max_examples=max_examples,
         force=force,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
     )
     if not quiet:
         typer.echo(f"{out}: one model of {len(found.coefficients.experts)} experts, verified")
@@ -272,10 +273,10 @@ def explain_answer(
     if html is not None and not os.access(html if html.exists() else html.absolute().parent, os.W_OK):
         raise InputError(f"--html {html}: cannot be written; name another file")
     model = loaded(folder, base, device, dtype, settings)
-    found = explain(model, prompt, max_new_tokens=max_new_tokens, answer=answer)
+    found = explain(model, prompt, max_new_tokens=max_new_tokens, answer=answer, progress=True)
     typer.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else found.to_text(), nl=as_json)
     if html is not None:
-        html.write_text(found.to_html(), encoding="utf-8")
+        write_file(html.resolve(), found.to_html())
         typer.echo(f"{html}: open it in a browser", err=True)
 
 
@@ -296,7 +297,6 @@ def extract(
     """
     from consilience.routing.conversion.extract import extract as extracted
 
-    progress = not quiet and sys.stderr.isatty()
-    found = extracted(base, expert, out, rank=rank, energy=energy, dtype=dtype, force=force, progress=progress)
+    found = extracted(base, expert, out, rank=rank, energy=energy, dtype=dtype, force=force, progress=not quiet)
     if not quiet:
         typer.echo(f"{out}: {found}")

@@ -16,6 +16,7 @@ from consilience.coefficients.coefficients import Coefficients
 from consilience.coefficients.groups import Group
 from consilience.coefficients.listing import Place, count, fold_kinds, place_of, short_kinds, tensor_means
 from consilience.errors import InputError, printable
+from consilience.workdir import write_file
 
 Grid = npt.NDArray[np.float64]
 #: A file may name any number of experts; a picture has room for these.
@@ -92,7 +93,7 @@ def _png(figure: Any, path: Path | str | None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": ""})
     if path is not None:
-        Path(path).write_bytes(buffer.getvalue())
+        write_file(Path(path).resolve(), buffer.getvalue())
     return buffer.getvalue()
 
 

@@ -9,26 +9,29 @@ merge the dense update first. (sum A)(sum B) never stands in for sum AB.
 """
 
 import math
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from consilience.checkpoints.dtypes import DTYPES, DType
-from consilience.engine import output
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora_config, write_tensors
 from consilience.engine.block import Loader, Scratch
 from consilience.engine.card import licences, render_card
 from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint, versions
 from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
-from consilience.engine.merge import recipe_text
+from consilience.engine.merge import check_learned, merge_workdir, recipe_text
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Listener, Silent, Streamer
+from consilience.engine.stream import Streamer
+from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError
 from consilience.methods.program import WeightedSum
+from consilience.progress import NullProgress, Progress
+from consilience.workdir import OURS, Workdir, digest_of, write_json
+
+Kind = Literal["cat", "svd"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class AdapterSummary:
     rank: int
     discarded: float
     notes: tuple[str, ...]
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "AdapterSummary":
+        """Return the summary that plain values were taken of."""
+        plain: dict[str, Any] = {**value, "notes": tuple(value["notes"])}
+        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,29 @@ def check_low_rank(plan: Plan) -> None:
             raise InputError(
                 f"{expert.reference}: is not a plain LoRA adapter, so the merge is not one; leave --as-adapter out"
             )
+
+
+def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None:
+    """Return the form of adapter that was asked for (None: a model), refusing what no adapter can hold.
+
+    Raises:
+        InputError: the form is unknown, needs or has no use for a rank, or cannot express the merge.
+    """
+    if kind is None:
+        if rank is not None:
+            raise InputError("--rank: only goes with --as-adapter svd")
+        return None
+    if kind not in ("cat", "svd"):
+        raise InputError(f"--as-adapter {kind!r}: choose cat (exact) or svd (with --rank)")
+    if (kind == "svd") != (rank is not None):
+        raise InputError("--rank: goes with --as-adapter svd, which needs it")
+    if kind == "cat" and plan.method.name == "expert_merging_pp":
+        raise InputError(
+            "--as-adapter cat: chunks of a tensor have coefficients of their own, which factors cannot hold; use svd "
+            "with --rank"
+        )
+    check_low_rank(plan)
+    return kind
 
 
 def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
@@ -96,7 +128,7 @@ def dense_update(plan: Plan, tensor: TensorPlan, threads: int | None) -> Array:
     return (merged - base).reshape(tensor.shape[0], -1)
 
 
-def _factors(plan: Plan, tensor: TensorPlan, kind: Literal["cat", "svd"], rank: int, threads: int | None) -> _Factors:
+def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int | None) -> _Factors:
     pair = next(source.pair for source in tensor.rows if source.pair is not None)
     embedding = "lora_embedding_" in pair.a.name
     program = tensor.program
@@ -145,12 +177,12 @@ def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
 def write_adapter(
     plan: Plan,
     out: Path,
-    kind: Literal["cat", "svd"],
+    kind: Kind,
     rank: int = 0,
     *,
     force: bool = False,
     threads: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> AdapterSummary:
     """Write the merge of LoRA experts as a PEFT adapter folder.
 
@@ -161,42 +193,60 @@ def write_adapter(
         rank: rank of ``svd``.
         force: replace a non-empty ``out``.
         threads: workers for methods that merge dense updates.
-        listener: told of progress.
+        progress: told of every tensor.
 
     Raises:
         InputError: an expert is not a plain adapter, or the method is not a weighted sum and ``cat`` was asked for.
+        MachineError: the disk is full or failed.
     """
+    check_learned(plan)
     check_low_rank(plan)
-    output.check_destination(out, plan, force, folder=True)
-    partial = output.partial_path(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        found: list[_Factors] = []
-        for tensor in plan.tensors:
-            if tensor.program is not None and any(source.pair for source in tensor.rows):
-                found.append(_factors(plan, tensor, kind, rank, threads))
-                (listener or Silent()).advance(tensor.bytes_read)
-        ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
-        (partial / output.OURS).mkdir(parents=True)
-        dtype = DTYPES[plan.recipe.output_dtype or "F32"]
-        _write_weights(plan, partial / WEIGHTS, found, dtype)
-        output.write_json(partial / CONFIG, adapter_config(plan, ranks))
-        kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
-        notes = [*plan.alignment.notes, *licences(plan)[1]]
-        _write_papers(partial, plan, out, kind, notes)
-    except InputError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    output.sync_tree(partial)
-    output.install(partial, out)
+    with merge_workdir(plan, out, force=force, digest=adapter_digest(plan, kind, rank), folder=True) as work:
+        return adapter_in(plan, work, kind, rank, threads=threads, progress=progress)
+
+
+def adapter_digest(plan: Plan, kind: Kind, rank: int) -> str:
+    """Return what identifies the work of writing a plan as an adapter."""
+    return digest_of([plan.digest, kind, rank])
+
+
+def adapter_in(
+    plan: Plan,
+    work: Workdir,
+    kind: Kind,
+    rank: int,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> AdapterSummary:
+    """Write the adapter in a folder that is held, and deliver it; see ``write_adapter``."""
+    if work.delivered is not None:
+        return AdapterSummary.from_dict(work.delivered)
+    found: list[_Factors] = []
+    progress = progress or NullProgress()
+    adapted = [t for t in plan.tensors if t.program is not None and any(source.pair for source in t.rows)]
+    progress.phase(f"merging ({plan.method.name})", len(adapted), "tensors")
+    for tensor in adapted:
+        found.append(_factors(plan, tensor, kind, rank, threads))
+        progress.advance()
+    ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
+    result = work.new_result()
+    _write_weights(plan, result / WEIGHTS, found, DTYPES[plan.recipe.output_dtype or "F32"])
+    write_json(result / CONFIG, adapter_config(plan, ranks))
+    notes = [*plan.alignment.notes, *licences(plan)[1]]
+    _write_papers(result, plan, work.out.name, kind, notes)
+    check_unchanged(plan, {}, {})
+    kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
     discarded = max(0.0, 1.0 - kept / total) if kind == "svd" and total else 0.0
-    return AdapterSummary(str(out), len(found), max(ranks.values()), discarded, tuple(notes))
+    summary = AdapterSummary(str(work.out), len(found), max(ranks.values()), discarded, tuple(notes))
+    work.deliver(asdict(summary))
+    return replace(summary, notes=(*summary.notes, *work.notes))
 
 
-def _write_papers(partial: Path, plan: Plan, out: Path, kind: str, notes: list[str]) -> None:
+def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[str]) -> None:
     from consilience.checkpoints.adapter import open_adapter
 
-    own = checkpoint_fingerprints(open_adapter(partial).checkpoint)
+    own = checkpoint_fingerprints(open_adapter(result).checkpoint)
     whole = model_fingerprint(own)
     text = recipe_text(plan)
     models = [
@@ -215,6 +265,7 @@ def _write_papers(partial: Path, plan: Plan, out: Path, kind: str, notes: list[s
         "output": {"fingerprint": whole, "tensors": own},
         "notes": notes,
     }
-    output.write_json(partial / output.OURS / "lineage.json", document)
-    (partial / output.OURS / "recipe.yaml").write_text(text, encoding="utf-8")
-    (partial / "README.md").write_text(render_card(plan, out.name, whole, text, notes, peft=True), encoding="utf-8")
+    (result / OURS).mkdir()
+    write_json(result / OURS / "lineage.json", document)
+    (result / OURS / "recipe.yaml").write_text(text, encoding="utf-8")
+    (result / "README.md").write_text(render_card(plan, title, whole, text, notes, peft=True), encoding="utf-8")

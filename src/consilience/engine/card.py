@@ -1,14 +1,15 @@
 """The model card of an output: front matter a hub understands, what was merged, and how to repeat it."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from consilience import __version__
-from consilience.checkpoints.files import regular_size
+from consilience.checkpoints.files import exists, regular_size
 from consilience.checkpoints.json_files import read_object
-from consilience.checkpoints.reference import is_hub_id
 from consilience.engine.plan import Plan
 from consilience.errors import InputError
 from consilience.experts.model import Model
@@ -16,6 +17,8 @@ from consilience.recipe.yaml_file import parse_yaml
 
 #: Front-matter keys of the base's card that stay true of a merge.
 _KEPT = ("language", "pipeline_tag", "library_name")
+#: ``owner/name`` as the hub allows it; a Trainer's ``folder/checkpoint-500`` looks the same and is none.
+_REPOSITORY = re.compile(r"\w[\w.-]*(?<![.-])/(?!checkpoint-\d+$)\w[\w.-]*(?<![.-])", re.ASCII)
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
@@ -59,26 +62,76 @@ def licences(plan: Plan) -> tuple[str | None, list[str]]:
     return (distinct[0] if len(distinct) == 1 else None), warnings
 
 
-def hub_name(model: Model) -> str:
-    """Return the hub id of a model: as referenced, or as its own config names it, else its folder's name."""
-    if is_hub_id(model.reference) and not Path(model.reference).exists():
-        return model.reference.split("@")[0]
-    for config in (model.checkpoint.config if model.checkpoint else None, {"_name_or_path": _card_name(model)}):
-        name = (config or {}).get("_name_or_path")
-        if isinstance(name, str) and is_hub_id(name):
-            return name
-    return Path(model.reference).name
+def hub_ids(model: Model) -> list[str]:
+    """Return the hub ids that a model comes from, as far as they are known.
 
-
-def _card_name(model: Model) -> str | None:
-    matter = front_matter(model.folder / "README.md") if model.folder else {}
-    named = matter.get("model_name") or matter.get("base_model") if model.name == "base" else None
-    return named if isinstance(named, str) else None
+    What was fetched from the hub has its own id. A local folder has the ids it states as its origin: its config
+    (``_name_or_path``), else its card (``model_name``, else ``base_model``). Folder names and paths are no ids.
+    """
+    return list(dict.fromkeys(name for part in _parts(model) for name in _ids(part)))
 
 
 def base_models(plan: Plan) -> list[str]:
-    """Return the ``base_model`` list of the front matter."""
-    return list(dict.fromkeys(hub_name(model) for model in plan.models))
+    """Return the hub ids that the models of a merge come from, each once."""
+    return list(dict.fromkeys(name for model in plan.models for name in hub_ids(model)))
+
+
+def origin(ids: list[str], relation: str) -> dict[str, Any]:
+    """Return the front matter that links a card to ``ids``: nothing where none is known."""
+    return {"base_model": ids, "base_model_relation": relation} if ids else {}
+
+
+def label(model: Model) -> str:
+    """Return what a card calls a model: its hub id if it was fetched from there, else its reference's last part."""
+    parts = _parts(model)
+    names = [part.name for part in parts] if len(parts) > 1 else [Path(model.reference).name]
+    return " + ".join(_fetched(part) or name or part.resolve().name for part, name in zip(parts, names, strict=True))
+
+
+def _parts(model: Model) -> list[Path]:
+    """Return where a model lies: its checkpoint, its adapter, or the one and then the other."""
+    checkpoint = [model.checkpoint.path or Path(model.reference)] if model.checkpoint else []
+    return checkpoint + ([model.adapter.path] if model.adapter else [])
+
+
+def _fetched(path: Path) -> str | None:
+    """Return the hub id of what lies in the hub's cache, or is linked from there."""
+    return _cached(path.absolute()) or _cached(path.resolve())
+
+
+def _cached(path: Path) -> str | None:
+    """Return the hub id that a path of the form ``models--owner--name/snapshots/revision`` holds."""
+    for folder, inside in pairwise(path.parts):
+        if folder.startswith("models--") and inside in ("snapshots", "blobs"):
+            return folder.removeprefix("models--").replace("--", "/")
+    return None
+
+
+def _ids(part: Path) -> list[str]:
+    known = _fetched(part)
+    if known is not None or not part.is_dir():
+        return [known] if known is not None else []
+    try:
+        config = read_object(part / "config.json")
+    except InputError:
+        config = {}
+    card = front_matter(part / "README.md")
+    for value in (config.get("_name_or_path"), card.get("model_name"), card.get("base_model")):
+        stated = [_stated(name, part) for name in (cast(list[Any], value) if isinstance(value, list) else [value])]
+        if any(stated):
+            return [name for name in stated if name is not None]
+    return []
+
+
+def _stated(name: object, folder: Path) -> str | None:
+    """Return the hub id that ``name``, said by the model in ``folder``, stands for; None if it is no id."""
+    if not isinstance(name, str):
+        return None
+    if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name:
+        return _cached(Path(name))
+    # owner/name may as well be a relative path: from here, or from where the model was saved.
+    nearby = (Path(), *(folder / name).absolute().parents)
+    return None if any(exists(top / name) for top in nearby) else name
 
 
 def _adapter_base(model: Model) -> str:
@@ -97,12 +150,16 @@ def render_card(
     agreed, warnings = licences(plan)
     if peft:
         kept = kept | {"library_name": "peft"}
-    matter: dict[str, Any] = {
-        "base_model": base_models(plan),
-        "base_model_relation": "merge",
-        "library_name": kept.get("library_name", "transformers"),
-        "tags": ["merge", "consilience", plan.method.name.replace("_", "-")],
-    } | {key: kept[key] for key in _KEPT if key in kept}
+    # An adapter's one known origin is the base it stands on, unless experts came from the hub too.
+    stands = peft and not any(_fetched(part) for expert in plan.experts for part in _parts(expert))
+    matter: dict[str, Any] = (
+        origin(base_models(plan), "adapter" if stands else "merge")
+        | {
+            "library_name": kept.get("library_name", "transformers"),
+            "tags": ["merge", "consilience", plan.method.name.replace("_", "-")],
+        }
+        | {key: kept[key] for key in _KEPT if key in kept}
+    )
     if agreed:
         matter["license"] = agreed
     elif warnings:
@@ -114,13 +171,13 @@ def render_card(
         "",
         f"# {title}",
         "",
-        f"One model made from {len(plan.experts)} by Consilience {__version__}: method `{plan.method.name}` "
-        f"({plan.method.source}).",
+        f"Merged from {len(plan.experts)} expert{'s' * (len(plan.experts) != 1)} by Consilience {__version__} "
+        f"with the method `{plan.method.name}` ({plan.method.source}).",
         "",
         "| model | role |",
         "|---|---|",
         *(
-            f"| {hub_name(m)} | {'base' if m is plan.base else f'expert `{m.name}`'}{_adapter_base(m)} |"
+            f"| {label(m)} | {'base' if m is plan.base else f'expert `{m.name}`'}{_adapter_base(m)} |"
             for m in plan.models
         ),
         "",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from consilience import __version__
-from consilience.checkpoints.checkpoint import Checkpoint
+from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
 from consilience.engine.kernels.fingerprint import digest, mix
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece
@@ -23,20 +23,22 @@ def model_fingerprint(tensors: dict[str, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def tensor_fingerprint(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
+    """Read a tensor and return its fingerprint."""
+    step = 1 << 22
+    buffer = np.empty(min(step, tensor.nbytes), np.uint8)
+    low = high = 0
+    for start in range(0, tensor.nbytes, step):
+        view = buffer[: min(step, tensor.nbytes - start)]
+        checkpoint.storage.read(tensor, start, view)
+        found = mix(view, start)
+        low, high = low + found[0], high + found[1]
+    return digest(low, high, tensor.nbytes)
+
+
 def checkpoint_fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
     """Read a checkpoint and return every tensor's fingerprint."""
-    out: dict[str, str] = {}
-    step = 1 << 22
-    buffer = np.empty(step, np.uint8)
-    for name, tensor in checkpoint.tensors.items():
-        low = high = 0
-        for start in range(0, tensor.nbytes, step):
-            view = buffer[: min(step, tensor.nbytes - start)]
-            checkpoint.storage.read(tensor, start, view)
-            found = mix(view, start)
-            low, high = low + found[0], high + found[1]
-        out[name] = digest(low, high, tensor.nbytes)
-    return out
+    return {name: tensor_fingerprint(checkpoint, tensor) for name, tensor in checkpoint.tensors.items()}
 
 
 def fingerprints(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:

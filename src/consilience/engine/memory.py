@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Listener, Streamer, check_ties
+from consilience.engine.stream import Streamer, check_ties
 from consilience.experts.state_dict import StateDict, to_like
+from consilience.progress import Progress
 
 
 class MemorySink:
@@ -21,10 +22,10 @@ class MemorySink:
 
 
 def merge_in_memory(
-    plan: Plan, like: StateDict, threads: int | None = None, listener: Listener | None = None
+    plan: Plan, like: StateDict, threads: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Run a plan over state dicts and return the merged one, in the same library as ``like``."""
     check_ties(plan)
     sink = MemorySink(plan)
-    Streamer(plan, sink, threads=threads, listener=listener).run()
+    Streamer(plan, sink, threads=threads, progress=progress).run()
     return {t.name: to_like(sink.arrays[t.name], t.out_dtype, t.shape, like[t.name]) for t in plan.tensors}

@@ -1,11 +1,9 @@
 """The whole merge: plan, stream into OUT.partial, verify, install as OUT."""
 
 import contextlib
-import fcntl
-import os
-import shutil
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,16 @@ from consilience.engine import output
 from consilience.engine.card import licences, render_card
 from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
-from consilience.engine.output import JOURNAL, LEARNING, OURS, PLAN, FileSink
+from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
 from consilience.engine.plan import Plan
-from consilience.engine.stream import Listener, Piece, Silent, Streamer, check_ties, integer_notes, thread_count
+from consilience.engine.stream import Piece, Streamer, check_ties, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
+from consilience.engine.unchanged import check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
 from consilience.engine.worker import Record
 from consilience.errors import InputError, MachineError
-
-
-def raise_file_limit() -> None:
-    """Allow as many open files as the system lets this process have (many experts times many shards)."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+from consilience.progress import NullProgress, Progress
+from consilience.workdir import OURS, Workdir, json_text, workdir, write_file, write_json
 
 
 def recipe_text(plan: Plan) -> str:
@@ -52,46 +44,24 @@ def recipe_text(plan: Plan) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
-@contextlib.contextmanager
-def claimed(partial: Path) -> Generator[None]:
-    """Hold OUT.partial for this run alone, making it if need be.
-
-    Raises:
-        InputError: another run holds it, or it is somebody else's folder; neither is touched.
-    """
-    partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{partial}: another merge is writing there; wait for it, or choose another OUT") from None
-        # A run that was killed before it wrote its plan leaves an empty folder of ours.
-        if any(path != partial / OURS for path in partial.rglob("*")) and not (partial / OURS / PLAN).exists():
-            raise InputError(f"{partial}: is in the way and was not made by Consilience; move it elsewhere")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _resume(partial: Path, plan: Plan) -> dict[Piece, Record]:
+def _resume(work: Workdir, plan: Plan) -> dict[Piece, Record]:
     """Return the finished segments of an interrupted run of the same plan; discard any other partial output."""
-    marker = partial / OURS / PLAN
+    marker = work.path / PLAN
     try:
         same = marker.exists() and read_object(marker).get("digest") == plan.digest
     except InputError:
         same = False
-    weights = [partial / f"weights-{i:05d}.part" for i in range(len(plan.layout.files))]
-    for path, file in zip(weights, plan.layout.files, strict=True):
-        if same and (partial / file.name).is_file() and not path.exists():  # stopped between renaming and installing
-            (partial / file.name).rename(path)
-    if same and all(path.is_file() for path in weights):
-        return {(r.tensor, r.segment): r for r in read_journal(partial / OURS / JOURNAL, plan)}
-    for path in [*partial.iterdir(), *(partial / OURS).glob("*")]:
-        if path not in (partial / OURS, partial / OURS / LEARNING):  # what was learned is worth more than bytes merged
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (partial / OURS).mkdir(exist_ok=True)
-    output.write_json(marker, {"digest": plan.digest})
+    parts, final = output.part_paths(work.path, plan), output.final_paths(work.result, plan)
+    for part, path in zip(parts, final, strict=True):
+        if same and path.is_file() and not part.exists():  # stopped between renaming and installing
+            path.rename(part)
+    if same and all(path.is_file() for path in parts):
+        return {(r.tensor, r.segment): r for r in read_journal(work.path / JOURNAL, plan)}
+    marker.unlink(missing_ok=True)  # first: what is left must not be taken for this plan's
+    work.remove_result()
+    for path in (work.path / JOURNAL, *work.path.glob("weights-*.part")):
+        path.unlink(missing_ok=True)
+    write_file(marker, json_text({"digest": plan.digest}))
     return {}
 
 
@@ -121,44 +91,47 @@ def _has(expert: Any, name: str) -> bool:
     return in_model or (expert.adapter is not None and name in expert.adapter.whole)
 
 
-def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, listener: Listener) -> None:
+def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, progress: Progress) -> None:
     from concurrent.futures import ThreadPoolExecutor
     from threading import local
 
     held = local()
 
-    def one(record: Record) -> None:
+    def one(record: Record) -> int:
         if not hasattr(held, "buffer"):
             held.buffer = np.empty(1 << 22, np.uint8)
-        verify_segment(plan, sink, record, held.buffer)
+        return verify_segment(plan, sink, record, held.buffer)
 
+    progress.phase("verifying", sum(tensor.nbytes for tensor in plan.tensors), "bytes")
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(one, list(records.values())):
-            listener.advance(0)
+        for nbytes in pool.map(one, list(records.values())):
+            progress.advance(nbytes)
 
 
-def _write_papers(partial: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
+def _write_papers(result: Path, plan: Plan, document: dict[str, Any], text: str, card: str) -> None:
     """Write everything but the weights: lineage, recipe, heads, the donor's other files, the card."""
-    ours = partial / OURS
+    ours = result / OURS
+    ours.mkdir()
     _write_heads(ours / "heads", plan)
-    output.write_json(ours / "lineage.json", document)
+    write_json(ours / "lineage.json", document)
     (ours / "recipe.yaml").write_text(text, encoding="utf-8")
     if plan.coefficients is not None:
         save_coefficients(ours, plan.coefficients)
-    shutil.rmtree(ours / LEARNING, ignore_errors=True)
-    if plan.alignment.donor.folder is not None:
-        output.copy_side_files(partial, plan)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    output.sync_tree(partial)
+    output.copy_side_files(result, plan)
+    (result / "README.md").write_text(card, encoding="utf-8")
 
 
-def _install(partial: Path, out: Path, plan: Plan, files: list[Path]) -> None:
-    """Rename the folder (or its one file) to OUT."""
-    if plan.alignment.donor.folder is not None:
-        output.install(partial, out)
-    else:
-        output.install(files[0], out)
-        shutil.rmtree(partial)
+def check_learned(plan: Plan) -> None:
+    """Refuse a plan whose coefficients are still to be learned.
+
+    Raises:
+        InputError: names the method.
+    """
+    if plan.unlearned:
+        raise InputError(
+            f"{plan.where}: method {plan.method.name!r} has not learned its coefficients yet; call merge_recipe, which "
+            "learns first"
+        )
 
 
 def run_merge(
@@ -167,7 +140,7 @@ def run_merge(
     *,
     force: bool = False,
     threads: int | None = None,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> Summary:
     """Carry a plan out: after it, OUT is complete, verified and on disk, or (on any error) absent.
 
@@ -179,73 +152,82 @@ def run_merge(
         MachineError: the disk is full or failed; the partial output is kept.
         KeyboardInterrupt: passed on; the partial output is kept.
     """
-    if plan.unlearned:
-        raise InputError(
-            f"{plan.where}: method {plan.method.name!r} has not learned its coefficients yet; call merge_recipe, which "
-            "learns first"
-        )
+    check_learned(plan)
+    with merge_workdir(plan, out, force=force) as work:
+        return merge_in(plan, work, threads=threads, progress=progress)
+
+
+@contextlib.contextmanager
+def merge_workdir(
+    plan: Plan, out: Path, *, force: bool, digest: str = "", folder: bool | None = None
+) -> Generator[Workdir]:
+    """Hold OUT for a merge; see ``workdir``. ``digest`` and ``folder`` are the plan's and its donor's by default."""
+    folder = plan.alignment.donor.folder is not None if folder is None else folder
+    output.check_plan(out, plan, folder=folder)
+    check_ties(plan)
+    named = output.inputs(plan)
+    with workdir(out, digest or plan.digest, folder=folder, force=force, inputs=named, keep=(LEARNING,)) as work:
+        yield work
+
+
+def merge_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress: Progress | None = None) -> Summary:
+    """Merge in a folder that is held, and deliver; if an earlier run had delivered, return what that one reported."""
+    if work.delivered is not None:
+        return Summary.from_dict(work.delivered)
     started = time.perf_counter()
-    made = output.check_destination(out, plan, force)
-    raise_file_limit()
-    partial = output.partial_path(out)
-    try:
-        check_ties(plan)
-        with claimed(partial):
-            try:
-                records = _resume(partial, plan)
-                sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
-                output.check_space(out, plan, sum(t.nbytes for t in sizes.values()))
-                return _run(plan, out, partial, records, thread_count(threads), listener or Silent(), started)
-            except InputError:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-    except InputError:
-        output.discard_folders(made)
-        raise
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else f"{partial}: "
-        raise MachineError(f"{place}{error.strerror or error}; mend it, then run the same command again") from error
+    summary = replace(stream_in(plan, work, threads=threads, progress=progress), seconds=time.perf_counter() - started)
+    work.deliver(summary.to_dict())
+    return replace(summary, notes=(*summary.notes, *work.notes))
 
 
-def _run(
-    plan: Plan, out: Path, partial: Path, records: dict[Piece, Record], threads: int, listener: Listener, started: float
-) -> Summary:
-    resumed = len(records)
-    sink = FileSink(partial, plan)
+def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress: Progress | None = None) -> Summary:
+    """Leave the merged model in ``work.result``, complete and verified.
+
+    Raises:
+        InputError: the data cannot be merged, or has changed meanwhile.
+        MachineError: the disk is full or failed.
+    """
+    records = _resume(work, plan)
+    resumed, threads, progress = len(records), thread_count(threads), progress or NullProgress()
+    sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
+    output.check_space(work.out, plan, sum(t.nbytes for t in sizes.values()))
+    sink = FileSink(work.path, plan)
     try:
-        streamer = Streamer(plan, sink, threads=threads, listener=listener)
+        streamer = Streamer(plan, sink, threads=threads, progress=progress)
         streamer.done = dict(records)
-        with Journal(partial / OURS / JOURNAL, sink.flush) as journal:
+        with Journal(work.path / JOURNAL, sink.flush) as journal:
             streamer.on_record = journal.add
             records = streamer.run()
         if journal.failure is not None:
             raise journal.failure
         sink.flush()
         try:
-            _verify(plan, sink, records, threads, listener)
+            _verify(plan, sink, records, threads, progress)
         except MachineError:
-            (partial / OURS / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
+            (work.path / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
             raise
         notes = [*plan.alignment.notes, *integer_notes(plan), *licences(plan)[1], *_policy_notes(plan)]
         document, fingerprint = lineage(plan, records)
         document["notes"] = notes
         text = recipe_text(plan)
-        _write_papers(partial, plan, document, text, render_card(plan, out.name, fingerprint, text, notes))
-        files = sink.finish()
+        if work.folder:
+            card = render_card(plan, work.out.name, fingerprint, text, notes)
+            _write_papers(work.new_result(), plan, document, text, card)
+        files = sink.finish(work.result)
     finally:
         sink.close()
     verify_headers(plan, files)
-    _install(partial, out, plan, files)
+    check_unchanged(plan, streamer.first, records)
     error, of = rounding(plan, records)
     return Summary(
-        out=str(out),
+        out=str(work.out),
         method=plan.method.name,
         tensors=len(plan.tensors),
         merged=sum(t.program is not None for t in plan.tensors),
         parameters=sum(t.numel for t in plan.tensors),
         bytes_written=plan.layout.size,
         bytes_read=sum(t.bytes_read for t in plan.tensors),
-        seconds=time.perf_counter() - started,
+        seconds=0.0,
         resumed_segments=resumed,
         below_unit=below_unit(plan, records),
         rounding=error,

@@ -96,7 +96,8 @@ class Plan:
     """A whole merge, ready to run.
 
     ``learning`` are a learned method's parameters; ``where`` and ``root`` say how errors name the recipe and where its
-    relative paths start.
+    relative paths start; ``numbers`` are the experts' places in ``recipe.models``; ``shard_size`` and ``single`` are as
+    ``make_plan`` was given them.
     """
 
     recipe: Recipe
@@ -112,6 +113,9 @@ class Plan:
     learning: dict[str, Any] = field(default_factory=dict[str, Any])
     where: str = "recipe"
     root: Path | None = None
+    numbers: tuple[int, ...] = ()
+    shard_size: int = SHARD_SIZE
+    single: str = "model.safetensors"
 
     @property
     def unlearned(self) -> bool:
@@ -397,8 +401,23 @@ def make_plan(
     _check_model_trim(placed, where)
     return Plan(
         recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite,
-        coefficients, learning, where, root,
+        coefficients, learning, where, root, tuple(number for _, number in numbered), shard_size, single,
     )  # fmt: skip
+
+
+def with_coefficients(plan: Plan, coefficients: Coefficients) -> Plan:
+    """Return a learned method's plan with the coefficients it found; the models stay open and are not read again."""
+    return make_plan(
+        plan.recipe,
+        where=plan.where,
+        root=plan.root,
+        shard_size=plan.shard_size,
+        stochastic=plan.stochastic,
+        allow_nonfinite=plan.allow_nonfinite,
+        models=(plan.base, list(zip(plan.experts, plan.numbers, strict=True))),
+        single=plan.single,
+        coefficients=coefficients,
+    )
 
 
 def _check_model_trim(tensors: tuple[TensorPlan, ...], where: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.block import Loader
+from consilience.engine.block import Loader, Marks
 from consilience.engine.kernels.select import HIGH, LOW, count_equal, count_high, count_low, pick_bin
 
 Piece = tuple[int, int]
@@ -37,12 +37,12 @@ class Selection:
         self._before: dict[Piece, list[int]] = {}
         self._lock = threading.Lock()
 
-    def count_upper(self, loader: Loader, start: int, stop: int) -> None:
-        """First pass over one piece."""
+    def count_upper(self, loader: Loader, start: int, stop: int, marks: Marks | None = None) -> None:
+        """First pass over one piece; ``marks`` collects its inputs' fingerprint sums."""
         local = loader.scratch.array("high", (len(self.keep), HIGH), np.int64)
         local[:] = 0
         for at in range(start, stop, loader.size):
-            stack, _ = loader.load(at, min(stop, at + loader.size))
+            stack, _ = loader.load(at, min(stop, at + loader.size), marks)
             for k in self.ranked:
                 count_high(stack[k], local[k])
         with self._lock:

@@ -10,32 +10,19 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from consilience.engine.block import NonFinite, Stopped, count_tensor
+from consilience.engine.block import Marks, NonFinite, Stopped, count_tensor
+from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Worker
 from consilience.errors import InputError, MachineError
 from consilience.methods.program import Program
-
-
-class Listener(Protocol):
-    """Is told of work done, from the coordinating thread."""
-
-    def advance(self, nbytes: int) -> None:
-        """``nbytes`` more input bytes were processed."""
-        ...
-
-
-class Silent:
-    """A listener that does nothing."""
-
-    def advance(self, nbytes: int) -> None:
-        """Ignore."""
+from consilience.progress import NullProgress, Progress
 
 
 def thread_count(threads: int | None) -> int:
@@ -46,12 +33,14 @@ def thread_count(threads: int | None) -> int:
 class Streamer:
     """One run over a plan. ``done`` maps finished (tensor, segment) to records; a resumed run starts with some."""
 
-    def __init__(self, plan: Plan, sink: Sink, *, threads: int | None = None, listener: Listener | None = None) -> None:
+    def __init__(self, plan: Plan, sink: Sink, *, threads: int | None = None, progress: Progress | None = None) -> None:
         self.plan, self.sink = plan, sink
         self.threads = thread_count(threads)
-        self.listener = listener or Silent()
+        self.progress = progress or NullProgress()
         self.stop = threading.Event()
         self.done: dict[Piece, Record] = {}
+        #: Fingerprint sums of the first pass over each piece that is read more than once.
+        self.first: dict[Piece, Marks] = {}
         self.on_record: Callable[[Record], None] = lambda record: None
         self._local = threading.local()
 
@@ -68,7 +57,17 @@ class Streamer:
             MachineError: an operating-system call failed.
             KeyboardInterrupt: passed on after the workers have stopped.
         """
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="merge") as pool:
+        total = sum(tensor.bytes_read for tensor in self.plan.tensors)
+        self.progress.phase(f"merging ({self.plan.method.name})", total, "bytes")
+        for tensor in self.plan.tensors:
+            finished = [s for s in range(tensor.segments) if (tensor.index, s) in self.done]
+            passes = tensor.passes if len(finished) == tensor.segments else 1
+            for segment in finished:
+                self._tick(tensor, segment, passes)
+        with (
+            compilation_shown(self.progress),
+            ThreadPoolExecutor(self.threads, thread_name_prefix="merge") as pool,
+        ):
             try:
                 self._all(pool)
             except BaseException:
@@ -104,9 +103,16 @@ class Streamer:
         self.on_record(record)
         self._tick(tensor, segment)
 
-    def _tick(self, tensor: TensorPlan, segment: int) -> None:
+    def _marks(self, tensor: TensorPlan, segment: int) -> Marks | None:
+        """Return where a pass puts its fingerprint sums: the first over a piece does, later ones need not."""
+        piece = (tensor.index, segment)
+        if piece in self.first:
+            return None
+        return self.first.setdefault(piece, [[0, 0] for _ in range(len(tensor.rows) + 1)])
+
+    def _tick(self, tensor: TensorPlan, segment: int, passes: int = 1) -> None:
         start, stop = tensor.span(segment)
-        self.listener.advance(tensor.bytes_read // tensor.passes * (stop - start) // max(tensor.numel, 1))
+        self.progress.advance(passes * (tensor.bytes_read // tensor.passes * (stop - start) // max(tensor.numel, 1)))
 
     def _alone(self, tensor: TensorPlan) -> None:
         """All passes of a tensor of one segment, on one worker."""
@@ -114,7 +120,7 @@ class Streamer:
         worker, selection, program = self._worker(), None, tensor.program
         if program.trim is not None:
             selection = Selection(program.trim.keep, tensor.numel, [(tensor.index, 0)])
-            selection.count_upper(worker.loader(tensor), 0, tensor.numel)
+            selection.count_upper(worker.loader(tensor), 0, tensor.numel, self._marks(tensor, 0))
             selection.pick_upper()
             selection.count_lower(worker.loader(tensor, first=False), 0, tensor.numel)
             selection.pick_lower()
@@ -132,7 +138,7 @@ class Streamer:
         def run(segment: int) -> None:
             worker = self._worker()
             stages = worker.stages(tensor, program, None, [])
-            summation.add(worker.loader(tensor), *tensor.span(segment), stages)
+            summation.add(worker.loader(tensor), *tensor.span(segment), stages, self._marks(tensor, segment))
             self._tick(tensor, segment)
 
         each(run)
@@ -188,7 +194,11 @@ class Streamer:
 
             self._each(pool, [lambda piece=piece: one(piece) for piece in selection.pieces])
 
-        each(lambda piece, worker, tensor, start, stop: selection.count_upper(worker.loader(tensor), start, stop))
+        each(
+            lambda piece, worker, tensor, start, stop: selection.count_upper(
+                worker.loader(tensor), start, stop, self._marks(tensor, piece[1])
+            )
+        )
         selection.pick_upper()
         each(
             lambda piece, worker, tensor, start, stop: selection.count_lower(

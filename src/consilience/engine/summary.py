@@ -1,7 +1,8 @@
 """What a run did, in numbers: sizes, time, and how much of each task vector the output's dtype swallowed."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece
@@ -41,6 +42,17 @@ class Summary:
     rounding_of: str
     fingerprint: str
     notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Summary":
+        """Return the summary that ``to_dict`` was taken of."""
+        plain: dict[str, Any] = {**value, "notes": tuple(value["notes"])}
+        plain["below_unit"] = tuple(ExpertLoss(**loss) for loss in value["below_unit"])
+        return cls(**plain)
 
 
 def below_unit(plan: Plan, records: dict[Piece, Record]) -> tuple[ExpertLoss, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from consilience.engine.block import Loader
+from consilience.engine.block import Loader, Marks
 from consilience.engine.kernels.reduce import LEAF, leaf_magnitudes, leaf_products
 from consilience.methods.program import Sums
 
@@ -27,8 +27,18 @@ class Summation:
         self._leaves: dict[tuple[int, int], list[Any]] = {}
         self._lock = threading.Lock()
 
-    def add(self, loader: Loader, start: int, stop: int, stages: Callable[[Any, int], None]) -> None:
-        """Sum one segment; ``stages(stack, start)`` applies the program's stages in place."""
+    def add(
+        self,
+        loader: Loader,
+        start: int,
+        stop: int,
+        stages: Callable[[Any, int], None],
+        marks: Marks | None = None,
+    ) -> None:
+        """Sum one segment.
+
+        ``stages(stack, start)`` applies the program's stages in place; ``marks`` collects the fingerprint sums.
+        """
         found: dict[tuple[int, int], list[Any]] = {}
         buffer = loader.scratch.array("leaf", (LEAF,), np.float64)
 
@@ -38,7 +48,7 @@ class Summation:
             found.setdefault(key, []).append(out)
 
         for at in range(start, stop, loader.size):
-            stack, _ = loader.load(at, min(stop, at + loader.size))
+            stack, _ = loader.load(at, min(stop, at + loader.size), marks)
             if self.kind == "gram":
                 for i in range(self.rows):
                     for j in range(i + 1):

@@ -16,8 +16,8 @@ _STEP = 1 << 22
 
 def verify_segment(
     plan: Plan, sink: FileSink, record: Record, buffer: "np.ndarray[tuple[int], np.dtype[np.uint8]]"
-) -> None:
-    """Compare one segment's bytes in the file with the fingerprint of the bytes that were written.
+) -> int:
+    """Compare one segment's bytes in the file with the fingerprint of those that were written; return how many.
 
     Raises:
         MachineError: they differ: the disk, the memory or another process changed them.
@@ -36,6 +36,7 @@ def verify_segment(
             f"{sink.paths[tensor.file]}: tensor {tensor.name!r} reads back differently from what was written; check "
             "the disk, then run the same command again"
         )
+    return stop - start
 
 
 def verify_headers(plan: Plan, files: list[Path]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from consilience.checkpoints.adapter import Adapter, LoraPair, is_adapter, open_adapter
 from consilience.checkpoints.checkpoint import Checkpoint, Storage, TensorInfo
+from consilience.checkpoints.files import Stamp
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.reference import resolve
 from consilience.errors import InputError
@@ -59,10 +60,14 @@ class Model:
         """Whether the model is nothing but LoRA pairs on the base."""
         return self.checkpoint is None and self.adapter is not None and not self.adapter.whole
 
+    def stamps(self) -> list[Stamp]:
+        """Return the stamps of all files the model is read from, at the time they were opened."""
+        parts = [self.checkpoint, self.adapter.checkpoint if self.adapter else None]
+        return [entry for part in parts if part is not None for entry in part.storage.stamps()]
+
     def identity(self) -> list[tuple[str, int, int]]:
         """Return (file, size, modification time) of everything the model is read from."""
-        parts = [self.checkpoint, self.adapter.checkpoint if self.adapter else None]
-        return [entry for part in parts if part is not None for entry in part.storage.identity()]
+        return [(entry.path, entry.size, entry.modified) for entry in self.stamps()]
 
     def close(self) -> None:
         """Release files."""

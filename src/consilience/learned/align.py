@@ -212,12 +212,12 @@ def minimise(
         [(g.name, g.tensors, g.chunks, g.learned) for g in start.groups],
         repr(start.trimmed),
     ]
-    run.watcher.phase("learning", settings.steps)
+    run.progress.phase("learning", settings.steps)
     stage = run.folder.name if run.folder is not None else "learning"
     with run.scalars(stage) as scalars:
         return descend(
             optimizer, loss, settings.steps, stopping=stopping, folder=run.folder, identity=identity,
-            watcher=run.watcher, scalars=scalars,
+            progress=run.progress, scalars=scalars,
         )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def collect_grams(shop: "Workshop", experts: Collection[int]) -> dict[str, Matri
     student, count = shop.student, len(shop.student.bank.experts)
     uses = uses_of(student)
     out = {use.name: np.zeros((count, count, count)) for use in uses}
-    shop.run.watcher.phase("forward passes", sum(s.expert in experts for s in shop.samples))
+    shop.run.progress.phase("forward passes", sum(s.expert in experts for s in shop.samples), "samples")
     # Two sides of different padding cannot be told apart by shape: encoder-decoder rows go through one by one.
     tokens = 1 if any(sample.encoded.source for sample in shop.samples) else shop.tokens
     for expert, chosen in each_expert(shop.samples):
@@ -89,7 +89,7 @@ def collect_grams(shop: "Workshop", experts: Collection[int]) -> dict[str, Matri
             with _listening(student, uses, _mask(batch), totals, seen):
                 inputs, where, _ = batch.inputs(student.model)
                 shop.reader.readout.states(inputs, where)
-            shop.run.watcher.advance(len(batch.samples))
+            shop.run.progress.advance(len(batch.samples))
         for use, total, n in zip(uses, totals, seen, strict=True):
             if not np.isfinite(total).all():
                 raise InputError(

@@ -1,17 +1,13 @@
-"""From a plan to its coefficients: data checked first, state kept in OUT.partial, nothing left behind on bad input."""
+"""From a plan to its coefficients: data checked first, state kept in the folder that a run is given."""
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from consilience.coefficients import Coefficients
-from consilience.engine import output
-from consilience.engine.merge import claimed
-from consilience.engine.output import LEARNING, OURS, PLAN
+from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan
 from consilience.errors import InputError, MachineError
-from consilience.learned.loop import Unwatched, Watcher
 from consilience.learned.run import Machine, Run, base_folder, groups_of, require_tensorboard
+from consilience.progress import NullProgress, Progress
 
 
 def check_data(plan: Plan) -> None:
@@ -32,27 +28,22 @@ def check_data(plan: Plan) -> None:
 
 
 def learn_state(
-    plan: Plan, folder: Path, *, machine: Machine | None = None, watcher: Watcher | None = None
+    plan: Plan, folder: Path, *, machine: Machine | None = None, progress: Progress | None = None
 ) -> Coefficients:
     """Learn the coefficients of a plan with its state in a folder of the caller's, which is kept."""
     if plan.method.learn is None:
         raise InputError(f"{plan.where}: method {plan.method.name!r} learns nothing; see 'consilience methods'")
-    run = Run(plan, plan.root, folder, None, machine or Machine(), watcher or Unwatched(), plan.where)
-    return plan.method.learn(run, **plan.learning)
+    run = Run(plan, plan.root, folder, None, machine or Machine(), progress or NullProgress(), plan.where)
+    with compilation_shown(run.progress):
+        return plan.method.learn(run, **plan.learning)
 
 
-def learn_plan(
-    plan: Plan,
-    out: Path | None = None,
-    *,
-    force: bool = False,
-    threads: int | None = None,
-    device: str = "cpu",
-    tensorboard: Path | None = None,
-    trust_remote_code: bool = False,
-    watcher: Watcher | None = None,
-) -> Coefficients:
-    """Learn the coefficients of a plan; see ``consilience.api.learn``."""
+def check_learning(plan: Plan, tensorboard: Path | None) -> None:
+    """Refuse a plan that learns nothing, and packages that are missing.
+
+    Raises:
+        InputError: names the method, or the extra to install.
+    """
     if plan.method.learn is None:
         raise InputError(f"{plan.where}: method {plan.method.name!r} learns nothing; see 'consilience methods'")
     from consilience.tasks.load import require_transformers
@@ -60,36 +51,34 @@ def learn_plan(
     require_transformers(f"method {plan.method.name!r}")
     if tensorboard is not None:
         require_tensorboard()
+
+
+def learn_plan(
+    plan: Plan,
+    folder: Path | None = None,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    tensorboard: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Coefficients:
+    """Learn the coefficients of a plan, with its state in ``folder``; see ``consilience.api.learn``."""
+    check_learning(plan, tensorboard)
+    assert plan.method.learn is not None
     run = Run(
-        plan, plan.root, None, tensorboard, Machine(device, threads, trust_remote_code), watcher or Unwatched(),
+        plan, plan.root, folder, tensorboard, Machine(device, threads, trust_remote_code), progress or NullProgress(),
         plan.where,
     )  # fmt: skip
-    if out is None:
-        return plan.method.learn(run, **plan.learning)
-    made = output.check_destination(out, plan, force)
-    partial = output.partial_path(out)
     try:
-        with claimed(partial):
-            (partial / OURS).mkdir(exist_ok=True)
-            if not (partial / OURS / PLAN).exists():
-                output.write_json(partial / OURS / PLAN, {"digest": LEARNING})
-            try:
-                return plan.method.learn(replace(run, folder=partial / OURS / LEARNING), **plan.learning)
-            except InputError:
-                shutil.rmtree(partial, ignore_errors=True)  # only what this run has claimed
-                raise
-    except InputError:
-        output.discard_folders(made)
-        raise
+        with compilation_shown(run.progress):
+            return plan.method.learn(run, **plan.learning)
     except MemoryError as error:
         raise _full(str(error)) from error
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise _full(str(error)) from error
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else f"{partial}: "
-        raise MachineError(f"{place}{error.strerror or error}; mend it, then run the same command again") from error
 
 
 def _full(said: str) -> MachineError:

@@ -14,34 +14,13 @@ from consilience.checkpoints.json_files import parse_object
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.optimizers.gradient import Loss, Optimizer, Terms
-from consilience.tasks.cache import write_atomically
+from consilience.progress import NullProgress, Progress
+from consilience.workdir import write_file
 
 #: Seconds between two states written to disk.
 SAVE_EVERY = 20.0
 #: Change when the meaning of a stored state changes.
 VERSION = 1
-
-
-class Watcher(Protocol):
-    """Is told what learning does."""
-
-    def phase(self, name: str, total: int) -> None:
-        """A phase of ``total`` steps begins."""
-        ...
-
-    def advance(self, count: int, text: str = "") -> None:
-        """``count`` steps were done; ``text`` says how it goes."""
-        ...
-
-
-class Unwatched:
-    """A watcher that does nothing."""
-
-    def phase(self, name: str, total: int) -> None:
-        """Ignore."""
-
-    def advance(self, count: int, text: str = "") -> None:
-        """Ignore."""
 
 
 @dataclass
@@ -97,7 +76,7 @@ def descend(
     stopping: Stopping | None = None,
     folder: Path | None = None,
     identity: Any = None,
-    watcher: Watcher | None = None,
+    progress: Progress | None = None,
     scalars: Scalars | None = None,
 ) -> Learned:
     """Run an optimizer for ``steps`` steps, or until early stopping; continue where ``folder`` left off.
@@ -109,12 +88,13 @@ def descend(
         stopping: early stopping on held-out samples: the best coefficients it saw are returned.
         folder: where the state is kept; None keeps none.
         identity: JSON-able facts that a state must share to be continued.
-        watcher: told of every step.
+        progress: told of every step.
         scalars: a TensorBoard writer.
     """
     run = _Run(optimizer, stopping, folder, identity)
     start = run.restore()
-    (watcher or Unwatched()).advance(start)
+    progress = progress or NullProgress()
+    progress.advance(start)
     if steps and not run.history.held_out:
         run.check(0)
     saved = time.monotonic()
@@ -128,14 +108,11 @@ def descend(
             run.save(number, before)  # the optimizer may have stopped half-way
             raise
         run.history.terms.append(terms)
-        text = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
         due = stopping is not None and ((number + 1) % stopping.every == 0 or number + 1 == steps)
         held = run.check(number + 1) if due else None
-        if held is not None:
-            text += f"  held out {held:.4f}"
         if scalars is not None:
             _log(scalars, number, terms, held)
-        (watcher or Unwatched()).advance(1, text)
+        progress.advance(1, **terms, **({} if held is None else {"held_out": held}))
         if time.monotonic() - saved > SAVE_EVERY or number + 1 == steps or run.hopeless:
             run.save(number + 1)
             saved = time.monotonic()
@@ -202,7 +179,7 @@ class _Run:
             "misses": self.misses,
         }
         contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
-        write_atomically(self.folder / "state.safetensors", save(contiguous, {"facts": json.dumps(facts)}))
+        write_file(self.folder / "state.safetensors", save(contiguous, {"facts": json.dumps(facts)}))
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return the facts and arrays on disk, unless they are damaged or of another run: then it is learned again."""

@@ -9,16 +9,17 @@ from typing import Any, Literal, cast
 from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
 from consilience.engine.plan import Plan, resolve_file
 from consilience.errors import InputError
-from consilience.learned.loop import Unwatched, Watcher
 from consilience.learned.problem import Problem
 from consilience.learned.settings import PATTERNS
 from consilience.objectives.objective import Objective
+from consilience.progress import NullProgress, Progress
 from consilience.student.bank import Bank, check_bank, mergeable
 from consilience.student.calibration import Positions, Sample, batches, check_tokenizers, encode_task, held_out
 from consilience.student.outputs import Reader
 from consilience.student.student import Precision, Settings, Student, blocks_of, make_student
 from consilience.student.teachers import Teachers
 from consilience.tasks.rows import Row, Task, overlap, read_rows
+from consilience.workdir import write_file
 
 Responses = Literal["given", "none", "generate"]
 
@@ -46,7 +47,7 @@ class Run:
     folder: Path | None = None
     tensorboard: Path | None = None
     machine: Machine = field(default_factory=Machine)
-    watcher: Watcher = field(default_factory=Unwatched)
+    progress: Progress = field(default_factory=NullProgress)
     where: str = "recipe"
     shared: Path | None = None
 
@@ -259,7 +260,7 @@ def open_workshop(
     folder = base_folder(run.plan)
     target = run.target(data.samples) if run.plan.method.reads_target else None
     tasks = [run.task(name, data.key, data.samples) for name in run.experts] if target is None else []
-    run.watcher.phase("loading", 1)
+    run.progress.phase("loading the model")
     bank = Bank(run.plan, coefficients.groups, trimmed=trimmed, threads=run.machine.threads)
     with contextlib.ExitStack() as undo:
         undo.callback(bank.close)
@@ -279,8 +280,8 @@ def open_workshop(
         reader = Reader(student, batches(samples, range(len(samples)), tokens)[0], chosen)
         held = Teachers(student, reader, samples, run.answers)
         if teachers:
-            run.watcher.phase("the experts' answers", len(samples))
-            held.prepare(tokens, run.watcher.advance)
+            run.progress.phase("answers of the experts", len(samples), "samples")
+            held.prepare(tokens, run.progress.advance)
         undo.pop_all()
     return Workshop(run, bank, student, reader, samples, learn, hold, tokens, held if teachers else None)
 
@@ -338,7 +339,7 @@ def _responses(run: Run, student: Student, expert: int, task: Task, data: Data) 
 
     kept = _kept_answers(run, expert, rows, data)
     if kept is None:
-        run.watcher.phase(f"{task.name} answers", len(rows))
+        run.progress.phase(f"responses of {task.name}", len(rows), "rows")
         student.become(expert)
         tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
         with student.compute():
@@ -380,12 +381,10 @@ def _kept_answers(run: Run, expert: int, rows: Sequence[Row], data: Data) -> lis
 def _keep_answers(run: Run, expert: int, rows: Sequence[Row], data: Data, answers: Sequence[str]) -> None:
     import json
 
-    from consilience.tasks.cache import write_atomically
-
     path = _answers_path(run, expert, rows, data)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(list(answers)).encode())
+        write_file(path, json.dumps(list(answers)).encode())
 
 
 def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any]:

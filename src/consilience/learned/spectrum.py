@@ -20,7 +20,7 @@ from consilience.coefficients import Group
 from consilience.coefficients.gram import largest_singular_value
 from consilience.learned.run import Run
 from consilience.student.bank import Bank
-from consilience.tasks.cache import write_atomically
+from consilience.workdir import write_file
 
 Matrix = npt.NDArray[np.float64]
 _KEYS: tuple[str, ...] = ("sigma_max", "sigma_max_centred")
@@ -43,7 +43,7 @@ def spectrum(run: Run, groups: Sequence[Group]) -> dict[str, float]:
     kept = _kept(path)
     if kept is not None:
         return kept
-    run.watcher.phase("how far the experts are apart", 1)
+    run.progress.phase("distances between the experts")
     bank = Bank(run.plan, groups, threads=run.machine.threads)
     try:
         by_tensor = bank.gram()
@@ -53,7 +53,7 @@ def spectrum(run: Run, groups: Sequence[Group]) -> dict[str, float]:
     found = dict(zip(_KEYS, (max(_sides(gram)[side] for gram in grams) for side in (0, 1)), strict=True))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found).encode())
+        write_file(path, json.dumps(found).encode())
     return found
 
 

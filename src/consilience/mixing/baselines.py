@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from consilience.errors import InputError
-from consilience.learned.loop import Watcher
 from consilience.mixing.bank import ExpertBank, StateDict
 from consilience.mixing.batchnorm import mode
 from consilience.mixing.fine_tune import Evaluation, FineTuned, fine_tune
@@ -32,6 +31,7 @@ from consilience.mixing.mix import Mixture, Search, mix_bank
 from consilience.mixing.problem import EVALUATION_ROWS, TargetLoss
 from consilience.mixing.student import Student
 from consilience.mixing.target import as_rows, passes, run
+from consilience.progress import ProgressOption
 
 Weights = npt.NDArray[np.float64]
 
@@ -122,7 +122,7 @@ def full_gradient(
     loss: TargetLoss,
     search: Search,
     *,
-    watcher: Watcher | None = None,
+    progress: ProgressOption = False,
     folder: Path | str | None = None,
 ) -> Mixture:
     """Search by backpropagation with the learning rate, minibatches, rule and number of steps of another search.
@@ -131,7 +131,7 @@ def full_gradient(
         InputError: as ``consilience.mixing.mix``; also, the measure has no gradient.
     """
     same = replace(search, optimizer=str(search.settings.get("rule", "sgd")))
-    return mix_bank(bank, loss, same, watcher=watcher, folder=folder)
+    return mix_bank(bank, loss, same, progress=progress, folder=folder)
 
 
 def ensemble_probabilities(bank: ExpertBank, module: nn.Module, data: Any) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from consilience.errors import InputError
-from consilience.learned.loop import Unwatched, Watcher
 from consilience.mixing.batchnorm import mode
 from consilience.mixing.problem import EVALUATION_ROWS
 from consilience.mixing.target import Rows, as_rows, cross_entropy, noise, passes, place, run, take
+from consilience.progress import ProgressOption, open_progress
 from consilience.training.schedule import cosine
 
 #: Keeps these random numbers apart from others that are drawn from the same seed.
@@ -107,7 +107,7 @@ def fine_tune(
     augment: Callable[[Any], Any] | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     seed: int = 0,
-    watcher: Watcher | None = None,
+    progress: ProgressOption = False,
 ) -> FineTuned:
     """Fine-tune all weights from a state dict, and evaluate on the test rows before it and after every epoch.
 
@@ -132,7 +132,8 @@ def fine_tune(
         augment: applied to a batch's inputs.
         loss: ``loss(logits, labels) -> scalar``, a mean over rows.
         seed: of everything random.
-        watcher: told of every epoch.
+        progress: True for a bar (or lines) on standard error, a function called with (epochs done, epochs in all), or a
+            ``Progress``.
 
     Raises:
         InputError: there are no rows, the state dict does not fit, or the loss is no longer finite.
@@ -145,12 +146,13 @@ def fine_tune(
     planned: Any = torch.optim.lr_scheduler.LambdaLR(rule, lambda step: rate(schedule, warmup, step, steps))
     found = [] if held is None else [evaluate(module, held)]
     losses: list[float] = []
-    (watcher or Unwatched()).phase("fine-tuning", epochs)
-    for epoch in range(epochs):
-        losses.append(_epoch(module, rows, rule, planned, loss, batch_size, clip, augment, seed, epoch))
-        if held is not None:
-            found.append(evaluate(module, held))
-        (watcher or Unwatched()).advance(1, f"loss {losses[-1]:.4f}")
+    with open_progress(progress) as shown:
+        shown.phase("fine-tuning", epochs, "epochs")
+        for epoch in range(epochs):
+            losses.append(_epoch(module, rows, rule, planned, loss, batch_size, clip, augment, seed, epoch))
+            if held is not None:
+                found.append(evaluate(module, held))
+            shown.advance(1, loss=losses[-1])
     values = {name: value.detach().clone() for name, value in module.state_dict().items()}
     return FineTuned(values, found, losses, time.perf_counter() - begun)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from consilience.coefficients.coefficients import Alpha
 from consilience.coefficients.groups import Group
 from consilience.errors import InputError, nearest
-from consilience.learned.loop import History, Stopping, Unwatched, Watcher, descend
+from consilience.learned.loop import History, Stopping, descend
 from consilience.mixing.bank import ExpertBank, StateDict
 from consilience.mixing.batchnorm import Policy
 from consilience.mixing.identity import digest
@@ -34,6 +34,7 @@ from consilience.optimizers.parameterisation import Parameterisation
 from consilience.optimizers.spaces import Space as Plain
 from consilience.optimizers.spaces import cluster, hierarchical, low_rank, make_space, screen, trust
 from consilience.optimizers.spsa import record_of
+from consilience.progress import ProgressOption, open_progress
 
 Space = Plain | Literal["low_rank", "hierarchical"]
 _SPACES = (*get_args(Plain), "low_rank", "hierarchical")
@@ -134,7 +135,7 @@ def mix(
     parts: int = 0,
     keep: int = 0,
     seed: int = 0,
-    watcher: Watcher | None = None,
+    progress: ProgressOption = False,
     folder: Path | str | None = None,
     **settings: Any,
 ) -> Mixture:
@@ -176,7 +177,8 @@ def mix(
         keep: how many experts to keep, those that alone lose least on the validation rows (or the first minibatch);
             the others have coefficient 0 and no entry in the result; 0: all.
         seed: of minibatches, directions and noise.
-        watcher: told of every step.
+        progress: True for a bar (or lines) on standard error, a function called with (steps done, steps in all), or a
+            ``Progress``.
         folder: where the state is kept, from which an interrupted call goes on; None: nothing is kept.
         settings: further fields of ``consilience.optimizers.gradient.Descent``: mu, directions, rule, schedule, ...
 
@@ -203,7 +205,7 @@ def mix(
     if keep:
         names = [loss.bank.names[k] for k in screen(alone(loss), keep)]
         loss = problem({name: experts[name] for name in names})
-    return mix_bank(loss.bank, loss, search, watcher=watcher, folder=folder)
+    return mix_bank(loss.bank, loss, search, progress=progress, folder=folder)
 
 
 def alone(loss: TargetLoss) -> list[float]:
@@ -221,7 +223,7 @@ def mix_bank(
     *,
     parameterisation: Parameterisation | None = None,
     spectrum: Spectrum | None = None,
-    watcher: Watcher | None = None,
+    progress: ProgressOption = False,
     folder: Path | str | None = None,
 ) -> Mixture:
     """Search a bank that is already there, in ``search.space`` or any other map from what moves to coefficients.
@@ -237,11 +239,17 @@ def mix_bank(
     traced = Traced(_optimizer(search, mapped), loss.counts)
     stoppable = loss.target.validation is not None or isinstance(loss.target.measure, RemoteScore)
     stopping = Stopping(loss.validate, search.every, search.patience) if stoppable and search.steps else None
-    (watcher or Unwatched()).phase("mixing", search.steps)
-    learned = descend(
-        traced, loss, search.steps, stopping=stopping, folder=None if folder is None else Path(folder),
-        identity=None if folder is None else digest(bank, loss, search, mapped), watcher=watcher,
-    )  # fmt: skip
+    with open_progress(progress) as shown:
+        shown.phase("mixing", search.steps)
+        learned = descend(
+            traced,
+            loss,
+            search.steps,
+            stopping=stopping,
+            folder=None if folder is None else Path(folder),
+            identity=None if folder is None else digest(bank, loss, search, mapped),
+            progress=shown,
+        )
     seconds = traced.seconds()
     alpha = learned.alpha
     return Mixture(

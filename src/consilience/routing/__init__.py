@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from consilience.progress import ProgressOption
     from consilience.routing.folder.load import load_routed
     from consilience.routing.folder.store import Description
     from consilience.routing.model import Routing
@@ -29,9 +30,12 @@ def build_routed(
     force: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: bool = False,
+    progress: "ProgressOption" = False,
 ) -> "Description":
     """Build a routed model's folder from a recipe: a YAML file, or the same as plain values.
+
+    ``progress``: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+    work, or a ``Progress``.
 
     Raises:
         InputError: the recipe, an adapter or a row is wrong; nothing is left behind.

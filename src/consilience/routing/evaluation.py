@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from consilience.errors import InputError, nearest
+from consilience.progress import ProgressOption, open_progress
 from consilience.routing.model import Routing
 from consilience.tasks.encoding import encode
 from consilience.tasks.evaluation import evaluate
@@ -30,7 +31,7 @@ def evaluate_routed(
     max_tokens: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     seed: int = 0,
-    progress: bool = False,
+    progress: ProgressOption = False,
 ) -> list[Evaluation]:
     """Measure a routed model on tasks, then its rivals with the same weights in memory.
 
@@ -44,7 +45,7 @@ def evaluate_routed(
         max_tokens: score the first tokens of each row only.
         dtype: of matrix products.
         seed: of the bootstrap intervals.
-        progress: show bars.
+        progress: as ``consilience.evaluate`` takes it.
 
     Raises:
         InputError: a task or a rival is wrong.
@@ -55,25 +56,26 @@ def evaluate_routed(
     queries = prompts_of(model, named, max_examples, max_tokens)
     uses.insert(0, ("routed", lambda task: routing.expecting(queries)))
     found: list[Evaluation] = []
-    for name, use in uses:
-        parts: list[Evaluation] = []
-        for task in named:
-            with use(task), _learning(model):
-                parts.append(
-                    evaluate(
-                        model,
-                        [task],
-                        tokenizer=model.tokenizer,
-                        name=name,
-                        batch_size=batch_size,
-                        max_examples=max_examples,
-                        max_tokens=max_tokens,
-                        dtype=dtype,
-                        seed=seed,
-                        progress=progress,
+    with open_progress(progress) as shown:
+        for name, use in uses:
+            parts: list[Evaluation] = []
+            for task in named:
+                with use(task), _learning(model):
+                    parts.append(
+                        evaluate(
+                            model,
+                            [task],
+                            tokenizer=model.tokenizer,
+                            name=name,
+                            batch_size=batch_size,
+                            max_examples=max_examples,
+                            max_tokens=max_tokens,
+                            dtype=dtype,
+                            seed=seed,
+                            progress=shown,
+                        )
                     )
-                )
-        found.append(replace(parts[0], results=tuple(result for part in parts for result in part.results)))
+            found.append(replace(parts[0], results=tuple(result for part in parts for result in part.results)))
     return found
 
 

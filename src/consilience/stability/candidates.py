@@ -17,9 +17,10 @@ from typing import Literal
 import numpy as np
 
 from consilience.errors import InputError
+from consilience.progress import NullProgress, Progress
 from consilience.stability.geometry import Vector
 from consilience.stability.landscape import Landscape
-from consilience.stability.probe import Listener, Probe
+from consilience.stability.probe import Probe
 from consilience.stability.weights import bounded_weights
 
 #: With more experts than this, subsets are those that leave one out.
@@ -86,7 +87,7 @@ def tried(
     probe: Probe,
     found: Sequence[Candidate],
     landscape: Landscape,
-    listener: Listener | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Candidate, ...]:
     """Measure the best candidate of each kind on the probe rows; return those by what was measured, then the others.
 
@@ -95,7 +96,7 @@ def tried(
         probe: what the candidates are predicted from.
         found: the candidates, the best first.
         landscape: the losses that the probe has seen.
-        listener: told of every loss that was measured.
+        progress: told of every loss that was measured.
 
     Raises:
         InputError: a loss is not finite.
@@ -103,12 +104,13 @@ def tried(
     chosen = [one for k, one in enumerate(found) if one.kind not in [before.kind for before in found[:k]]]
     waiting = [one for one in chosen if one.measured is None]
     done: dict[Candidate, Candidate] = {}
-    for at, one in enumerate(waiting):
+    progress = progress or NullProgress()
+    progress.phase("measuring other weights", len(waiting) * len(names), "losses")
+    for one in waiting:
         losses = np.zeros(len(names))
         for k in range(len(names)):
             losses[k] = landscape.loss(k, np.array(one.weights))
-            if listener is not None:
-                listener(at * len(names) + k + 1, len(waiting) * len(names))
+            progress.advance()
         done[one] = _measured(names, probe, one, losses)
     return tuple(sorted((done.get(one, one) for one in found), key=_rank))
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from consilience.coefficients.listing import place_of
 from consilience.errors import InputError
+from consilience.progress import Progress
 from consilience.recipe.schema import Recipe
 from consilience.stability import from_files, from_training, from_weights, probing
 from consilience.stability.applied import trainings_of
@@ -19,7 +20,7 @@ from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, 
 from consilience.stability.findings import Finding, ranked
 from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe
-from consilience.stability.probing import ProbeSettings, Watch, has_probes, quiet
+from consilience.stability.probing import ProbeSettings, has_probes
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
 from consilience.stability.trying import Tried, check_methods, try_methods
 
@@ -37,7 +38,7 @@ def diagnose(
     threads: int | None = None,
     seed: int = 0,
     probes: ProbeSettings | None = None,
-    watch: Watch = quiet,
+    progress: Progress | None = None,
 ) -> Diagnosis:
     """Diagnose a recipe's experts: from their checkpoints, in one pass, and on probe rows where all experts have them.
 
@@ -49,7 +50,7 @@ def diagnose(
         threads: number of workers; None: all cores.
         seed: of the sketches.
         probes: how probes are run; None: they are left out.
-        watch: opens something that is told of progress, by the name of the part.
+        progress: told of every part of the work.
 
     Raises:
         InputError: there is no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
@@ -64,8 +65,7 @@ def diagnose(
             )
         if probes is not None:
             check_methods(probes.methods, case, recipe)
-        with watch("reading") as listener:
-            read = survey(case.plan, threads=threads, exact=exact, seed=seed, listener=listener)
+        read = survey(case.plan, threads=threads, exact=exact, seed=seed, progress=progress)
         base = case.plan.base
         assert base is not None
         beside = from_files.findings(base, case.plan.experts)
@@ -75,8 +75,8 @@ def diagnose(
         others: tuple[Candidate, ...] = ()
         methods: tuple[Tried, ...] = ()
         if probed and probes is not None:
-            measured, others = probing.measure(case, read.geometry, p, probes, threads=threads, watch=watch)
-            methods = try_methods(case, recipe, measured.own, probes, threads, watch)
+            measured, others = probing.measure(case, read.geometry, p, probes, threads=threads, progress=progress)
+            methods = try_methods(case, recipe, measured.own, probes, threads, progress)
     finally:
         case.close()
     facts, found = (None, list[Finding]()) if measured is None else probing.facts(case.names, measured, others, methods)

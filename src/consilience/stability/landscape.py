@@ -6,7 +6,7 @@ Everything that the doctor measures with data lies in the span of the task vecto
 gradients are K numbers each, whatever the size of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,7 +93,3 @@ class RecipeLandscape:
         terms, gradient = self.problem.evaluate(alpha[:, None], rows, gradient=True)
         assert gradient is not None
         return sum(terms.values()), np.asarray(gradient[:, 0], np.float64)
-
-
-#: Called with (measurements done, measurements in all).
-Listener = Callable[[int, int], None]

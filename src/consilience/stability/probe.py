@@ -14,11 +14,11 @@ gradient that weights can follow; ||P grad||^2 = g^T G^+ g):
     sigma_k^2 variance of one row's projected gradient, from two halves: m/2 ||P (grad_1 - grad_2)||^2 / 2 for m rows
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from consilience.progress import NullProgress, Progress
 from consilience.stability.bound import distances
 from consilience.stability.geometry import Matrix, Vector
 from consilience.stability.landscape import Landscape
@@ -72,31 +72,21 @@ class Probe:
         return np.asarray(predicted_losses(p, self.own, self.gram, self.slopes, self.curvatures), np.float64)
 
 
-#: Called after every measurement, of as many in all.
-Listener = Callable[[int, int], None]
-
-
-def probe(landscape: Landscape, gram: Matrix, p: Vector, listener: Listener | None = None) -> Probe:
+def probe(landscape: Landscape, gram: Matrix, p: Vector, progress: Progress | None = None) -> Probe:
     """Measure what ``Probe`` holds: of a task five losses and, with gradients, one on all rows, two on half.
 
     Args:
         landscape: the tasks' losses.
         gram: G, the inner products of the task vectors, [K, K].
         p: the weights of the merge in question, [K].
-        listener: told of what has been measured.
+        progress: told of what has been measured.
 
     Raises:
         InputError: a loss is not finite.
     """
     count = len(p)
-    total, done = count * (len(SCAN) + 4), 0
-
-    def tell() -> None:
-        nonlocal done
-        done += 1
-        if listener is not None:
-            listener(done, total)
-
+    progress = progress or NullProgress()
+    progress.phase("measuring the experts", count * (len(SCAN) + 4), "losses")
     base, own, slopes = np.zeros(count), np.zeros(count), np.zeros((count, count))
     halves = np.zeros((count, 2, count))
     scan = np.zeros((len(SCAN), count))
@@ -105,14 +95,14 @@ def probe(landscape: Landscape, gram: Matrix, p: Vector, listener: Listener | No
         parts = [rows[::2], rows[1::2]] if len(rows) > 1 else [rows, rows]
         for side, part in enumerate(parts):
             halves[k, side] = landscape.slope(k, np.zeros(count), part)[1]
-            tell()
+            progress.advance()
         base[k] = landscape.loss(k, np.zeros(count))
-        tell()
+        progress.advance()
         own[k], slopes[k] = landscape.slope(k, np.eye(count)[k], rows)
-        tell()
+        progress.advance()
         for at, s in enumerate(SCAN):
             scan[at, k] = landscape.loss(k, (1 - s) * np.eye(count)[k] + s * p)
-            tell()
+            progress.advance()
     known = [len(landscape.rows(k)) for k in range(count)]
     heterogeneity, noise, together = _disagreement(halves, gram, known)
     return Probe(

@@ -1,13 +1,13 @@
 """The doctor's part that needs data: run the probes of a case and put what they say into the report."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from consilience.engine.plan import resolve_file
 from consilience.errors import InputError
+from consilience.progress import Progress
 from consilience.stability import from_probe
 from consilience.stability.candidates import Candidate, candidates, tried
 from consilience.stability.case import Case
@@ -15,17 +15,9 @@ from consilience.stability.diagnosis import ProbedTask, ProbeFacts
 from consilience.stability.findings import Finding
 from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.landscape import RecipeLandscape
-from consilience.stability.probe import SCAN, Listener, Probe, probe
+from consilience.stability.probe import SCAN, Probe, probe
 from consilience.stability.saturation import expected_losses
 from consilience.stability.trying import Tried, Wanted
-
-#: Opens what is told of (done, in all), by the name of the part of the work.
-Watch = Callable[[str], AbstractContextManager[Listener | None]]
-
-
-def quiet(_part: str) -> AbstractContextManager[None]:
-    """Tell nobody."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ def measure(
     settings: ProbeSettings,
     *,
     threads: int | None = None,
-    watch: Watch = quiet,
+    progress: Progress | None = None,
 ) -> tuple[Probe, tuple[Candidate, ...]]:
     """Measure a case on its probe rows, and the best of the merges that could be made instead.
 
@@ -82,10 +74,8 @@ def measure(
         trust_remote_code=settings.trust_remote_code,
     )
     with closing(landscape):
-        with watch("measuring") as listener:
-            measured = probe(landscape, geometry.gram, p, listener)
-        with watch("trying other weights") as listener:
-            return measured, tried(case.names, measured, candidates(case.names, measured), landscape, listener)
+        measured = probe(landscape, geometry.gram, p, progress)
+        return measured, tried(case.names, measured, candidates(case.names, measured), landscape, progress)
 
 
 def facts(

@@ -55,8 +55,7 @@ def stability_weights(
     try:
         bank: Bank = landscape.shop.bank
         gram = np.sum(list(bank.gram().values()), 0)[1:, 1:]
-        run.watcher.phase("probes", 8 * len(case.names))
-        measured = probe(landscape, gram, np.asarray(alphabar, np.float64), lambda _done, _all: run.watcher.advance(1))
+        measured = probe(landscape, gram, np.asarray(alphabar, np.float64), run.progress)
         facts = landscape.facts(values, time.perf_counter() - begun)
     finally:
         landscape.close()

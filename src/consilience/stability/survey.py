@@ -25,9 +25,11 @@ import numpy.typing as npt
 
 from consilience.engine.block import Loader, NonFinite, Scratch, count_tensor
 from consilience.engine.kernels import survey as kernels
+from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import SEGMENT, Plan, TensorPlan
 from consilience.engine.stream import thread_count
 from consilience.methods.program import Program, WeightedSum
+from consilience.progress import NullProgress, Progress
 from consilience.stability.geometry import Geometry, Matrix, Vector
 
 Counts = npt.NDArray[np.int64]
@@ -110,12 +112,8 @@ class _Sums:
         return cls(np.zeros((rows + 1, rows + 1)), pairs, counts, np.zeros(rows + 1), sketch, jobs)
 
 
-#: Called with (bytes read, bytes in all).
-Listener = Callable[[int, int], None]
-
-
 def survey(
-    plan: Plan, *, threads: int | None = None, exact: bool = False, seed: int = 0, listener: Listener | None = None
+    plan: Plan, *, threads: int | None = None, exact: bool = False, seed: int = 0, progress: Progress | None = None
 ) -> Survey:
     """Read a plan's base and experts once and return what they say.
 
@@ -124,7 +122,7 @@ def survey(
         threads: number of workers; None: all cores.
         exact: compute the energies from whole matrices, one at a time, instead of sketches.
         seed: of the sketches.
-        listener: told of what has been read.
+        progress: told of what has been read.
 
     Raises:
         InputError: a stored value is NaN or Inf.
@@ -132,10 +130,12 @@ def survey(
     names = tuple(expert.name for expert in plan.experts)
     chosen = [_vectors(tensor) for tensor in plan.tensors if tensor.rows and not all(r.untouched for r in tensor.rows)]
     total = sum(tensor.bytes_read for tensor in chosen)
-    run = _Run(len(names), exact, seed, total, listener)
+    progress = progress or NullProgress()
+    progress.phase("reading the experts", total, "bytes")
+    run = _Run(len(names), exact, seed, progress)
     jobs = [(tensor, first, last) for tensor in chosen for first, last in _spans(tensor)]
     count = thread_count(threads)
-    with ThreadPoolExecutor(count, thread_name_prefix="survey") as pool:
+    with compilation_shown(progress), ThreadPoolExecutor(count, thread_name_prefix="survey") as pool:
         found = _windowed(pool, run.job, jobs, 2 * count)
         surveyed = tuple(one for one in found if one is not None)
     order = {tensor.name: number for number, tensor in enumerate(chosen)}
@@ -178,10 +178,9 @@ def _spans(tensor: TensorPlan) -> list[tuple[int, int]]:
 class _Run:
     """The jobs of one survey."""
 
-    def __init__(self, rows: int, exact: bool, seed: int, total: int, listener: Listener | None) -> None:
-        self.rows, self.exact, self.seed, self.total, self.listener = rows, exact, seed, total, listener
+    def __init__(self, rows: int, exact: bool, seed: int, progress: Progress) -> None:
+        self.rows, self.exact, self.seed, self.progress = rows, exact, seed, progress
         self.sums: dict[str, _Sums] = {}
-        self.done = 0
         self.lock = threading.Lock()
         self.local = threading.local()
 
@@ -200,9 +199,7 @@ class _Run:
                 held = self.sums[tensor.name] = _Sums.of(self.rows, self._sketched(tensor), len(_spans(tensor)))
             _add(held, part)
             held.left -= 1
-            self.done += tensor.bytes_read * (last - first) // tensor.numel
-            if self.listener is not None:
-                self.listener(self.done, self.total)
+            self.progress.advance(tensor.bytes_read * (last - first) // tensor.numel)
             if held.left:
                 return None
             del self.sums[tensor.name]

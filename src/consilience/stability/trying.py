@@ -4,7 +4,6 @@ What TIES, DARE and their like do to task vectors is not in the quadratic model 
 here. A merge takes as much room on disk as the model, one at a time, below the folder for temporary files (TMPDIR).
 """
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from consilience.errors import InputError
+from consilience.progress import NullProgress, Progress
 from consilience.recipe.schema import Recipe
 from consilience.stability.candidates import worst_rise
 from consilience.stability.case import Case, open_case
 from consilience.stability.geometry import Vector
 from consilience.stability.landscape import RecipeLandscape
-from consilience.stability.probe import Listener
+from consilience.workdir import scratch
 
 if TYPE_CHECKING:
     from consilience.engine.plan import Plan
-    from consilience.stability.probing import ProbeSettings, Watch
+    from consilience.stability.probing import ProbeSettings
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def wanted(text: str) -> Wanted:
 
 
 def try_methods(
-    case: Case, recipe: Recipe, own: Vector, settings: "ProbeSettings", threads: int | None, watch: "Watch"
+    case: Case, recipe: Recipe, own: Vector, settings: "ProbeSettings", threads: int | None, progress: Progress | None
 ) -> tuple[Tried, ...]:
     """Merge a case's experts with every method of ``settings``, and return what was measured, the best first.
 
@@ -82,24 +82,24 @@ def try_methods(
         own: losses of each task's own expert, [K].
         settings: the methods, and how probes are run.
         threads: workers; None: all cores.
-        watch: opens what is told of progress, by the name of the part.
+        progress: told of every merge and measurement.
 
     Raises:
         InputError: a method does not take these experts or parameters, or a loss is not finite.
         MachineError: the disk is full.
     """
-    found = [_tried(one, case, recipe, own, settings, threads, watch) for one in settings.methods]
+    found = [_tried(one, case, recipe, own, settings, threads, progress) for one in settings.methods]
     return tuple(sorted(found, key=lambda one: one.mean))
 
 
 def _tried(
     one: Wanted, case: Case, recipe: Recipe, own: Vector, settings: "ProbeSettings", threads: int | None,
-    watch: "Watch",
+    progress: Progress | None,
 ) -> Tried:  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="consilience-try-") as place:
-        folder = Path(place) / "merged"
-        _merge(one, case, recipe, folder, threads, watch)
-        losses = _losses(one, case, recipe, folder, settings, threads, watch)
+    with scratch("consilience-try-") as place:
+        folder = place / "merged"
+        _merge(one, case, recipe, folder, threads, progress)
+        losses = _losses(one, case, recipe, folder, settings, threads, progress)
     return Tried(one.text, tuple(map(float, losses)), *worst_rise(case.names, losses - own))
 
 
@@ -121,31 +121,19 @@ def _planned(one: Wanted, case: Case, recipe: Recipe) -> "Plan":
     return make_plan(recipe.model_copy(update=changes), where=f"--try {one.text}", root=case.root)
 
 
-def _merge(one: Wanted, case: Case, recipe: Recipe, folder: Path, threads: int | None, watch: "Watch") -> None:
+def _merge(
+    one: Wanted, case: Case, recipe: Recipe, folder: Path, threads: int | None, progress: Progress | None
+) -> None:
     from consilience.engine.merge import run_merge
 
     plan = _planned(one, case, recipe)
-    with closing(plan), watch(f"merging: {one.text}") as listener:
-        total = sum(tensor.bytes_read for tensor in plan.tensors)
-        run_merge(plan, folder, threads=threads, listener=_Bytes(listener, total))
-
-
-class _Bytes:
-    """Tells of bytes as of things done."""
-
-    def __init__(self, listener: Listener | None, total: int) -> None:
-        self.listener, self.done, self.total = listener, 0, total
-
-    def advance(self, nbytes: int) -> None:
-        """Tell that so many more were processed."""
-        self.done += nbytes
-        if self.listener is not None:
-            self.listener(self.done, self.total)
+    with closing(plan):
+        run_merge(plan, folder, threads=threads, progress=progress)
 
 
 def _losses(
     one: Wanted, case: Case, recipe: Recipe, folder: Path, settings: "ProbeSettings", threads: int | None,
-    watch: "Watch",
+    progress: Progress | None,
 ) -> Vector:  # fmt: skip
     """Return a merge's losses: it stands in every expert's place, on that expert's rows."""
     entries = [entry.model_copy(update={"model": str(folder), "parameters": {}}) for entry in case.entries]
@@ -156,10 +144,11 @@ def _losses(
             trust_remote_code=settings.trust_remote_code,
         )  # fmt: skip
         count = len(case.names)
-        with closing(landscape), watch(f"measuring: {one.text}") as listener:
+        progress = progress or NullProgress()
+        progress.phase(f"measuring {one.text}", count, "losses")
+        with closing(landscape):
             found = np.zeros(count)
             for k in range(count):
                 found[k] = landscape.loss(k, np.eye(count)[k])
-                if listener is not None:
-                    listener(k + 1, count)
+                progress.advance()
             return found

@@ -14,6 +14,7 @@ from typing import Any
 from consilience.student.calibration import Batch, Sample, batches, each_expert
 from consilience.student.outputs import Head, Outputs, Reader
 from consilience.student.student import Student
+from consilience.workdir import write_file
 
 
 class Teachers:
@@ -71,12 +72,10 @@ class Teachers:
     def _save(self, path: Path, chosen: Sequence[int]) -> None:
         from safetensors.torch import save
 
-        from consilience.tasks.cache import write_atomically
-
         path.parent.mkdir(parents=True, exist_ok=True)
         # By place among the expert's own rows: other experts' rows may come and go between runs.
         flat = {f"{at}.{key}": value for at, i in enumerate(chosen) for key, value in self._kept[i].items()}
-        write_atomically(path, save(flat))
+        write_file(path, save(flat))
 
     def _load(self, path: Path, chosen: Sequence[int]) -> bool:
         """Read an expert's answers back; False if they are not there, or not whole."""

@@ -7,7 +7,6 @@ a folder that cannot be written turns the cache off without a word: it is never 
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.errors import InputError
+from consilience.workdir import write_file
 
 #: Change when the meaning of a stored result changes.
 VERSION = 1
@@ -58,28 +58,9 @@ def remember(kind: str, key: str, value: Mapping[str, Any]) -> None:
     place = _place(kind, key)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(place, json.dumps(value, allow_nan=False).encode())
+        write_file(place, json.dumps(value, allow_nan=False).encode())
     except OSError:
         return
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one, never a part.
-
-    Raises:
-        OSError: the file cannot be written; nothing is left behind.
-    """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def file_digest(path: Path) -> str:

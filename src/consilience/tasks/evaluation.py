@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from consilience.checkpoints.reference import Reference, resolve
 from consilience.errors import InputError
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.tasks.cache import fingerprint, key_of, recall, remember
 from consilience.tasks.leaks import learned_on
 from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
@@ -104,7 +105,7 @@ def evaluate(
     threads: int | None = None,
     seed: int = 0,
     cache: bool = True,
-    progress: bool = True,
+    progress: ProgressOption = True,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure a model on tasks: loss per token, accuracy where rows have choices, KL from a reference where given.
@@ -132,7 +133,8 @@ def evaluate(
         threads: torch's CPU threads during the call; None leaves them as they are.
         seed: of the bootstrap intervals.
         cache: read and write the cache.
-        progress: show bars on standard error, where that is a terminal.
+        progress: True for a bar (or lines) on standard error, a function called with (sequences done, sequences in all)
+            of each task, or a ``Progress``.
         trust_remote_code: run ``.py`` files that come with the model.
 
     Raises:
@@ -162,8 +164,8 @@ def evaluate(
     missing = [task for task in named if task.name not in results]
     if missing:
         require_transformers("evaluating a model")
-        with _threads(threads):
-            for task, result in _measured(run, missing, references, progress):
+        with _threads(threads), open_progress(progress) as shown:
+            for task, result in _measured(run, missing, references, shown):
                 results[task.name] = result
                 key = keys[task.name]
                 if key is not None:
@@ -227,46 +229,37 @@ def _recalled(key: str | None, task: str, reference: _Source | None) -> TaskResu
 
 
 def _measured(
-    run: _Run, tasks: Sequence[Task], references: Mapping[str, _Source], progress: bool
+    run: _Run, tasks: Sequence[Task], references: Mapping[str, _Source], progress: Progress
 ) -> Iterator[tuple[Task, TaskResult]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from consilience.tasks.metrics import measure
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    shown = progress and console.is_terminal  # a log file has no use for bars
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
-        loading = bars.add_task(f"loading {run.model.name}", total=None)
-        model = run.model.load(run.device, run.trust_remote_code)
-        tokenizer = run.tokenizer or _tokenizer(run)
-        bars.remove_task(loading)
-        held: tuple[_Source, Any] | None = None
-        # Tasks with the same reference follow each other, so that each reference is loaded once.
-        for task in sorted(tasks, key=lambda t: references[t.name].name if t.name in references else ""):
-            source = references.get(task.name)
-            if source is None:
-                held = None
-            elif held is None or held[0] != source:
-                held = None  # before the next one is loaded: two references need not fit into memory
-                held = (source, _reference(run, source, tokenizer))
-            bar = bars.add_task(task.name, total=None)
-            result = measure(
-                model,
-                tokenizer,
-                task,
-                reference=held and held[1],
-                reference_name=source and source.name,
-                batch_size=run.batch_size,
-                max_examples=run.settings.max_examples,
-                max_tokens=run.settings.max_tokens,
-                dtype=run.settings.dtype,  # pyright: ignore[reportArgumentType]
-                seed=run.settings.seed,
-                advance=lambda n, total, bar=bar: bars.update(bar, advance=n, total=total),
-            )
-            bars.remove_task(bar)
-            yield task, result
+    if run.model.path is not None:
+        progress.phase(f"loading {run.model.name}")
+    model = run.model.load(run.device, run.trust_remote_code)
+    tokenizer = run.tokenizer or _tokenizer(run)
+    held: tuple[_Source, Any] | None = None
+    # Tasks with the same reference follow each other, so that each reference is loaded once.
+    for task in sorted(tasks, key=lambda t: references[t.name].name if t.name in references else ""):
+        source = references.get(task.name)
+        if source is None:
+            held = None
+        elif held is None or held[0] != source:
+            held = None  # before the next one is loaded: two references need not fit into memory
+            held = (source, _reference(run, source, tokenizer))
+        result = measure(
+            model,
+            tokenizer,
+            task,
+            reference=held and held[1],
+            reference_name=source and source.name,
+            batch_size=run.batch_size,
+            max_examples=run.settings.max_examples,
+            max_tokens=run.settings.max_tokens,
+            dtype=run.settings.dtype,  # pyright: ignore[reportArgumentType]
+            seed=run.settings.seed,
+            progress=progress,
+        )
+        yield task, result
 
 
 def _tokenizer(run: _Run) -> Any:

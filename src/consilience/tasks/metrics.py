@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilience.errors import InputError
+from consilience.progress import NullProgress, Progress
 from consilience.tasks.encoding import Encoded, encode
 from consilience.tasks.intervals import bootstrap
 from consilience.tasks.readout import decoder_start, padded, readout
@@ -152,7 +153,7 @@ def measure(
     max_tokens: int | None = None,
     dtype: Dtype = "float32",
     seed: int = 0,
-    advance: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TaskResult:
     """Measure a model on a task in one pass: the loss, the accuracy where rows have choices, and with a reference KL.
 
@@ -172,7 +173,7 @@ def measure(
         dtype: "float32" runs the model as it is; "bfloat16" runs matrix products under autocast. Log-softmax and sums
             are in float32 and float64 either way.
         seed: of the bootstrap intervals.
-        advance: called with (sequences done now, sequences in all) after every batch.
+        progress: told of every batch.
 
     Raises:
         InputError: a row does not suit the model, all rows are unlabelled and there is no reference, the vocabularies
@@ -198,15 +199,15 @@ def measure(
     wrong = sorted(set(range(len(examples))) - set(right))
     if reference is None:
         right = [i for i in right if examples[i].targets]
-    total = len(right) + len(wrong)
+    progress = progress or NullProgress()
+    progress.phase(f"evaluating {task.name}", len(right) + len(wrong), "sequences")
     models = [model] if reference is None else [model, reference]
     nats, kl, js = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
     started = time.perf_counter()
     for chosen, runs in ((right, models), (wrong, [model])):
         index = torch.tensor(chosen)
         part = [examples[i] for i in chosen]
-        done: Callable[[int], None] = (lambda n: advance(n, total)) if advance else (lambda n: None)
-        for owners, targets, logits in _blocks(runs, part, batch_size, dtype, done):
+        for owners, targets, logits in _blocks(runs, part, batch_size, dtype, progress.advance):
             owners = index[owners]
             scored = targets >= 0
             if bool(scored.all()):

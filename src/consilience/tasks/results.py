@@ -163,6 +163,16 @@ class Evaluation:
         """Return JSON-able values."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Evaluation":
+        """Rebuild what ``to_dict`` gave, also after a trip through JSON.
+
+        Raises:
+            KeyError, TypeError: the value is not of this form.
+        """
+        results = tuple(TaskResult.from_dict(result) for result in value["results"])
+        return cls(value["model"], results, Settings(**value["settings"]), tuple(value["notes"]))
+
     def to_json(self, *, examples: bool = True) -> str:
         """Return indented JSON; ``examples=False`` leaves the per-example parts out."""
         value = self.to_dict()

@@ -1,7 +1,6 @@
 """Fine-tune one model on several tasks' rows jointly, all weights or a LoRA; resumable."""
 
 import contextlib
-import json
 import platform
 import time
 from collections.abc import Generator, Sequence
@@ -10,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from consilience.checkpoints.reference import resolve
-from consilience.engine.output import OURS, partial_path
 from consilience.errors import InputError, MachineError
-from consilience.progress import LossListener, listening_to_loss
+from consilience.progress import LossProgressOption, Progress, open_progress
 from consilience.tasks.cache import fingerprint
 from consilience.tasks.load import check_device, check_folder, require_transformers
 from consilience.tasks.rows import Task
 from consilience.training.data import Examples, read_examples
 from consilience.training.losses import batch_loss, collate, token_losses
 from consilience.training.model import Trainee, load_trainee, write_trained
-from consilience.training.place import STATE, check_out, claimed, delivery
-from consilience.training.record import TaskShare, TrainingRecord, describe
+from consilience.training.record import RECORD, TaskShare, TrainingRecord, describe, read_record
 from consilience.training.sampling import draw
 from consilience.training.settings import Precision, Settings
-from consilience.training.state import Progress, load_state, save_state
+from consilience.training.state import STATE, TrainingState, load_state, save_state
 from consilience.training.step import descend
+from consilience.workdir import OURS, digest_of, workdir
 
 #: Writing checkpoints may take this share of the time.
 _CHECKPOINT_SHARE = 0.05
@@ -50,7 +48,7 @@ def fine_tune(
     device: str = "cpu",
     checkpoint_seconds: float = 60.0,
     force: bool = False,
-    progress: bool | LossListener = False,
+    progress: LossProgressOption = False,
 ) -> TrainingRecord:
     r"""Fine-tune a model on the labelled rows of one or several tasks, in equal shares.
 
@@ -90,7 +88,8 @@ def fine_tune(
         checkpoint_seconds: seconds between saved states; up to ten times as many where saving takes over a twentieth of
             the time.
         force: replace what stands at ``out``.
-        progress: True for a bar with the loss on the terminal, or a function called after every step.
+        progress: True for a bar with the loss (or lines) on standard error, a function called with (steps done, steps
+            in all, loss) after every step, or a ``Progress``.
 
     Raises:
         InputError: a setting, the base or a row does not suit, or the loss is no longer finite; nothing is left behind.
@@ -114,25 +113,31 @@ def fine_tune(
     folder, out = _base(base), Path(out)
     check_device(device)
     data = read_examples(folder, tasks)
-    check_out(out, [folder, *(one.task.path for one in data if one.task.path is not None)], force)
+    inputs = [folder, *(one.task.path for one in data if one.task.path is not None)]
     plan = {"base": fingerprint(folder), "tasks": [one.task.digest for one in data], **asdict(settings)}
-    partial = partial_path(out.absolute())
     with (
-        claimed(partial, json.loads(json.dumps(plan))),
+        workdir(out, digest_of(plan), force=force, inputs=inputs) as work,
         _threads(threads),
-        listening_to_loss("training", progress) as listener,
+        open_progress(progress, ("loss",)) as shown,
     ):
+        if work.delivered is not None:
+            return read_record(_record_folder(out, lora_rank) / RECORD)
         longest = max(len(one.inputs) for part in data for one in part.sequences)
         with _memory(folder):
             trainee = load_trainee(folder, str(base), settings, device, longest)
-            done = _train(trainee, data, settings, partial / STATE, checkpoint_seconds, listener)
+            done = _train(trainee, data, settings, work.path / STATE, checkpoint_seconds, shown)
         record = _record(str(base), str(plan["base"]), data, settings, trainee, done, device)
-        with delivery(partial, out) as result:
-            write_trained(trainee, settings, folder, result)
-            ours = result if lora_rank is not None else result / OURS
-            ours.mkdir(exist_ok=True)
-            (ours / "training.json").write_text(record.as_json(), encoding="utf-8")
+        result = work.new_result()
+        write_trained(trainee, settings, folder, result)
+        ours = _record_folder(result, lora_rank)
+        ours.mkdir(exist_ok=True)
+        (ours / RECORD).write_text(record.as_json(), encoding="utf-8")
+        work.deliver({})
     return record
+
+
+def _record_folder(out: Path, lora_rank: int | None) -> Path:
+    return out / OURS if lora_rank is None else out
 
 
 def _base(base: Path | str) -> Path:
@@ -169,14 +174,16 @@ def _memory(base: Path) -> Generator[None]:
 
 
 def _train(
-    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, listener: LossListener
-) -> Progress:
+    trainee: Trainee, data: Sequence[Examples], settings: Settings, state: Path, every: float, progress: Progress
+) -> TrainingState:
     """Take the steps that are left, saving the state now and then; return where the run stands."""
     import torch
 
     parameters = list(trainee.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
     done = load_state(state, trainee.parameters, optimizer)
+    progress.phase("training", settings.steps)
+    progress.advance(done.step)
     saved, pause = time.monotonic(), every
     while done.step < settings.steps:
         started = time.monotonic()
@@ -184,7 +191,7 @@ def _train(
         done.step += 1
         done.seconds += time.monotonic() - started
         latest = done.losses[-1]
-        listener(done.step, settings.steps, sum(latest.values()) / len(latest))
+        progress.advance(1, loss=sum(latest.values()) / len(latest))
         if time.monotonic() - saved >= pause:
             started = time.monotonic()
             save_state(state, trainee.parameters, optimizer, done)
@@ -214,7 +221,7 @@ def _record(
     data: Sequence[Examples],
     settings: Settings,
     trainee: Trainee,
-    done: Progress,
+    done: TrainingState,
     device: str,
 ) -> TrainingRecord:
     import torch

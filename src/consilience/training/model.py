@@ -1,7 +1,6 @@
 """The model to train: loaded whole or with fresh LoRA factors, and written as transformers and PEFT write theirs."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -9,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from consilience.checkpoints.files import copy_file
 from consilience.checkpoints.json_files import read_object
-from consilience.engine.output import OURS, side_files, write_json
+from consilience.engine.output import side_files
 from consilience.errors import InputError
 from consilience.tasks.load import load_model
 from consilience.training.settings import Settings
+from consilience.workdir import OURS, write_json
 
 #: Up to this many tokens a CPU computes plain attention faster than the fused one, whose backward pass is slow there.
 _SHORT = 256
@@ -133,7 +134,7 @@ def _write_side_files(base: Path, out: Path, dtype: str) -> None:
         if place.parts[0] == OURS:
             continue
         (out / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, out / place)
+        copy_file(source, out / place, base)
     config = read_object(base / "config.json")
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)

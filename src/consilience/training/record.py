@@ -10,6 +10,8 @@ from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError
 from consilience.training.settings import Precision, Settings
 
+#: The record's name in an output.
+RECORD = "training.json"
 #: Steps whose losses one point of the curve averages.
 WINDOW = 10
 

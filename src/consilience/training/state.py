@@ -12,11 +12,13 @@ from typing import Any
 
 from consilience.errors import MachineError
 
+#: The saved state of a run, in OUT.partial.
+STATE = "state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingState:
     """How far a run is: steps done, the seconds they took, and the losses of each step by task index."""
 
     step: int = 0
@@ -24,7 +26,7 @@ class Progress:
     losses: list[dict[int, float]] = field(default_factory=lambda: [])
 
 
-def save_state(path: Path, parameters: dict[str, Any], optimizer: Any, progress: Progress) -> None:
+def save_state(path: Path, parameters: dict[str, Any], optimizer: Any, state: TrainingState) -> None:
     """Write the state; a crash leaves the previous file or this one, never a part.
 
     Raises:
@@ -37,7 +39,7 @@ def save_state(path: Path, parameters: dict[str, Any], optimizer: Any, progress:
         tensors[f"value/{name}"] = parameter.detach()
         if parameter in optimizer.state:  # else the loss does not depend on it
             tensors |= {f"{moment}/{name}": optimizer.state[parameter][moment] for moment in _MOMENTS}
-    notes = {"step": progress.step, "seconds": progress.seconds, "losses": progress.losses}
+    notes = {"step": state.step, "seconds": state.seconds, "losses": state.losses}
     temporary = path.with_name(path.name + ".new")
     try:
         save_file(tensors, temporary, {"progress": json.dumps(notes)})
@@ -48,7 +50,7 @@ def save_state(path: Path, parameters: dict[str, Any], optimizer: Any, progress:
         raise MachineError(f"{path}: cannot be written ({error}); free some disk, then run this again") from error
 
 
-def load_state(path: Path, parameters: dict[str, Any], optimizer: Any) -> Progress:
+def load_state(path: Path, parameters: dict[str, Any], optimizer: Any) -> TrainingState:
     """Put a saved state into the model's parameters and the optimizer; without a file nothing is changed.
 
     Raises:
@@ -68,11 +70,11 @@ def load_state(path: Path, parameters: dict[str, Any], optimizer: Any) -> Progre
                     done = torch.tensor(float(notes["step"]), device=parameter.device)
                     optimizer.state[parameter] = {"step": done, **moments}
     except FileNotFoundError:
-        return Progress()
+        return TrainingState()
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{path}: cannot be read ({error}); remove its folder, then run this again") from error
     losses = [{int(task): loss for task, loss in step.items()} for step in notes["losses"]]
-    return Progress(notes["step"], notes["seconds"], losses)
+    return TrainingState(notes["step"], notes["seconds"], losses)
 
 
 def _flush(path: Path) -> None:

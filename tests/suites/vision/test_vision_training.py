@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from consilience.errors import MachineError
+from consilience.progress import CallbackProgress
 from suites.vision import nets, training
 from suites.vision.nets import NetSpec
 from suites.vision.training import Schedule
@@ -35,7 +36,9 @@ def test_an_easy_task_is_learned(spec: NetSpec, precision: str) -> None:
     base = Schedule(4, 0.1, "sgd", 0.0, "bfloat16" if precision == "bfloat16" else "float32", batch=16)
     schedule = base if spec.kind == "resnet" else Schedule(15, 3e-3, "adamw", 0.01, base.precision, batch=16)
     told: list[tuple[int, int, float]] = []
-    losses = training.train(net, images, labels, schedule, seed=[0], listener=lambda *facts: told.append(facts))
+    losses = training.train(
+        net, images, labels, schedule, seed=[0], progress=CallbackProgress(lambda *facts: told.append(facts), ["loss"])
+    )
     assert training.accuracy(net, images, labels) > 0.95
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert [done for done, _, _ in told] == list(range(1, len(losses) + 1))

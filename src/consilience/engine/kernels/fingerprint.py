@@ -44,6 +44,6 @@ def mix(raw: Any, start: int) -> tuple[int, int]:
 
 def digest(low: int, high: int, nbytes: int) -> str:
     """Return the fingerprint as 32 hexadecimal digits; the length keeps zero padding apart from zeros."""
-    tail = np.frombuffer(nbytes.to_bytes(8, "little"), np.uint64)
+    tail = np.array([nbytes], np.uint64)  # writable, as blocks are: the kernel is not compiled a second time
     a, b = mix_words(tail, 1 << 60)
     return f"{(low + int(a)) & MASK:016x}{(high + int(b)) & MASK:016x}"

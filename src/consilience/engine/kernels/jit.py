@@ -4,10 +4,14 @@ Strict IEEE arithmetic (no reassociation, no contraction) so that a kernel gives
 ``reporting`` kernels, whose results are only shown to people, may reassociate sums.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core import event
+
+from consilience.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,6 +29,30 @@ def inlined(function: F) -> F:
 def reporting(function: F) -> F:
     """Compile ``function`` allowing sums to be reassociated."""
     return _compiled(function, fastmath={"reassoc", "nsz"})
+
+
+@contextlib.contextmanager
+def compilation_shown(progress: Progress) -> Generator[None]:
+    """Say within that kernels are compiled, while they are: the first job on a machine takes seconds longer."""
+    with event.install_listener("numba:compile", _Compilation(progress)):
+        yield
+
+
+class _Compilation(event.Listener):
+    """Tells of compilations; one kernel's begins and ends within another's, never at the same time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.depth = progress, 0
+
+    def on_start(self, event: Any) -> None:
+        if self.depth == 0:
+            self.progress.advance(0, "compiling kernels (once on this machine)")
+        self.depth += 1
+
+    def on_end(self, event: Any) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.progress.advance(0)
 
 
 def _compiled(function: F, **options: Any) -> F:

@@ -7,7 +7,6 @@ left when tokens can no longer differ. The means are a Coefficients value, appli
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,10 @@ from consilience.api import build_recipe, plan_recipe
 from consilience.coefficients import Coefficients, make_groups
 from consilience.coefficients.coefficients import WEIGHTS
 from consilience.engine.adapter_output import called
-from consilience.engine.merge import run_merge
-from consilience.engine.output import OURS, partial_path, write_json
+from consilience.engine.merge import stream_in
 from consilience.engine.plan import Plan
 from consilience.errors import InputError
-from consilience.progress import Listener, listening
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.conversion.shares import Shares, read
 from consilience.routing.evaluation import evaluate_routed, prompts_of
 from consilience.routing.folder import store
@@ -34,7 +32,7 @@ from consilience.tasks.load import require_transformers
 from consilience.tasks.readout import decoder_start
 from consilience.tasks.results import Evaluation
 from consilience.tasks.rows import Task, load_tasks, row_hashes
-from consilience.training.place import check_out, claimed, delivery
+from consilience.workdir import OURS, check_out, digest_of, workdir, write_json
 
 RECORD = "collapse.json"
 
@@ -71,7 +69,7 @@ def collapse(
     max_examples: int | None = None,
     device: str = "cpu",
     force: bool = False,
-    progress: bool | Listener = False,
+    progress: ProgressOption = False,
     trust_remote_code: bool = False,
 ) -> Collapsed:
     """Distil a routed model to one checkpoint by its mean weights on prompts, and measure the two side by side.
@@ -89,7 +87,8 @@ def collapse(
         max_examples: use the first rows of each task only.
         device: a torch device.
         force: replace what stands at ``out``.
-        progress: True for a bar on standard error, or a function called with (sequences done, sequences in all).
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
+            work, or a ``Progress``.
         trust_remote_code: run ``.py`` files that come with the base.
 
     Raises:
@@ -102,30 +101,31 @@ def collapse(
     measured = load_tasks(held_out) if held_out else named
     description = store.read_description(folder)
     place = store.find_base(description.base, folder, base)
-    check_out(out, [folder, place, *(one.path for one in (*named, *measured) if one.path is not None)], force)
+    inputs = [folder, place, *(one.path for one in (*named, *measured) if one.path is not None)]
+    check_out(out, force=force, inputs=inputs)
     routed: Any = model
     if model is None:
         routed = load_routed(folder, base=base, device=device, dtype="float32", trust_remote_code=trust_remote_code)
     if routed.routing.names != description.experts:
         raise InputError(f"model: its experts are not those of {folder}; load that folder, or save the model first")
     experts = {name: str(store.expert_folder(folder, name)) for name in description.experts}
-    total, shares = _watched(routed, named, batch_size, max_examples, progress)
-    plan = _planned(str(place), experts, total, _facts(routed, named, total, max_examples))
-    try:
-        partial = partial_path(out.absolute())
-        with claimed(partial, {"collapse": plan.digest}):
-            merged = partial / plan.digest / out.name
-            if not merged.is_dir():
-                run_merge(plan, merged)
+    with open_progress(progress) as shown:
+        total, shares = _watched(routed, named, batch_size, max_examples, shown)
+        plan = _planned(str(place), experts, total, _facts(routed, named, total, max_examples))
+        try:
             assert plan.coefficients is not None
-            compared = _compared(routed, merged, measured, batch_size, max_examples, progress is True)
-            found = Collapsed(str(out), plan.coefficients, shares, compared)
-            write_json(merged / OURS / RECORD, found.to_dict())
-            with delivery(partial, out) as result:
-                os.replace(merged, result)
-        return found
-    finally:
-        plan.close()
+            with workdir(out, digest_of({"collapse": plan.digest}), force=force, inputs=inputs) as work:
+                if work.delivered is not None:
+                    known = tuple(map(Evaluation.from_dict, work.delivered["evaluations"]))
+                    return Collapsed(str(out), plan.coefficients, shares, known)
+                stream_in(plan, work, progress=shown)
+                compared = _compared(routed, work.result, measured, batch_size, max_examples, shown)
+                found = Collapsed(str(out), plan.coefficients, shares, compared)
+                write_json(work.result / OURS / RECORD, found.to_dict())
+                work.deliver({"evaluations": [one.to_dict() for one in compared]})
+            return found
+        finally:
+            plan.close()
 
 
 def _sequences(model: Any, task: Task, max_examples: int | None) -> list[Encoded]:
@@ -143,27 +143,21 @@ def _sequences(model: Any, task: Task, max_examples: int | None) -> list[Encoded
 
 
 def _watched(
-    model: Any, tasks: Sequence[Task], batch_size: int, max_examples: int | None, progress: bool | Listener
+    model: Any, tasks: Sequence[Task], batch_size: int, max_examples: int | None, progress: Progress
 ) -> tuple[Shares, dict[str, dict[str, float]]]:
     """Return the weights summed over all tasks, and every task's mean weights."""
     sequences = [_sequences(model, task, max_examples) for task in tasks]
-    count, done, total = sum(map(len, sequences)), 0, Shares()
+    total = Shares()
+    progress.phase("reading the experts' weights", sum(map(len, sequences)), "sequences")
     means: dict[str, dict[str, float]] = {}
     with (
-        listening("watching", progress) as listener,
         model.routing.expecting(prompts_of(model, tasks, max_examples)),
         model.routing.watched(total.watch),
     ):
         for task, own in zip(tasks, sequences, strict=True):
             seen = Shares()
-
-            def advance(number: int) -> None:
-                nonlocal done
-                done += number
-                listener(done, count)
-
             with model.routing.watched(seen.watch):
-                read(model, own, batch_size, advance)
+                read(model, own, batch_size, progress.advance)
             means[task.name] = dict(zip(model.routing.names, seen.overall().tolist(), strict=True))
     return total, means
 
@@ -206,7 +200,7 @@ def _planned(base: str, experts: Mapping[str, str], total: Shares, facts: dict[s
 
 
 def _compared(
-    model: Any, merged: Path, tasks: Sequence[Task], batch_size: int, max_examples: int | None, progress: bool
+    model: Any, merged: Path, tasks: Sequence[Task], batch_size: int, max_examples: int | None, progress: Progress
 ) -> tuple[Evaluation, ...]:
     """Measure the routed model where rows have responses, and the checkpoint beside it."""
     settings: dict[str, Any] = {"batch_size": batch_size, "max_examples": max_examples, "progress": progress}

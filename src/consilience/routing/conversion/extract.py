@@ -6,12 +6,9 @@ So a model whose weights were all trained joins a routed model, or a merge of ad
 does not hold (embeddings, the output layer, norms, biases) is left out, and how much of the update that is, is said.
 """
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +18,22 @@ import yaml
 
 from consilience.api import build_recipe, plan_recipe
 from consilience.checkpoints.dtypes import ALIASES, DTYPES
+from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, gather, lora_config, write_tensors
 from consilience.engine.block import Loader, NonFinite, Scratch
-from consilience.engine.card import hub_name, licences
+from consilience.engine.card import hub_ids, label, licences, origin
 from consilience.engine.lineage import versions
 from consilience.engine.low_rank import Array, factorise
-from consilience.engine.output import partial_path, write_json
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import check_ties
-from consilience.errors import InputError, MachineError, nearest
+from consilience.engine.unchanged import check_unchanged
+from consilience.errors import InputError, nearest
 from consilience.methods.program import Program, WeightedSum
-from consilience.progress import Listener, listening
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.conversion.linear import Layout, layout
 from consilience.tasks.load import check_folder, require_transformers
-from consilience.training.place import check_out, claimed, delivery
+from consilience.workdir import check_out, digest_of, workdir, write_json
 
 RECORD = "extraction.json"
 _TASK_VECTOR = Program("task_vectors", WeightedSum((1.0,)))
@@ -111,6 +109,14 @@ class Extraction:
         }
 
 
+def read_extraction(folder: Path) -> Extraction:
+    """Read what ``extract`` wrote beside its adapter."""
+    value = read_object(folder / RECORD)
+    layers = [{key: one[key] for key in Layer.__dataclass_fields__} for one in value["layers"]]
+    rest = tuple(Rest(**one) for one in value["rest"])
+    return Extraction(value["base"], value["expert"], tuple(Layer(**one) for one in layers), rest)
+
+
 @dataclass(frozen=True, slots=True)
 class _Wanted:
     rank: int | None
@@ -139,7 +145,7 @@ def extract(
     energy: float | None = None,
     dtype: str | None = None,
     force: bool = False,
-    progress: bool | Listener = False,
+    progress: ProgressOption = False,
     trust_remote_code: bool = False,
 ) -> Extraction:
     """Write the low-rank part of a fine-tuned model's update as a PEFT adapter with alpha = r.
@@ -155,7 +161,8 @@ def extract(
             has rank ``rank``.
         dtype: of the factors: float32, bfloat16, ...; None: the base's own.
         force: replace what stands at ``out``.
-        progress: True for a bar on standard error, or a function called with (tensors done, tensors in all).
+        progress: True for a bar (or lines) on standard error, a function called with (tensors done, tensors in all),
+            or a ``Progress``.
         trust_remote_code: run ``.py`` files that come with the base.
 
     Raises:
@@ -170,18 +177,20 @@ def extract(
     plan = plan_recipe(build_recipe("task_arithmetic", str(base), {"expert": str(expert)}, {}))
     try:
         folders = [_base_folder(plan), plan.experts[0].folder]
-        check_out(out, [folder for folder in folders if folder is not None], force)
+        inputs = [folder for folder in folders if folder is not None]
+        check_out(out, force=force, inputs=inputs)
         check_ties(plan)
         known = layout(_base_folder(plan), {t.name: t.shape for t in plan.tensors}, trust_remote_code=trust_remote_code)
         facts = {"digest": plan.digest, **asdict(wanted)}
-        partial = partial_path(out.absolute())
-        with claimed(partial, facts), listening("extracting", progress) as listener:
-            work = partial / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-            with _written(out):
-                work.mkdir(exist_ok=True)
-                found = _factorised(plan, known, wanted, work, listener)
-            with delivery(partial, out) as result:
-                _write(result, out.name, plan, known, found, work)
+        with open_progress(progress) as shown, workdir(out, digest_of(facts), force=force, inputs=inputs) as work:
+            if work.delivered is not None:
+                return read_extraction(out)
+            layers = work.path / "layers"
+            layers.mkdir(exist_ok=True)
+            found = _factorised(plan, known, wanted, layers, shown)
+            _write(work.new_result(), out.name, plan, known, found, layers)
+            check_unchanged(plan, {}, {})
+            work.deliver({})
         return found
     finally:
         plan.close()
@@ -196,21 +205,13 @@ def _base_folder(plan: Plan) -> Path:
     return folder
 
 
-@contextmanager
-def _written(out: Path) -> Generator[None]:
-    """Say in one line that the disk failed."""
-    try:
-        yield
-    except OSError as error:
-        raise MachineError(f"{out}: cannot be written ({error}); mend it, then run this again") from error
-
-
-def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, listener: Listener) -> Extraction:
+def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, progress: Progress) -> Extraction:
     """Leave a file of factors in ``work`` for every linear layer that changed, and measure the other tensors."""
     layers: list[Layer] = []
     rest: list[Rest] = []
     changed = [t for t in plan.tensors if t.program is not None and t.name not in plan.alignment.ties]
-    for done, tensor in enumerate(changed, 1):
+    progress.phase("extracting", len(changed), "tensors")
+    for tensor in changed:
         if tensor.name in known.linear:
             part = _part(work, tensor)
             if not part.is_file():
@@ -220,7 +221,7 @@ def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, listener
         else:
             total = math.fsum(float(block @ block) for _, block in _blocks(tensor))
             rest += [Rest(tensor.name, known.kinds[tensor.name], total)] if total else []
-        listener(done, len(changed))
+        progress.advance()
     base, expert = plan.recipe.base_model or "", plan.experts[0].reference
     if not layers:
         raise InputError(f"{expert}: no linear layer differs from {base}, so there is nothing to extract")
@@ -278,10 +279,9 @@ def _write(result: Path, title: str, plan: Plan, known: Layout, found: Extractio
 def _card(title: str, plan: Plan, found: Extraction) -> str:
     assert plan.base is not None
     agreed, warnings = licences(plan)
-    matter: dict[str, Any] = {"base_model": hub_name(plan.base), "base_model_relation": "adapter"}
-    matter |= {"library_name": "peft", "tags": ["lora", "consilience"]}
+    matter = origin(hub_ids(plan.base), "adapter") | {"library_name": "peft", "tags": ["lora", "consilience"]}
     matter |= {"license": agreed} if agreed else {"license": "other"} if warnings else {}
     lines = ["---", yaml.safe_dump(matter, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
-    lines += [f"The low-rank part of the update of {hub_name(plan.experts[0])}: {found}.", ""]
+    lines += [f"The low-rank part of the update of {label(plan.experts[0])}: {found}.", ""]
     lines += [f"**Warning:** {warning}." for warning in warnings]
     return "\n".join([*lines, f"Every layer's rank and energy are in `{RECORD}`.", ""])

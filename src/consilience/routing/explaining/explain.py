@@ -14,6 +14,7 @@ from torch import Tensor
 
 from consilience.coefficients.listing import Place, fold_kinds, place_of, short_kinds
 from consilience.errors import InputError
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.explaining.explain_tokens import Token, answer_tokens, prompt_tokens
 from consilience.routing.explaining.explanation import Explanation, Layer, Part
 from consilience.routing.model import Routing
@@ -23,7 +24,14 @@ from consilience.tasks.generate import greedy
 _Record = list[tuple[str, Tensor]]
 
 
-def explain(model: Any, prompt: str, *, max_new_tokens: int = 32, answer: str | None = None) -> Explanation:
+def explain(
+    model: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 32,
+    answer: str | None = None,
+    progress: ProgressOption = False,
+) -> Explanation:
     """Return which expert took which token at which layer, of a prompt and its answer.
 
     Weights are those of the forward pass, w [layers, tokens, K], and shares their means. The query is the prompt's.
@@ -33,6 +41,8 @@ def explain(model: Any, prompt: str, *, max_new_tokens: int = 32, answer: str | 
         prompt: what is asked; a user's turn where the tokenizer has a chat template.
         max_new_tokens: most tokens of the answer, which is decoded greedily.
         answer: explain this answer instead of the model's own.
+        progress: True for a bar (or lines) on standard error, a function called with (tokens written, most tokens), or
+            a ``Progress``.
 
     Raises:
         InputError: the model is not routed, its weights are fixed by hand, the prompt or the answer is empty, or no
@@ -47,9 +57,10 @@ def explain(model: Any, prompt: str, *, max_new_tokens: int = 32, answer: str | 
     texts = routing.asked.texts
     asked = texts.encode(prompt)
     query = routing.asked.of(torch.tensor([asked]), None, None)[0]
-    with _evaluating(model), routing.queries([query]):
-        said = _generated(model, texts.tokenizer, asked, max_new_tokens) if answer is None else None
+    with _evaluating(model), routing.queries([query]), open_progress(progress) as shown:
+        said = _generated(model, texts.tokenizer, asked, max_new_tokens, shown) if answer is None else None
         said = _given(model, texts.tokenizer, str(answer)) if said is None else said
+        shown.phase("explaining")
         parts, left_out = _parts(model, texts.tokenizer, prompt, asked, said)
     cosines, scale = _similarity(routing, query)
     written = str(texts.tokenizer.decode(said, skip_special_tokens=True)).strip() if answer is None else answer
@@ -95,12 +106,33 @@ def _start(model: Any) -> int | None:
     return getattr(model.config, "decoder_start_token_id", None) if own is None else own
 
 
-def _generated(model: Any, tokenizer: Any, asked: list[int], most: int) -> list[int]:
+class _Streamer:
+    """Tells of every token that is written; what ``generate`` starts from comes first, in one piece."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.started = progress, False
+
+    def put(self, value: Tensor) -> None:
+        if self.started:
+            self.progress.advance(value.numel())
+        self.started = True
+
+    def end(self) -> None:
+        pass
+
+
+def _generated(model: Any, tokenizer: Any, asked: list[int], most: int, progress: Progress) -> list[int]:
     """Return the ids of the greedy answer; a decoder's start with what it is started by."""
     config = greedy(model, tokenizer, most)
     config.decoder_start_token_id = _start(model)
     ids = torch.tensor([asked], device=model.device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)[0].tolist()
+    progress.phase("writing the answer", most, "tokens")
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        streamer=_Streamer(progress),
+    )[0].tolist()
     return out if _encodes(model) else out[len(asked) :]
 
 

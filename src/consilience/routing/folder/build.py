@@ -1,6 +1,5 @@
 """Build a routed model's folder from a recipe: its experts, the vectors they are recognised by, their instructions."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from consilience.checkpoints.adapter import is_adapter
 from consilience.checkpoints.reference import resolve
-from consilience.engine.output import partial_path
 from consilience.engine.plan import expert_names, resolve_file
 from consilience.errors import InputError
-from consilience.progress import listening
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
 from consilience.routing.folder.recipe import RoutedEntry, RouteRecipe
@@ -30,12 +28,14 @@ from consilience.tasks.load import check_folder, load_model, load_tokenizer, req
 from consilience.tasks.readout import decoder_start
 from consilience.tasks.rows import Task, read_rows
 from consilience.training.data import Examples, right
-from consilience.training.place import check_out, claimed, delivery
+from consilience.workdir import digest_of, workdir
 
 #: What else may be named beside experts, in commands and results.
 RESERVED = ("base", "uniform", "own", "routed", "collapsed")
 #: Prompts of each expert that its instruction is made of.
 EXAMPLES = 64
+#: Unfinished trainings of gates, in OUT.partial: each is named by all it depends on.
+GATES = "gates"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def build(
     force: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: bool = False,
+    progress: ProgressOption = False,
 ) -> store.Description:
     """Build a routed model from a base and its adapters.
 
@@ -152,7 +152,7 @@ def build(
         force: replace what stands at ``out``.
         device: where the base runs, if gates, mean activations or instructions need it.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: show bars.
+        progress: as ``build_routed`` takes it.
 
     Raises:
         InputError: the recipe, an adapter or a row is wrong; nothing is left behind.
@@ -165,33 +165,36 @@ def build(
     folder = resolve(recipe.base_model, root).model
     check_folder(folder)
     sources = sources_of(recipe, root, where)
-    check_out(out, [folder, *_read(sources, told), *([Path(where)] if Path(where).is_file() else [])], force)
+    inputs = [folder, *_read(sources, told), *([Path(where)] if Path(where).is_file() else [])]
     described = store.Base.of(folder, recipe.base_model)
-    plan = json.loads(json.dumps({"base": asdict(described), "recipe": recipe.model_dump()}))
-    base, partial = Base(folder, device, trust_remote_code), partial_path(out.absolute())
-    with claimed(partial, plan):
+    digest = digest_of({"base": asdict(described), "recipe": recipe.model_dump()})
+    base = Base(folder, device, trust_remote_code)
+    with open_progress(progress) as shown, workdir(out, digest, force=force, inputs=inputs, keep=(GATES,)) as work:
+        if work.delivered is not None:
+            return store.read_description(out)
         experts = [Expert(source.name, read_factors(source.adapter)) for source in sources]
         for expert in experts:
             check_fit(base()[0], expert)
         # First all that may fail; gates are trained for hours.
-        work = Work(base, settings, gates, partial / "gates", progress)
-        rows = [work.rows(source, where) for source in sources]
-        instructions = None if told is None else instruct(base, told, sources, progress)
+        recipes = Work(base, settings, gates, work.path / GATES, shown)
+        rows = [recipes.rows(source, where) for source in sources]
+        instructions = None if told is None else instruct(base, told, sources, shown)
         if settings.scale == "adaptive" and instructions is not None and instructions.adaptive is None:
             raise InputError(
                 f"{where}: scale: adaptive is fitted on examples of two experts at least, and there are not so many; "
                 "give the experts data and held_in above 0, or a number for scale"
             )
-        made = [work.vectors(expert, examples) for expert, examples in zip(experts, rows, strict=True)]
+        made = [recipes.vectors(expert, examples) for expert, examples in zip(experts, rows, strict=True)]
         records = {"gates": {source.name: one for source, (_, one) in zip(sources, made, strict=True) if one}}
         description = store.Description(described, settings, store.names_of(experts), records=records)
-        with delivery(partial, out) as result:
-            for source, (vectors, _) in zip(sources, made, strict=True):
-                store.write_expert(result, source.name, source.adapter, vectors)
-            if instructions is not None:
-                name = store.write_instructions(result, instructions.tensors())
-                description = replace(description, instructions=instructions.to_dict(), tensors=name)
-            store.write_description(result, description)
+        result = work.new_result()
+        for source, (vectors, _) in zip(sources, made, strict=True):
+            store.write_expert(result, source.name, source.adapter, vectors)
+        if instructions is not None:
+            name = store.write_instructions(result, instructions.tensors())
+            description = replace(description, instructions=instructions.to_dict(), tensors=name)
+        store.write_description(result, description)
+        work.deliver({})
     return description
 
 
@@ -203,7 +206,7 @@ class Work:
     settings: Settings
     gates: GateSettings
     state: Path
-    progress: bool
+    progress: Progress
 
     def rows(self, source: Source, where: str) -> list[Examples]:
         """Return the rows that an expert's vectors are learned from; none where the local router needs none.
@@ -264,7 +267,7 @@ def _read(sources: list[Source], told: InstructionSettings | None) -> list[Path]
     return [*(source.adapter for source in sources), *rows, *(Path(model) for model in local if model)]
 
 
-def instruct(base: Base, settings: InstructionSettings, sources: list[Source], progress: bool) -> Instructions:
+def instruct(base: Base, settings: InstructionSettings, sources: list[Source], progress: Progress) -> Instructions:
     """Describe and embed what experts do.
 
     Raises:
@@ -272,8 +275,7 @@ def instruct(base: Base, settings: InstructionSettings, sources: list[Source], p
     """
     model, tokenizer = base() if runs_base(settings) else (None, None)
     known = [described(base, source) for source in sources]
-    with listening("instructions", progress) as listener:
-        return Instructions.build(settings, known, model, tokenizer, lambda done, total, _: listener(done, total))
+    return Instructions.build(settings, known, model, tokenizer, progress)
 
 
 def runs_base(settings: InstructionSettings) -> bool:

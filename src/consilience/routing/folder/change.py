@@ -5,14 +5,16 @@ import os
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from consilience.engine.output import OURS
+from consilience.checkpoints.files import stamp
+from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError, MachineError
+from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.recipe.schema import DataPaths
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
@@ -23,6 +25,10 @@ from consilience.routing.install import check_fit
 from consilience.routing.local.gate_settings import GateSettings
 from consilience.routing.values import read_settings
 from consilience.tasks.load import require_transformers
+from consilience.workdir import OURS, digest_of, foreign_files, json_text, write_file, write_manifest
+
+#: The mark of a change that has been made but not tidied up, and unfinished trainings of gates by expert.
+CHANGE, UNFINISHED = "change.json", "unfinished"
 
 
 def add_expert(
@@ -35,7 +41,7 @@ def add_expert(
     base: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: bool = False,
+    progress: ProgressOption = False,
 ) -> store.Description:
     """Add an adapter to a routed model. Until the last step, which replaces ``routing.json``, it is the model it was.
 
@@ -50,7 +56,7 @@ def add_expert(
         base: where the base is, if it has moved.
         device: where the base runs, if it is needed.
         trust_remote_code: run ``.py`` files that come with the base.
-        progress: show bars.
+        progress: as ``build_routed`` takes it.
 
     Raises:
         InputError: the name is taken, the adapter does not fit, or rows are missing; nothing has changed.
@@ -59,10 +65,14 @@ def add_expert(
     require_transformers("routing")
     folder = Path(folder)
     source = _source(folder, name, adapter, data, instruction)
-    with _changing(folder) as description:
-        if name in description.experts:
+    files = [stamp(path)[:3] for path in sorted(source.adapter.iterdir()) if path.is_file()]
+    wanted = {"add": name, "adapter": files, "data": str(data), "instruction": instruction}
+    with open_progress(progress) as shown, _changing(folder, digest_of(wanted)) as change:
+        if change.done:
+            return change.before
+        if name in change.before.experts:
             raise InputError(f"{folder}: has an expert {name!r} already; choose another name")
-        return _add(folder, description, source, base, device, trust_remote_code, progress)
+        return _add(change, source, base, device, trust_remote_code, shown)
 
 
 def _source(folder: Path, name: str, adapter: Path | str, data: Path | str | None, instruction: str | None) -> Source:
@@ -77,21 +87,20 @@ def _source(folder: Path, name: str, adapter: Path | str, data: Path | str | Non
 
 
 def _add(
-    folder: Path,
-    description: store.Description,
+    change: "_Change",
     source: Source,
     base: str | None,
     device: str,
     trust_remote_code: bool,
-    progress: bool,
+    progress: Progress,
 ) -> store.Description:
-    name = source.name
+    folder, description, name = change.folder, change.before, source.name
     place = store.find_base(description.base, folder, base)
     held = Base(place, device, trust_remote_code)
     expert = Expert(name, read_factors(source.adapter))
     check_fit(held()[0], expert)
     gates = _gate_settings(description)
-    state = folder / OURS / "unfinished" / name
+    state = folder / OURS / UNFINISHED / name
     work = Work(held, description.settings, gates, state, progress)
     rows = work.rows(source, "arguments")
     router = None
@@ -107,12 +116,7 @@ def _add(
     records = dict(description.records)
     if record:
         records["gates"] = {**records.get("gates", {}), name: record}
-    found = replace(found, experts=(*description.experts, name), records=records)
-    store.write_description(folder, found)
-    shutil.rmtree(state, ignore_errors=True)
-    with suppress(OSError):  # another expert's training is unfinished
-        state.parent.rmdir()
-    return found
+    return change.apply(replace(found, experts=(*description.experts, name), records=records))
 
 
 def remove_expert(folder: Path | str, name: str) -> store.Description:
@@ -122,15 +126,19 @@ def remove_expert(folder: Path | str, name: str) -> store.Description:
         InputError: there is no such expert, or no other.
     """
     folder = Path(folder)
-    with _changing(folder) as description:
-        if name not in description.experts:
-            raise InputError(f"{folder}: has no expert {name!r}; there are {', '.join(description.experts)}")
-        if len(description.experts) == 1:
+    with _changing(folder, digest_of({"remove": name})) as change:
+        if change.done:
+            return change.before
+        experts = change.before.experts
+        if name not in experts:
+            raise InputError(f"{folder}: has no expert {name!r}; there are {', '.join(experts)}")
+        if len(experts) == 1:
             raise InputError(f"{folder}: {name!r} is its only expert; add another first")
-        return _remove(folder, description, name)
+        return _remove(change, name)
 
 
-def _remove(folder: Path, description: store.Description, name: str) -> store.Description:
+def _remove(change: "_Change", name: str) -> store.Description:
+    folder, description = change.folder, change.before
     found = description
     if description.instructions is not None:
         instructions, tensors = _left(description, store.read_instructions(folder, str(description.tensors)), name)
@@ -139,14 +147,34 @@ def _remove(folder: Path, description: store.Description, name: str) -> store.De
     if name in records.get("gates", {}):
         records["gates"] = {key: value for key, value in records["gates"].items() if key != name}
     kept = tuple(one for one in description.experts if one != name)
-    found = replace(found, experts=kept, records=records)
-    store.write_description(folder, found)
-    return found
+    return change.apply(replace(found, experts=kept, records=records))
+
+
+@dataclass
+class _Change:
+    """A change of a folder that this run holds.
+
+    ``done`` says that an earlier run of the same ``digest`` had made it and was killed before it had tidied up.
+    """
+
+    folder: Path
+    digest: str
+    before: store.Description
+    done: bool = False
+
+    def apply(self, found: store.Description) -> store.Description:
+        """Replace ``routing.json``; the mark beside it says what for, until the folder is tidy."""
+        mark = {"digest": self.digest, "routing": digest_of(found.to_dict())}
+        write_file(self.folder / OURS / CHANGE, json_text(mark))
+        store.write_description(self.folder, found)
+        return found
 
 
 @contextmanager
-def _changing(folder: Path) -> Generator[store.Description]:
+def _changing(folder: Path, digest: str) -> Generator[_Change]:
     """Read ``routing.json`` and hold the folder for this change alone; before and after it, leftovers are removed.
+
+    The mark of a change is removed as the very last thing.
 
     Raises:
         InputError: another run is changing the folder.
@@ -161,15 +189,45 @@ def _changing(folder: Path) -> Generator[store.Description]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another run is changing it; wait for that, then run this again") from None
+        foreign = foreign_files(folder)
         description = _tidy(folder)
+        mark = _mark(folder)
+        applied = mark is not None and mark.get("routing") == digest_of(description.to_dict())
+        done = applied and mark is not None and mark.get("digest") == digest
+        if mark is not None and not done:
+            _finish(folder, foreign)
         try:
-            yield description
+            yield _Change(folder, digest, description, done)
         finally:
             _tidy(folder)
+            if _mark(folder) is not None:
+                _finish(folder, foreign)
     except (OSError, SafetensorError) as error:
-        raise MachineError(f"{folder}: cannot be written ({error}); mend it, then run this again") from error
+        raise MachineError(
+            f"{folder}: cannot be written ({error}); free space or fix the disk, then run this again"
+        ) from error
     finally:
         os.close(descriptor)
+
+
+def _mark(folder: Path) -> dict[str, Any] | None:
+    path = folder / OURS / CHANGE
+    return read_object(path) if path.is_file() else None
+
+
+def _finish(folder: Path, foreign: list[str] | None) -> None:
+    """After a change: remove its training's state, list the files that are ours, and remove the change's mark."""
+    description = store.read_description(folder)
+    state = folder / OURS / UNFINISHED
+    for path in state.glob("*"):
+        if path.name in description.experts:
+            shutil.rmtree(path)
+    with suppress(OSError):  # there is none, or another expert's training is unfinished
+        state.rmdir()
+    mark = f"{OURS}/{CHANGE}"
+    if foreign is not None:
+        write_manifest(folder, {*(set(foreign) - store.own_files(description)), mark})
+    (folder / mark).unlink()
 
 
 def _left(

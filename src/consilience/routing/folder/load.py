@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from consilience.engine.output import OURS
 from consilience.errors import InputError
 from consilience.routing.folder import store
 from consilience.routing.instructions.semantics import Instructions
 from consilience.routing.model import Routing
 from consilience.tasks.load import load_model, load_tokenizer, require_transformers
+from consilience.workdir import OURS
 
 
 def load_routed(

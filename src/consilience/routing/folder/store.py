@@ -11,7 +11,6 @@ Files of one expert never change because another comes or goes; what changes is 
 """
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,15 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from consilience.checkpoints.files import copy_file
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.mapped import mapped
 from consilience.checkpoints.open import WEIGHT_SUFFIXES, open_checkpoint
 from consilience.checkpoints.reference import resolve
-from consilience.engine.output import OURS, write_json
 from consilience.errors import InputError, nearest
 from consilience.routing.expert import Expert, read_factors, read_tensor
 from consilience.routing.settings import Settings
+from consilience.workdir import OURS, json_text, write_file
 
 FORMAT = 1
 ROUTING, EXPERTS, VECTORS = "routing.json", "experts", "vectors.safetensors"
@@ -107,6 +107,13 @@ class Description:
             "tensors": self.tensors,
             "records": self.records,
         }
+
+
+def own_files(description: Description) -> set[str]:
+    """Return the names, relative to the folder, of what a routed model is made of."""
+    names = (*_ADAPTER, VECTORS)
+    files = {f"{OURS}/{EXPERTS}/{expert}/{name}" for expert in description.experts for name in names}
+    return files | {f"{OURS}/{ROUTING}", f"{OURS}/{description.tensors}"}
 
 
 def is_routed(folder: Path) -> bool:
@@ -235,7 +242,9 @@ def write_expert(folder: Path, name: str, adapter: Path, vectors: Mapping[str, M
     place.mkdir(parents=True)
     for file in _ADAPTER:
         if (adapter / file).is_file():
-            shutil.copyfile(adapter / file, place / file)
+            # Weights may be links to wherever the user keeps them.
+            copy = shutil.copyfile if file.endswith(WEIGHT_SUFFIXES) else copy_file
+            copy(adapter / file, place / file)
     write_vectors(place, vectors)
 
 
@@ -244,9 +253,7 @@ def write_vectors(place: Path, vectors: Mapping[str, Mapping[str, Tensor]]) -> N
     from safetensors.torch import save
 
     values = {f"{kind}/{module}": v.contiguous() for kind, own in vectors.items() for module, v in own.items()}
-    temporary = place / f"{VECTORS}.new"
-    temporary.write_bytes(save(values))
-    os.replace(temporary, place / VECTORS)
+    write_file(place / VECTORS, save(values))
 
 
 def read_expert(folder: Path, name: str) -> Expert:
@@ -287,9 +294,7 @@ def write_description(folder: Path, description: Description) -> None:
     """Write ``routing.json``, whole or not at all."""
     place = folder / OURS / ROUTING
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f"{ROUTING}.new")
-    write_json(temporary, description.to_dict())
-    os.replace(temporary, place)
+    write_file(place, json_text(description.to_dict()))
 
 
 def write_instructions(folder: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -300,9 +305,7 @@ def write_instructions(folder: Path, tensors: Mapping[str, Tensor]) -> str:
     name = _name_of(data)
     place = folder / OURS / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f"{name}.new")
-    temporary.write_bytes(data)
-    os.replace(temporary, place)
+    write_file(place, data)
     return name
 
 

@@ -11,7 +11,7 @@ name (``Instructions.lookup``); here every query has its own, kept by its text s
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from consilience.errors import InputError, nearest
+from consilience.progress import NullProgress, Progress
 from consilience.routing.expert import Instruction
 from consilience.routing.instructions.adaptive import Adaptive
 from consilience.routing.instructions.describe import (
@@ -41,9 +42,6 @@ from consilience.routing.settings import Settings
 from consilience.routing.values import PlainValues, check_whole, read_settings
 
 __all__ = ["InstructionSettings", "Instructions", "Latency", "Lookup", "Source"]
-
-#: Called with (steps done, steps in all, what was done).
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,18 +177,19 @@ class Instructions:
         describer = make_describer(settings.describer, model, tokenizer, plain)
         made = make_embedder(settings.embedder, model, tokenizer, plain)
         common = common_sentences(sources) if settings.describer.kind == "template" else []
-        steps, tell = 2 * len(sources), progress or _silent
+        progress = progress or NullProgress()
+        progress.phase("instructions", 2 * len(sources))
         told: list[Told] = []
-        for number, source in enumerate(sources, 1):
+        for source in sources:
             told.append(Told(source, describer.expert(source, common)))
-            tell(number, steps, f"described {source.name}")
+            progress.advance(1, f"described {source.name}")
         remembering = made.remembering()
         fitted = remembering.fitted([one.texts for one in told])
         vectors = torch.stack([one.vector(fitted) for one in told])
         inside: list[HeldIn] = []
-        for number, one in enumerate(told, 1):
+        for one in told:
             inside.append(HeldIn.of(one, describer, settings.held_in))
-            tell(len(told) + number, steps, f"read examples of {one.source.name}")
+            progress.advance(1, f"read examples of {one.source.name}")
         adaptive = leave_experts_out(remembering, fitted, told, inside)
         kept = load_embedder(made, fitted.to_dict(), fitted.tensors(), vectors.shape[1], "instructions")
         experts = {one.source.name: Instruction(one.text, v) for one, v in zip(told, vectors, strict=True)}
@@ -399,7 +398,3 @@ def _stored(value: Any, where: str) -> dict[str, Any]:
     if not sound or not all(isinstance(one, str) for one in (*names, *texts, *stored["common"])):
         raise InputError(f"{where}: experts are not each a name and a text; restore the file")
     return stored
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    return

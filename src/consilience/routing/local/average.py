@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consilience.progress import Listener, listening
+from consilience.progress import ProgressOption, open_progress
 from consilience.routing.expert import Expert
 from consilience.routing.install import check_fit
 from consilience.routing.layer import Experts, LowRank, routed
@@ -67,7 +67,7 @@ def average_activations(
     examples: Sequence[Examples],
     *,
     rows: int = ROWS,
-    progress: bool | Listener = False,
+    progress: ProgressOption = False,
 ) -> dict[str, Tensor]:
     """Return v [in] of every module of an expert, in float32; 0 where no token came.
 
@@ -80,7 +80,8 @@ def average_activations(
         factors: the expert's, by module.
         examples: the expert's own tasks.
         rows: how many rows to use, if there are as many.
-        progress: True for a bar on the terminal, or a function called after every row.
+        progress: True for a bar (or lines) on standard error, a function called with (rows done, rows in all), or a
+            ``Progress``.
 
     Raises:
         InputError: there is no row, a row has no response, or the expert does not fit the model.
@@ -89,13 +90,13 @@ def average_activations(
     check_rows(name, examples)
     chosen = some_rows(examples, rows)
     means = {module: Mean.of_nothing(one.shape[1]) for module, one in factors.items()}
-    title = f"mean activations of {name}"
-    with torch.no_grad(), _watched(model, Expert(name, factors), means), listening(title, progress) as listener:
-        for done, (task, sequence) in enumerate(chosen, 1):
+    with torch.no_grad(), _watched(model, Expert(name, factors), means), open_progress(progress) as shown:
+        shown.phase(f"mean activations of {name}", len(chosen), "rows")
+        for task, sequence in chosen:
             answer_losses(model, [sequence], [task])
             for mean in means.values():
                 mean.end_row()
-            listener(done, len(chosen))
+            shown.advance()
     return {module: unit(mean.value).float() for module, mean in means.items()}
 
 

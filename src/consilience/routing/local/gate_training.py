@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from consilience.errors import InputError, MachineError
-from consilience.progress import LossListener, listening_to_loss
+from consilience.progress import LossProgressOption, Progress, open_progress
 from consilience.routing.expert import Expert
 from consilience.routing.layer import LowRank
 from consilience.routing.local.answers import answer_losses
@@ -25,7 +25,7 @@ from consilience.training.data import Examples
 from consilience.training.losses import batch_loss
 from consilience.training.record import CurvePoint, curve
 from consilience.training.sampling import draw
-from consilience.training.state import Progress, load_state, save_state
+from consilience.training.state import TrainingState, load_state, save_state
 from consilience.training.step import descend
 
 #: Rows that the loss and the gates are measured on before and after.
@@ -74,7 +74,7 @@ def train_gates(
     examples: Sequence[Examples],
     settings: GateSettings,
     state: Path | None = None,
-    progress: bool | LossListener = False,
+    progress: LossProgressOption = False,
     *,
     checkpoint_seconds: float = 60.0,
 ) -> tuple[dict[str, Tensor], GateRecord]:
@@ -94,7 +94,8 @@ def train_gates(
         state: a folder to keep the state in; the same call goes on from there, on a CPU with one thread to the same
             bytes, and that of another expert, other rows or settings is left alone. (That the base is the same is the
             caller's to know.)
-        progress: True for a bar with the loss on the terminal, or a function called after every step.
+        progress: True for a bar with the loss (or lines) on standard error, a function called with (steps done, steps
+            in all, loss) after every step, or a ``Progress``.
         checkpoint_seconds: seconds between saved states; the last is saved at the end.
 
     Raises:
@@ -113,10 +114,11 @@ def train_gates(
         _memory(name),
         gated(model, expert) as layers,
         _quick_attention(model, examples),
-        listening_to_loss(f"gates of {name}", progress) as tell,
+        open_progress(progress, ("loss",)) as shown,
     ):
+        shown.phase(f"gates of {name}", settings.steps)
         before, _ = _measure(model, layers, rows, settings)
-        done = _train(model, layers, examples, settings, file, tell, checkpoint_seconds)
+        done = _train(model, layers, examples, settings, file, shown, checkpoint_seconds)
         after, opening = _measure(model, layers, rows, settings)
     gates = {module: layer.gate.detach().float().cpu() for module, layer in layers.items()}
     record = GateRecord(
@@ -216,15 +218,16 @@ def _train(
     examples: Sequence[Examples],
     settings: GateSettings,
     file: Path | None,
-    tell: LossListener,
+    progress: Progress,
     checkpoint_seconds: float,
-) -> Progress:
+) -> TrainingState:
     """Take the steps that are left; return where the training stands."""
     gates: dict[str, Any] = {module: layer.gate for module, layer in layers.items()}
     optimizer = torch.optim.AdamW(
         gates.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    done = Progress() if file is None else load_state(file, gates, optimizer)
+    done = TrainingState() if file is None else load_state(file, gates, optimizer)
+    progress.advance(done.step)
     saved, taken = time.monotonic(), False
     while done.step < settings.steps:
         started = time.monotonic()
@@ -232,7 +235,7 @@ def _train(
         done.step += 1
         done.seconds += time.monotonic() - started
         latest, taken = done.losses[-1], True
-        tell(done.step, settings.steps, sum(latest.values()) / len(latest))
+        progress.advance(1, loss=sum(latest.values()) / len(latest))
         if file is not None and time.monotonic() - saved >= checkpoint_seconds:
             save_state(file, gates, optimizer, done)
             saved, taken = time.monotonic(), False

@@ -1,0 +1,83 @@
+"""``consilience merge`` on a terminal: progress, what was learned, and what the merge did."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from consilience.engine.summary import Summary
+from consilience.errors import printable
+
+
+def show_plan(
+    source: Any,
+    out: Path,
+    as_adapter: str | None,
+    rank: int | None,
+    *,
+    force: bool,
+    threads: int | None,
+    **settings: Any,
+) -> None:
+    """Print the plan of a merge (``--dry-run``); nothing is touched."""
+    from consilience.api import plan_recipe
+    from consilience.cli.learning import learning_lines
+    from consilience.engine.adapter_output import check_adapter
+    from consilience.engine.describe import describe
+    from consilience.engine.output import check_plan, inputs
+    from consilience.engine.stream import thread_count
+    from consilience.workdir import check_out
+
+    plan = plan_recipe(source, out, **settings)
+    try:
+        folder = check_adapter(plan, as_adapter, rank) is not None or plan.alignment.donor.folder is not None
+        check_plan(out, plan, folder=folder)
+        check_out(out, folder=folder, force=force, inputs=inputs(plan))
+        lines = [*describe(plan, thread_count(threads)), *(learning_lines(plan) if plan.unlearned else [])]
+    finally:
+        plan.close()
+    typer.echo("\n".join(map(printable, lines)))
+
+
+def merge_command(source: Any, out: Path, *, quiet: bool, **settings: Any) -> None:
+    """Merge under progress bars (none when quiet or when standard error is no terminal) and say what was done."""
+    from consilience.api import merge_recipe
+    from consilience.cli.learning import summary
+    from consilience.engine.adapter_output import AdapterSummary
+
+    def tell(found: Any) -> None:
+        for line in summary(found):
+            typer.echo(line)
+
+    result = merge_recipe(source, out, learned=None if quiet else tell, progress=not quiet, **settings)
+    if quiet:
+        return
+    if isinstance(result, AdapterSummary):
+        lost = f", {result.discarded:.2%} of the update's energy discarded" if settings["rank"] else ", exact"
+        typer.echo(f"{result.out}: adapter on {result.modules} modules, rank {result.rank}{lost}")
+        for note in result.notes:
+            typer.echo(f"  note: {printable(note)}")
+    else:
+        show_summary(result)
+
+
+def show_summary(summary: Summary) -> None:
+    """Print what a merge did."""
+    read, written = summary.bytes_read / 1e9, summary.bytes_written / 1e9
+    resumed = f", {summary.resumed_segments} segments from an earlier run" if summary.resumed_segments else ""
+    typer.echo(
+        f"{summary.out}: {summary.method}, {summary.merged} of {summary.tensors} tensors merged, "
+        f"{summary.parameters / 1e6:.1f} M parameters, read {read:.2f} GB, wrote {written:.2f} GB, "
+        f"{summary.seconds:.1f} s, verified{resumed}"
+    )
+    for loss in summary.below_unit:
+        typer.echo(
+            f"  {loss.name}: {loss.entries:.1%} of its task vector's entries ({loss.mass:.1%} of its mass) are below "
+            "one unit in the last place of the output"
+        )
+    if not math.isnan(summary.rounding):
+        typer.echo(f"  rounding error: {summary.rounding:.3%} of {summary.rounding_of}")
+    for note in summary.notes:
+        typer.echo(f"  note: {printable(note)}")
+    typer.echo(f"  fingerprint {summary.fingerprint}")

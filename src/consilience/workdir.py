@@ -1,0 +1,630 @@
+"""The one way out: how every output is claimed, made and installed.
+
+Work towards OUT happens beside it, and OUT changes in one step:
+
+    OUT.partial/work.json   whose folder this is: the digest of the work done here
+    OUT.partial/result      what becomes OUT, a folder or a file
+    OUT.partial/...         what a rerun goes on from: journal, weights, learned state
+    OUT.done                while an installation is tidied up: the digest, the result's inode, what to report
+    OUT.kept                files that stood at a replaced OUT and that Consilience had not written
+
+What holds at every moment, in the order in which a run relies on it:
+
+1. OUT.partial belongs to the run that holds its lock; the lock goes with the process.
+2. An OUT.partial without a readable ``work.json`` that is not empty, and an OUT.done that is not ours, are somebody
+   else's: they are refused and not touched.
+3. ``work.json`` names a digest only while everything beside it was made for that digest.
+4. OUT is absent, the old one, or complete: it appears by one rename, or by an exchange with the old one, after all
+   of it was flushed. Where the file system has no exchange, the old one waits in OUT.partial/previous.
+5. OUT.done is written before that rename and removed as the very last change. A rerun that finds it knows by OUT's
+   inode whether the rename happened; if it did, and the digest is its own, nothing is left to do but to tidy up.
+6. Of a replaced OUT only files that ``consilience/files.json`` lists, and that have not changed since it was written,
+   are removed; all others are moved to OUT.kept.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+from consilience.errors import InputError, MachineError
+
+#: The folder of an output that holds what Consilience has to say about it, and in it the list of the output's files.
+OURS, MANIFEST = "consilience", "files.json"
+#: Whose folder OUT.partial is.
+WORK = "work.json"
+_RESULT, _PREVIOUS, _TRASH = "result", "previous", "trash"
+_FORMAT = 1
+#: What marked an OUT.partial of version 0.1.0; what is left there is done again.
+_OLDER = ("consilience/plan.json", "training-plan.json")
+_AGAIN = "then run the same command again"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def partial_path(out: Path) -> Path:
+    """Return the folder that work towards ``out`` is done in."""
+    return out.with_name(out.name + ".partial")
+
+
+def done_path(out: Path) -> Path:
+    """Return the file that says that ``out`` was installed while the run is still tidying up."""
+    return out.with_name(out.name + ".done")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small files.
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader, a kill or a crash sees the old content or the new one, never a part.
+
+    What a killed run leaves is one hidden file of a fixed name, which the next write of ``path`` takes over.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    content = data.encode("utf-8", errors="backslashreplace") if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = _open_locked(temporary)
+    try:
+        os.ftruncate(descriptor, 0)
+        _write_all(descriptor, content)
+        os.fsync(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    """Open a file for writing and wait until no other run writes it."""
+    while True:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _still_names(path, descriptor):
+            return descriptor
+        os.close(descriptor)  # another run finished with it, and it has become the file itself
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(descriptor, view) :]
+
+
+def json_text(value: Any) -> str:
+    """Return readable JSON; what is not Unicode text (a file's odd name) becomes an escape when it is written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON into a result that nobody reads yet."""
+    path.write_text(json_text(value), encoding="utf-8", errors="backslashreplace")
+
+
+def digest_of(value: Any) -> str:
+    """Return what identifies a piece of work: a hash of JSON-able values that decide its result."""
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _read_ours(path: Path) -> dict[str, Any] | None:
+    """Return what one of our own small files says; None if it is not one of ours."""
+    try:
+        value: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return cast(dict[str, Any], value) if isinstance(value, dict) and value.get("format") == _FORMAT else None
+
+
+def sync_tree(place: Path) -> None:
+    """Flush a file, or every file and folder below a folder."""
+    names = [place] if place.is_file() else [Path(top) / n for top, _, files in os.walk(place) for n in (*files, "")]
+    for path in names:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _still_names(path: Path, descriptor: int) -> bool:
+    try:
+        there, ours = os.lstat(path), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _inode(path: Path) -> list[int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return [status.st_dev, status.st_ino]
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, link or whole folder that is ours; one that is not there is no matter."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which files of an output are ours.
+
+
+def write_manifest(folder: Path, foreign: Iterable[str] = ()) -> None:
+    """List a finished output's files in ``consilience/files.json``: those that a later ``--force`` may remove.
+
+    It must be the last file that is written: what is newer than it is no longer what Consilience wrote.
+
+    Args:
+        folder: the output.
+        foreign: files in it, relative to it, that are not ours.
+    """
+    ours = folder / OURS
+    ours.mkdir(exist_ok=True)
+    names = {str(path.relative_to(folder)) for path in _files(folder)} | {f"{OURS}/{MANIFEST}"}
+    write_file(ours / MANIFEST, json_text({"format": _FORMAT, "files": sorted(names - set(foreign))}))
+
+
+def foreign_files(folder: Path) -> list[str] | None:
+    """Return the files below a folder that Consilience has not written, or that were changed since; None: all of them.
+
+    Files are named relative to the folder. Links are never ours.
+    """
+    manifest = folder / OURS / MANIFEST
+    listed = _read_ours(manifest)
+    if listed is None or not isinstance(listed.get("files"), list):
+        return None
+    names, written = set(cast(list[Any], listed["files"])), manifest.stat().st_mtime_ns
+    found: list[str] = []
+    for path in _files(folder):
+        name, status = str(path.relative_to(folder)), path.lstat()
+        if name not in names or path.is_symlink() or status.st_mtime_ns > written:
+            found.append(name)
+    return sorted(found)
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    """Walk files and links (to folders too) below a folder."""
+    for top, folders, files in os.walk(folder):
+        yield from (Path(top) / name for name in files)
+        yield from (Path(top) / name for name in folders if (Path(top) / name).is_symlink())
+
+
+def _set_aside(old: Path, kept: Path) -> int:
+    """Move the files of a replaced output that are not ours to ``kept``; return how many those are."""
+    foreign = foreign_files(old)
+    if foreign is None:
+        count = sum(1 for _ in _files(old))
+        if count:
+            os.rename(old, kept)
+        return count
+    for name in foreign:
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(old / name, kept / name)
+    return len(foreign)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether OUT may be written.
+
+
+def check_out(out: Path, *, folder: bool = True, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an OUT that would overwrite, or nest with, something; nothing is touched.
+
+    Args:
+        out: where the output goes.
+        folder: whether it is a folder (else one file).
+        force: replace what stands at ``out``.
+        inputs: what the work reads.
+
+    Raises:
+        InputError: OUT is not free (without ``force``), is of another kind, or is, lies in or holds an input; or its
+            OUT.partial was not left by Consilience.
+    """
+    if out.name in ("", ".."):
+        raise InputError(f"{out}: is not a name to write to; name a new {'folder' if folder else 'file'}")
+    try:
+        _refuse_nesting(out, inputs)
+        if not done_path(out).exists():  # else the run itself finds out what an earlier one delivered
+            _refuse_occupied(out, folder, force)
+        partial = partial_path(out)
+        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+            raise _in_the_way(partial)
+        if partial.is_dir():
+            _refuse_foreign(partial)
+    except OSError as error:
+        raise _impossible(out, error) from None
+
+
+def _refuse_nesting(out: Path, inputs: Iterable[Path]) -> None:
+    names = dict.fromkeys(place for path in inputs for place in (path.absolute(), path.resolve()))
+    for place in (out.absolute(), partial_path(out.absolute())):
+        real = place.parent.resolve() / place.name
+        for path in names:
+            if real == path or real in path.parents or (path.is_dir() and path in real.parents):
+                raise InputError(f"{place}: is, or lies in, or holds the input {path}; choose another OUT")
+
+
+def _refuse_occupied(out: Path, folder: bool, force: bool) -> None:
+    if out.is_symlink():
+        raise InputError(f"{out}: is a symbolic link; name the place it points to, or choose another OUT")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if out.exists() and not folder:
+            raise InputError(f"{out}: is a folder, and this command writes a file; choose another OUT")
+        return
+    if not force:
+        raise InputError(f"{out}: exists and is not empty; choose another OUT, or pass --force to replace it")
+    if not (out.is_dir() if folder else out.is_file()):
+        kind = "folder" if folder else "file"
+        raise InputError(f"{out}: exists and is not a {kind}, which this command writes; choose another OUT")
+
+
+def _in_the_way(path: Path) -> InputError:
+    return InputError(f"{path}: is in the way and was not left by an unfinished run; move it elsewhere")
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """Refuse an OUT.partial that no run of ours left; a run killed at once leaves it empty, or with a hidden file."""
+    names = {str(path.relative_to(partial)) for path in _files(partial)}
+    if names - {f".{WORK}.new"} and _read_ours(partial / WORK) is None and not any(map(names.__contains__, _OLDER)):
+        raise _in_the_way(partial)
+
+
+def _impossible(out: Path, error: OSError) -> InputError | MachineError:
+    why = error.strerror or str(error)
+    if error.errno in _FULL:
+        return MachineError(f"{out}: cannot be created ({why}); free space or fix the disk, {_AGAIN}")
+    return InputError(f"{out}: cannot be created ({why}); choose another OUT")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run.
+
+
+class Workdir:
+    """OUT.partial while one run holds it.
+
+    Attributes:
+        out: what is made.
+        path: the folder to work in.
+        resumed: whether what lies there is an unfinished run's of the same digest.
+        delivered: what an earlier run of the same digest reported when it installed OUT and was killed before it had
+            tidied up; nothing is left to be done.
+        notes: what the user should be told of the installation.
+    """
+
+    def __init__(self, out: Path, digest: str, *, folder: bool, force: bool, keep: Sequence[str]) -> None:
+        self.out, self.path, self.digest = out, partial_path(out), digest
+        self.folder, self.force = folder, force
+        self.resumed = False
+        self.delivered: dict[str, Any] | None = None
+        self.notes: list[str] = []
+        self._keep = keep
+        self._earlier: set[str] = set()
+        self._finished = False
+        self._done: int | None = None
+
+    @property
+    def result(self) -> Path:
+        """Where the output is made: a folder, or a file with OUT's ending."""
+        return self.path / (_RESULT if self.folder else f"{_RESULT}{self.out.suffix}")
+
+    def new_result(self) -> Path:
+        """Return an empty folder to make the output in."""
+        self.remove_result()
+        self.result.mkdir()
+        return self.result
+
+    def remove_result(self) -> None:
+        """Remove what an unfinished run left of a result."""
+        _remove(self.result)
+
+    def adopt(self) -> None:
+        """Keep what an unfinished run of the same digest left; of any other keep what is named to be kept.
+
+        The digest is written last, so that it never stands beside what another one left.
+        """
+        before = _read_ours(self.path / WORK)
+        self.resumed = before is not None and before.get("digest") == self.digest
+        self._earlier = {name for name in self._keep if (self.path / name).exists()}
+        if not self.resumed:
+            write_file(self.path / WORK, json_text({"format": _FORMAT, "digest": None}))
+            self._clear({WORK, *self._earlier})
+            write_file(self.path / WORK, json_text({"format": _FORMAT, "digest": self.digest}))
+
+    def deliver(self, facts: dict[str, Any]) -> None:
+        """Install ``result`` as OUT and take OUT.partial away.
+
+        Args:
+            facts: what to report, JSON-able: what ``delivered`` is if this run is killed while it tidies up.
+
+        Raises:
+            MachineError: the disk failed, or something appeared at OUT meanwhile; OUT.partial is kept.
+        """
+        if self.folder:
+            write_manifest(self.result)
+        sync_tree(self.result)
+        marker = {
+            "format": _FORMAT,
+            "digest": self.digest,
+            "result": _inode(self.result),
+            "kept": _free_name(self.out, ".kept").name,
+            "facts": facts,
+        }
+        self._announce(marker)
+        self._install()
+        _sync(self.out.absolute().parent)
+        self._tidy(marker)
+        self._finished = True
+
+    def recover(self) -> None:
+        """Look at what a run that was killed around its installation left, and finish or undo it."""
+        path = done_path(self.out)
+        if not path.exists() and not path.is_symlink():
+            self._restore()
+            return
+        marker = _read_ours(path)
+        if marker is None:
+            raise _in_the_way(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        _lock(descriptor, path)
+        self._done = descriptor
+        if not _still_names(path, descriptor):
+            return  # the run that wrote it has just finished
+        if _inode(self.out) == marker["result"]:
+            self._tidy(marker)
+            if marker["digest"] == self.digest:
+                self.delivered, self._finished = marker["facts"], True
+                return
+            self._clear({WORK})
+            (self.path / WORK).unlink(missing_ok=True)
+        self._restore()
+        self._forget()
+
+    def _announce(self, marker: dict[str, Any]) -> None:
+        """Write OUT.done, held by this run."""
+        temporary = self.path / ".done.new"
+        self._done = _open_locked(temporary)
+        os.ftruncate(self._done, 0)
+        _write_all(self._done, json_text(marker).encode())
+        os.fsync(self._done)
+        os.replace(temporary, done_path(self.out))
+
+    def _install(self) -> None:
+        if self.out.exists() and (not self.folder or any(self.out.iterdir())):
+            if not self.force:
+                self._forget()
+                raise MachineError(f"{self.out}: appeared while this run worked; move it elsewhere, {_AGAIN}")
+            if not exchange(self.result, self.out):
+                os.rename(self.out, self.path / _PREVIOUS)
+                os.rename(self.result, self.out)
+        else:
+            os.rename(self.result, self.out)
+
+    def _restore(self) -> None:
+        """Put the old OUT back if a run without the exchange was killed between its two renames."""
+        previous = self.path / _PREVIOUS
+        if previous.exists() and not self.out.exists():
+            os.rename(previous, self.out)
+
+    def _tidy(self, marker: dict[str, Any]) -> None:
+        """After the installation: keep what was not ours of the old OUT; the rest goes with OUT.partial."""
+        for old in (self.result, self.path / _PREVIOUS):
+            if self.folder and old.is_dir():
+                kept = self.out.with_name(str(marker["kept"]))
+                count = _set_aside(old, kept)
+                if count:
+                    self.notes.append(
+                        f"{count} file(s) at {self.out} had not been written by Consilience; they are now in {kept}"
+                    )
+                if old.exists():
+                    os.rename(old, self.path / _TRASH)
+
+    def _forget(self) -> None:
+        done_path(self.out).unlink(missing_ok=True)
+        if self._done is not None:
+            os.close(self._done)
+            self._done = None
+
+    def _clear(self, spared: set[str]) -> None:
+        for path in self.path.iterdir():
+            if path.name not in spared:
+                _remove(path)
+
+    def discard(self, made: list[Path]) -> None:
+        """Leave nothing behind but what an earlier run had left to be kept."""
+        if self._earlier:
+            self._clear({WORK, *self._earlier})
+            return
+        self.remove()
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+    def remove(self) -> None:
+        """Take OUT.partial away: its mark goes last, so that a kill leaves a folder that is known as ours."""
+        self._clear({WORK})
+        (self.path / WORK).unlink(missing_ok=True)
+        self.path.rmdir()
+
+    def close(self) -> None:
+        """Finish after a delivery: OUT.done is the last thing to go."""
+        if self._finished:
+            self.remove()
+            self._forget()
+        if self._done is not None:
+            os.close(self._done)
+
+
+@contextlib.contextmanager
+def workdir(
+    out: Path,
+    digest: str,
+    *,
+    folder: bool = True,
+    force: bool = False,
+    inputs: Iterable[Path] = (),
+    keep: Sequence[str] = (),
+) -> Generator[Workdir]:
+    """Hold OUT for this run alone; inside, make ``result`` and ``deliver`` it.
+
+    Wrong input leaves nothing behind; any other end keeps OUT.partial, and a run of the same digest goes on there.
+
+    Args:
+        out: what is made.
+        digest: identifies the work by everything that decides the result.
+        folder: whether OUT is a folder (else one file).
+        force: replace what stands at ``out``.
+        inputs: what the work reads.
+        keep: names in OUT.partial that are worth keeping when the digest is another one, or the input is wrong.
+
+    Raises:
+        InputError: see ``check_out``; or another run holds OUT.
+        MachineError: the disk is full or failed.
+    """
+    named = list(inputs)
+    check_out(out, folder=folder, force=force, inputs=named)
+    made = [parent for parent in partial_path(out.absolute()).parents if not parent.exists()]
+    try:
+        descriptor = _claim(partial_path(out))
+    except OSError as error:
+        _remove_empty(made)
+        raise _impossible(out, error) from None
+    work = Workdir(out, digest, folder=folder, force=force, keep=keep)
+    try:
+        try:
+            _refuse_foreign(work.path)
+            work.recover()
+            if work.delivered is None:
+                _refuse_occupied(out, folder, force)  # again: another run may have finished since
+        except InputError:
+            _remove_empty([work.path, *made])
+            raise
+        try:
+            if work.delivered is None:
+                work.adopt()
+            yield work
+        except InputError:
+            work.discard(made)
+            raise
+        finally:
+            work.close()
+    except OSError as error:
+        place = error.filename or str(work.path)
+        raise MachineError(f"{place}: {error.strerror or error}; free space or fix the disk, {_AGAIN}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # what the library makes of a failing disk
+            raise
+        raise MachineError(f"{work.path}: {error}; free space or fix the disk, {_AGAIN}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _claim(partial: Path) -> int:
+    """Make OUT.partial if need be and lock it; return the descriptor that holds the lock."""
+    while True:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # the run that held it has just finished
+        _lock(descriptor, partial)
+        if _still_names(partial, descriptor):
+            return descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, place: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{place}: another run is writing there; wait for it, or choose another OUT") from None
+
+
+def _free_name(path: Path, ending: str) -> Path:
+    number, free = 1, path.with_name(path.name + ending)
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.name}{ending}-{number}")
+    return free
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change places in one step (Linux's renameat2); False where that is not to be had."""
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders for a moment.
+
+
+@contextlib.contextmanager
+def scratch(prefix: str) -> Generator[Path]:
+    """Give a folder that goes at the end; those that killed runs have left go first.
+
+    Args:
+        prefix: what such folders' names begin with, in the system's folder for temporary files.
+    """
+    root = Path(tempfile.gettempdir())
+    for path in root.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError, InputError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            _lock(descriptor, path)
+            try:
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=prefix))
+        try:
+            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another run took it for a leftover
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _still_names(place, descriptor):
+            break
+        os.close(descriptor)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(descriptor)
