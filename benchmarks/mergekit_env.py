@@ -3,7 +3,7 @@
     python -m benchmarks.mergekit_env                                  # make the environment
     python -m benchmarks.mergekit_env ties OUT BASE EXPERT EXPERT ...  # and run one merge
 
-The environment gets the versions in constraints.txt, so both programs run on the same torch and safetensors.
+torch, safetensors and transformers have the versions in requirements.lock, so both programs run on the same ones.
 """
 
 import subprocess
@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.synthetic import ROOT
+from tools.lockfile import pin
 
 VENV = ROOT / ".cache" / "mergekit-venv"
-CONSTRAINTS = ROOT / "constraints.txt"
-REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
+REQUIREMENTS = (*(pin(name) for name in ("torch", "safetensors", "transformers")), "mergekit==0.1.5")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """Nothing is looked up on a hub: the inputs are local folders."""
 WITHOUT_BASE = frozenset({"linear"})
@@ -26,11 +26,11 @@ WITHOUT_BASE = frozenset({"linear"})
 def ensure(folder: Path = VENV) -> Path:
     """Return the path of `mergekit-yaml`, after making its environment if that is absent or out of date."""
     stamp = folder / "requirements.txt"
-    wanted = "\n".join([*REQUIREMENTS, CONSTRAINTS.read_text(encoding="utf-8")])
+    wanted = "\n".join(REQUIREMENTS)
     program = folder / "bin" / "mergekit-yaml"
     if not (program.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted):
         venv.create(folder, with_pip=True)
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS]
+        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, *REQUIREMENTS], check=True)
         stamp.write_text(wanted, encoding="utf-8")
     return program

@@ -5,6 +5,7 @@ python -m benchmarks.routed_sides SPEC.json FOUND.json      # one process of a r
 
 import copy
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -306,10 +307,16 @@ def compare(case: Case, model: Any, settings: Settings) -> Agreement:
     with torch.no_grad():
         logits = exact(input_ids=ids).logits
         first = model(input_ids=ids[:, :-1], use_cache=True)
-        last = model(input_ids=ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        name = cache_name(model)
+        last = model(input_ids=ids[:, -1:], use_cache=True, **{name: first[name]})
         with model.routing.queries([""] * len(ids)):
             modules = [_off(model.get_submodule(name)(u), y) for name, (u, y) in seen.items()]
     return Agreement(_off(torch.cat([first.logits, last.logits], 1), logits), max(modules))
+
+
+def cache_name(model: Any) -> str:
+    """Return what a model calls its cache, as an argument and in its answer: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _off(found: Tensor, exact: Tensor) -> float:
@@ -324,9 +331,10 @@ class Pass:
         self.model, self.load, self.device = model, load, case.spec.device
         self.ids = case.ids[: load.batch, : _length(load)]
         self.cache: Any = None
+        self.cache_name = cache_name(model)
         if load.cached:
             with torch.no_grad():
-                self.cache = model(input_ids=self.ids[:, : load.cached], use_cache=True).past_key_values
+                self.cache = model(input_ids=self.ids[:, : load.cached], use_cache=True)[self.cache_name]
 
     def __call__(self) -> float:
         """Return the seconds of a pass."""
@@ -336,7 +344,7 @@ class Pass:
                 self.model(input_ids=self.ids, use_cache=True, logits_to_keep=1)
                 return self._now() - begun
             for token in self.ids[:, self.load.cached :].split(1, 1):
-                self.model(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.model(input_ids=token, use_cache=True, logits_to_keep=1, **{self.cache_name: self.cache})
             seconds = (self._now() - begun) / DECODED
             self.cache.crop(-DECODED)
         return seconds

@@ -158,6 +158,7 @@ def test_the_merge_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -
     assert (tmp_path / "merged-adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_glue_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
     (tmp_path / "suites").symlink_to(ROOT / "suites")
@@ -168,6 +169,7 @@ def test_the_glue_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) ->
     assert found.alpha.sum() == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_routing_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
     (tmp_path / "suites").symlink_to(ROOT / "suites")
@@ -178,6 +180,7 @@ def test_the_routing_tutorial_does_what_it_says(tmp_path: Path, real_base: Path)
     assert not (tmp_path / "gated" / "consilience" / "experts" / "translate").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_learning_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
     (tmp_path / "suites").symlink_to(ROOT / "suites")

@@ -152,7 +152,14 @@ def perturb(model: Any, generator: torch.Generator) -> None:
                 value.abs_().add_(0.5)
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda make: make.__name__)
+QUICK = {llama, t5, resnet}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(make, marks=() if make in QUICK else pytest.mark.slow) for make in MODELS],
+    ids=lambda make: make.__name__,
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     hf.utils.logging.disable_progress_bar()
     hf.utils.logging.set_verbosity_error()

@@ -166,6 +166,7 @@ def test_gradients_of_other_tensors_are_no_match() -> None:
         compare(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_side(base: Path, tmp_path: Path) -> None:
     status = coefficient_step.main(
         ["--base", str(base), "--cache", str(tmp_path), "--k", "2", "--tokens", "8", "--repeat", "1", "--threads", "1",

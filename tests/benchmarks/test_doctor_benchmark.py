@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks import doctor, records
 from benchmarks.records import Results
 from benchmarks.synthetic import ensure
 
 
+@pytest.mark.slow
 def test_it_measures_the_tiny_set_and_writes_its_page(tmp_path: Path) -> None:
     row = doctor.run_size(ensure("tiny", tmp_path / "cache"), 1, 1, tmp_path)
     assert not row.failure

@@ -55,7 +55,13 @@ CASES: dict[str, tuple[Coefficients, bool]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+QUICK = {"2 blocks, 3 experts, tensors outside", "global", "one number", "anchors of others"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_pictures_of_all_kinds(case: tuple[Coefficients, bool]) -> None:
     coefficients, with_importance = case
     count = len(coefficients.groups)
@@ -72,7 +78,10 @@ def test_pictures_of_all_kinds(case: tuple[Coefficients, bool]) -> None:
 HOSTILE = ["$\\frac$", "$x", "\x1b[31m", "漢字", "a\nb", "x" * 5000, "", "{}", "%s", "_hidden", "\u202e"]
 
 
-@pytest.mark.parametrize("grouping", ["tensor", "block", "global"])
+@pytest.mark.parametrize(
+    "grouping",
+    [pytest.param("tensor", marks=pytest.mark.slow), pytest.param("block", marks=pytest.mark.slow), "global"],
+)
 def test_hostile_names_are_drawn_as_they_are(grouping: str) -> None:
     """Warnings are errors here: an unknown character, or a formula in a name, must not raise one."""
     tensors = [(f"{name}.{i}.{kind}.w", 4) for name in HOSTILE[:3] for i in range(2) for kind in HOSTILE]
@@ -92,6 +101,7 @@ def test_bytes_are_the_files_and_the_same_every_time(tmp_path: Path) -> None:
     assert importance_picture(shares, tmp_path / "c.png") == (tmp_path / "c.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_importance_comes_from_the_facts_where_it_is() -> None:
     coefficients = made(transformer(2), 2)
     shares: dict[str, Any] = {g.name: 0.5 + i for i, g in enumerate(coefficients.groups)}

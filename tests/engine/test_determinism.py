@@ -245,7 +245,7 @@ def rounded(values: Array, kind: str, seed: int = 0) -> Array:
 
 @pytest.mark.parametrize("source", ["float32", "float64"])
 @pytest.mark.parametrize("kind", SIGNIFICAND)
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_stochastic_rounding_lands_on_the_neighbours_with_the_right_odds(source: str, kind: str, sign: int) -> None:
     if source == "float32" and kind == "float32":
         return

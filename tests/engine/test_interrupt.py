@@ -165,7 +165,10 @@ def stopped_by(number: signal.Signals) -> tuple[int, str]:
     return process.returncode, text
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_a_stopped_run_is_continued(place: Path, number: signal.Signals) -> None:
     status, text = stopped_by(number)
     if number is signal.SIGKILL:

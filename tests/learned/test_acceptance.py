@@ -569,7 +569,9 @@ def test_a_strong_anchor_holds_the_coefficients(zoo: Path) -> None:
         assert np.abs(found.alpha - 0.3).max() < (1e-3 if kind == "real" else 0.02), kind
 
 
-@pytest.mark.parametrize(("grouping", "steps", "rate"), [("global", 40, 0.1), ("tensor", 150, 0.03)])
+@pytest.mark.parametrize(
+    ("grouping", "steps", "rate"), [("global", 40, 0.1), pytest.param("tensor", 150, 0.03, marks=pytest.mark.slow)]
+)
 def test_a_lone_expert_is_found_without_an_anchor(zoo: Path, grouping: str, steps: int, rate: float) -> None:
     found = learned(zoo, ["a"], grouping=grouping, steps=steps, learning_rate=rate, schedule="cosine", exclude="none")
     assert found.alpha.min() > 0.9
@@ -706,6 +708,7 @@ class Counter:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(zoo: Path, tmp_path: Path) -> None:
     experts = {name: zoo / name for name in ("a", "b")}
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_of(zoo, experts, parameters=PLAIN | BUSY, seed=3))

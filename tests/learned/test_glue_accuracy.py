@@ -80,6 +80,7 @@ def recipe(zoo: Path, method: str = "glue", target: Any = None, **parameters: An
     return build_recipe(method, str(zoo / "base"), experts, values, target=files if target is None else target)
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_merged_weights_and_falls(zoo: Path, tmp_path: Path) -> None:
     chosen = recipe(zoo, optimizer="cma", sigma=2.0, population=8, steps=5)
     merge_recipe(chosen, tmp_path / "out")

@@ -63,7 +63,7 @@ def expected(zoo: Path, names: Sequence[str], groups: Any) -> tuple[float, float
 
 
 @pytest.mark.parametrize("names", [FULL, LORA, ("a", "x", "y"), ("b",)], ids="+".join)
-@pytest.mark.parametrize("granularity", ["global", "block"])
+@pytest.mark.parametrize("granularity", ["global", pytest.param("block", marks=pytest.mark.slow)])
 def test_the_singular_values_are_those_of_the_dense_matrix(zoo: Path, names: Sequence[str], granularity: str) -> None:
     found = learn(recipe(zoo, names, granularity=granularity, exclude=["*norm*", "*embed*"]))
     assert not any("norm" in name or "embed" in name for group in found.groups for name, _ in group.tensors)

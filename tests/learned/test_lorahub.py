@@ -30,7 +30,7 @@ def recipe(zoo: Path, **parameters: Any) -> Any:
     return build_recipe("lorahub", str(zoo / "base"), experts, values, target={"train": str(zoo / "train.jsonl")})
 
 
-@pytest.mark.parametrize("optimizer", ["ngopt", "cma"])
+@pytest.mark.parametrize("optimizer", [pytest.param("ngopt", marks=pytest.mark.slow), "cma"])
 def test_the_search_ends_no_worse_than_it_starts(zoo: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a backward pass")

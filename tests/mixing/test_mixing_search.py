@@ -205,7 +205,7 @@ def many() -> tuple[dict[str, Any], Target]:
 
 
 @pytest.mark.parametrize("space", ["low_rank", "hierarchical"])
-@pytest.mark.parametrize("optimizer", ["sgd", "spsa"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("spsa", marks=pytest.mark.slow)])
 def test_spaces_for_many_experts_find_a_goal_in_the_hull(space: Any, optimizer: str) -> None:
     experts, goals = many()
     settings: dict[str, Any] = {"normalise": True} if optimizer == "spsa" else {}

@@ -90,7 +90,10 @@ def lasso(goal: Any, hessian: Alpha, at: Any, slope: float, low: float = -np.inf
 @pytest.mark.parametrize(
     ("rule", "rate", "clip"), [("adam", 0.03, 0.0), ("adam", 0.03, 0.1), ("adamw", 0.03, 0.0), ("sgd", 0.3, 0.0)]
 )
-@pytest.mark.parametrize(("kind", "gamma"), [("real", 0.3), ("real", 3.0), ("box", 1.5)])
+@pytest.mark.parametrize(
+    ("kind", "gamma"),
+    [("real", 0.3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("real", 3.0), ("box", 1.5)])],
+)
 def test_descent_ends_at_the_solution_of_loss_plus_anchor(
     rule: Rule, rate: float, clip: float, kind: Kind, gamma: float
 ) -> None:

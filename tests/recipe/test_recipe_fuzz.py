@@ -50,6 +50,36 @@ def test_any_text_as_yaml(text: str) -> None:
     attempt(parse_yaml, text)
 
 
+#: Ways to open a level; some parsers scan ahead in the first three, and none can in the others.
+OPENINGS = {"[": "]", "{": "}", "{a: [": "]}", "- ": "", "[\n": "]", "? ": ""}
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)])
+@pytest.mark.parametrize("levels", [101, 999, 1001, 20_000])
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_deep_nesting_is_refused_in_our_words(
+    opening: str, levels: int, loader: type[yaml.SafeLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consilience.recipe.yaml_file._Loader", loader)
+    for text in (opening * levels, "a: 1\nb:\n  " + opening * levels + "c" + OPENINGS[opening] * levels):
+        with pytest.raises(InputError, match=r"^recipe\.yaml: line \d+: nested more than 100 levels deep; write it"):
+            parse_yaml(text, WHERE)
+
+
+@pytest.mark.parametrize("levels", [1, 99, 100])
+def test_nesting_up_to_the_limit_is_read(levels: int) -> None:
+    value = parse_yaml("[" * levels + "]" * levels, WHERE)
+    for _ in range(levels - 1):
+        (value,) = value
+    assert value == []
+
+
+@pytest.mark.parametrize("text", ["a: [1, 2\nb: 3", "a: 'b", "%x", "a: b: c", "[" * 50])
+def test_broken_text_that_is_not_deep_is_called_broken(text: str) -> None:
+    with pytest.raises(InputError, match=r"^recipe\.yaml: line \d+: not valid YAML"):
+        parse_yaml(text, WHERE)
+
+
 @pytest.mark.parametrize("text", ["1e-3", "-2E+5", "1.5e3", ".5e1", "1.e2", "1.0e+3", "0.25"])
 def test_numbers_with_an_exponent_are_numbers(text: str) -> None:
     assert parse_yaml(text, WHERE) == float(text)

@@ -237,7 +237,9 @@ def stopping_at(step: int) -> Callable[[int, int, float], None]:
     return listen
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("llama", "mixed"), ("t5", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("llama", "mixed"), pytest.param("t5", "float32", marks=pytest.mark.slow)]
+)
 def test_a_training_that_was_stopped_ends_in_the_same_bytes(kind: str, precision: Any, tmp_path: Path) -> None:
     settings = replace(QUICK, precision=precision)
     gates, record = train(kind, settings=settings)

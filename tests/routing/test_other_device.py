@@ -37,7 +37,7 @@ def similarity(queries: Sequence[str], settings: Settings) -> Similarity:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", list(WITHIN))
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_pass_neither_mixes_devices_nor_waits(

@@ -1,6 +1,7 @@
 """A routed model as a whole: what it computes, and that it is used as any transformers model is."""
 
 import copy
+import inspect
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -241,6 +242,21 @@ def test_the_cache_changes_nothing() -> None:
     model, ids = routed_llama(Settings("phatgoose", scale=30.0)), IDS[:1]
     runs = [model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*runs)
+
+
+def test_a_step_with_a_cache_keeps_the_query() -> None:
+    model = routed_llama(Settings("phatgoose", scale=50.0))
+    ids = make_tokenizer()(["aabc"], return_tensors="pt").input_ids
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :-1], use_cache=True)
+        asked = list(model.routing.asked.semantics.asked)
+        last = model(input_ids=ids[:, -1:], use_cache=True, **{name: first[name]})
+    assert model.routing.asked.semantics.asked == asked
+    with model.routing.queries(asked):
+        assert torch.allclose(last.logits[:, -1], logits(model, ids)[:, -1], atol=1e-5)
+    with model.routing.queries(["c"]):
+        assert not torch.allclose(last.logits[:, -1], logits(model, ids)[:, -1], atol=1e-3)
 
 
 def test_a_pass_without_generate_reads_its_query() -> None:

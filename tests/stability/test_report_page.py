@@ -169,7 +169,10 @@ def probed(names: tuple[str, ...]) -> ProbeFacts:
     return ProbeFacts((0.25, 0.5, 0.75, 1.0), tasks, (*merges, given), methods, curve, gain)
 
 
-@pytest.mark.parametrize(("experts", "blocks"), [(1, 1), (2, 2), (3, 120), (20, 30), (60, 120)])
+@pytest.mark.parametrize(
+    ("experts", "blocks"),
+    [(1, 1), (2, 2), (3, 120), *(pytest.param(*size, marks=pytest.mark.slow) for size in [(20, 30), (60, 120)])],
+)
 @pytest.mark.parametrize("probes", [True, False])
 def test_a_page_of_any_size_is_whole(experts: int, blocks: int, probes: bool) -> None:
     found = diagnosis(experts, blocks, probes=probes)

@@ -180,7 +180,7 @@ def test_wrong_values_are_named(wrong: Callable[[], Any], says: str) -> None:
         wrong()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 def test_bounded_weights_are_the_best_of_the_box(seed: int) -> None:
     generator = np.random.default_rng(seed)
     tau, slopes = generator.normal(size=(3, 5)), generator.normal(size=(3, 3))

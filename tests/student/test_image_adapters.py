@@ -25,7 +25,9 @@ def loaded(folder: Path) -> Any:
     return hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "internvl", "llava"])
+@pytest.fixture(
+    scope="module", params=["qwen2_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "llava"))]
+)
 def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.save_family(tmp_path_factory.mktemp(request.param), getattr(tiny, request.param), ())
     for seed, name in enumerate(("math", "code")):

@@ -49,7 +49,7 @@ class Family:
         return load_processor(self.folder / "base")
 
 
-@pytest.fixture(scope="module", params=list(TOWER))
+@pytest.fixture(scope="module", params=["qwen2_vl", pytest.param("internvl", marks=pytest.mark.slow)])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = tmp_path_factory.mktemp(request.param)
     tiny.save_family(folder, getattr(tiny, request.param))

@@ -62,7 +62,12 @@ def _rows(folder: Path, name: str) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module", params=list(BLOCKS))
+QUICK = {"llama", "t5", "qwen2_vl"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BLOCKS]
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = tmp_path_factory.mktemp(request.param)
     # float64 files of float32 values: what is loaded is exact, and blends have digits to spare.

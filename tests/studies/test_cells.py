@@ -89,6 +89,7 @@ def test_tables_are_built_from_cells_alone(tmp_path: Path, register: Any):
     assert "| a |" not in text
 
 
+@pytest.mark.slow
 def test_pages_are_the_same_bytes_every_time_and_hold_pictures(tmp_path: Path, register: Any):
     study = make(tables=lambda done: Tables(page(done), {"plot.svg": b"<svg/>"}))
     register(study)
@@ -105,6 +106,7 @@ def test_no_page_without_cells(tmp_path: Path, register: Any):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_rest_goes_on(
     tmp_path: Path, register: Any, capsys: pytest.CaptureFixture[str]
 ):
@@ -120,6 +122,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("result", [{"y": float("nan")}, {"y": {1, 2}}, {"y": object()}])
 def test_a_result_that_is_not_json_is_a_failure(tmp_path: Path, register: Any, result: Any):
     assert register(make([("a", {"x": 1})], run=lambda _: result)) == 1
@@ -137,6 +140,7 @@ def test_an_interrupt_keeps_finished_cells(tmp_path: Path, register: Any):
     assert (tmp_path / "demo.md").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_an_error_that_says_so(tmp_path: Path, register: Any, capsys: pytest.CaptureFixture[str]):
     register(make())
     before = (tmp_path / "cells" / "demo" / "a.json").read_bytes()
@@ -150,6 +154,7 @@ def test_a_changed_setting_is_an_error_that_says_so(tmp_path: Path, register: An
     assert register(make([("t", {"pair": [1, 2], "x": 1})])) == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_cell_is_an_error(tmp_path: Path, register: Any, capsys: pytest.CaptureFixture[str]):
     register(make())
     for damage in ("", "{", "[]", '{"setting": {}}'):
@@ -217,6 +222,7 @@ def test_wrong_registrations(registered: list[str], said: str, capsys: pytest.Ca
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_time_limit_begins_no_cell_that_would_pass_it(
     tmp_path: Path, register: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -133,6 +133,7 @@ def test_correlations_need_four_points_that_differ() -> None:
     assert np.isnan(agreement(merges, "K", lambda merge: merge.loss).pooled.value)
 
 
+@pytest.mark.slow
 def test_seeds_are_told_apart() -> None:
     # In seed 0 loss rises with the rate, in seed 1 it falls.
     cells = [
@@ -144,6 +145,7 @@ def test_seeds_are_told_apart() -> None:
     assert [value.split()[0] for value in found[1:]] == ["+1.00", "-1.00"]
 
 
+@pytest.mark.slow
 def test_the_optimum_of_merges_is_found_and_compared_with_single_experts() -> None:
     text = page(SWEEP).markdown
     assert _line(text, "merged loss is a U in learning rate")[1:] == [
@@ -154,6 +156,7 @@ def test_the_optimum_of_merges_is_found_and_compared_with_single_experts() -> No
     assert "in 2 of 2 sweeps" in page([*SWEEP, *worse]).markdown
 
 
+@pytest.mark.slow
 def test_unequal_lengths_are_compared_with_equal_ones_of_the_same_mean() -> None:
     text = page(CELLS).markdown
     # Rate 0.02 of 100 steps is the mean length 2, and its loss 0.6.
@@ -161,6 +164,7 @@ def test_unequal_lengths_are_compared_with_equal_ones_of_the_same_mean() -> None
     assert _line(text, "2 | 0.600")[1:4] == ["0.600 (1)", "0.750 (4)", "+0.150 [+0.150, +0.150]"]
 
 
+@pytest.mark.slow
 def test_signs_that_do_not_hold_are_said_to_fail() -> None:
     cells = [
         _equal(0.02, 100 * k, {(0, 1): (loss, 1.0), (0,): (0.5, 1.0)}, rows=rows)
@@ -183,6 +187,7 @@ def test_the_bound_of_experts_that_do_not_move_is_what_training_left() -> None:
     assert bound_of(unknown, moved, 5.0).total is None
 
 
+@pytest.mark.slow
 def test_advice_is_compared_with_the_average_of_the_same_set() -> None:
     advised = _advice().result["advice"]
     assert gains(advised, "followed") == pytest.approx([0.0, -0.2])
@@ -201,11 +206,13 @@ def test_the_number_of_experts_is_foretold_from_half_of_them() -> None:
     assert extrapolated(curve) == (8, pytest.approx(1.125, abs=1e-3), pytest.approx(1.125))
 
 
+@pytest.mark.slow
 def test_a_page_can_be_made_of_any_of_the_cells() -> None:
     for some in ([], *([cell] for cell in CELLS), SWEEP[:2], CELLS[4:]):
         assert page(some).markdown.startswith("# Does what the doctor says")
 
 
+@pytest.mark.slow
 def test_pictures_are_png() -> None:
     pictures = page(CELLS).pictures
     names = {"ranks", "lengths", "unequal", "effects", "saturation", "advice"}

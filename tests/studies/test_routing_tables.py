@@ -64,6 +64,7 @@ def test_a_held_out_task_s_accuracy_stands_under_held_out() -> None:
     assert _row(page(CELLS).markdown, "Accuracy", OURS) == ["", "50"]
 
 
+@pytest.mark.slow
 def test_a_page_can_be_made_of_any_of_the_cells() -> None:
     for some in (CELLS[:1], CELLS[3:4], CELLS[4:], CELLS[:4], []):
         assert page(some).markdown.startswith("# Routing eight language experts")

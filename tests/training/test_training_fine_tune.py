@@ -151,6 +151,7 @@ def test_the_state_of_another_run_is_dropped(base: Path, tasks: list[Path], tmp_
     assert seen == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_out_and_is_continued(base: Path, tasks: list[Path], tmp_path: Path):
     script = (
         "import os, signal, sys\n"

@@ -1,6 +1,7 @@
 """YAML read from strangers: bounded size, bounded expansion of aliases, duplicate keys refused."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,33 @@ def _line(node: Any) -> str:
     return f"line {node.start_mark.line + 1}"
 
 
-def _refuse_deep(text: str, where: str) -> None:
-    """Walk the flat stream of events: the C composer recurses without a guard and would take the process down."""
+def _too_deep(text: str) -> Any:
+    """Return the first event nested deeper than the limit, or None.
+
+    The stream of events is flat; composing recurses, and the C composer would take the process down.
+    """
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEPTH_LIMIT:
-            raise InputError(f"{where}: {_line(event)}: nested more than {DEPTH_LIMIT} levels deep; write it plainer")
+            return event
+    return None
+
+
+def _refuse_deep(text: str, where: str) -> None:
+    try:
+        event = _too_deep(text)
+    except yaml.MarkedYAMLError as error:
+        # libyaml scans ahead of its events and has a nesting limit of its own, so it may fail on levels whose events it
+        # has yet to give out. It does give them out where the text ends before what it refused.
+        event, mark = None, error.problem_mark
+        if mark is not None:
+            with suppress(yaml.YAMLError):
+                event = _too_deep(text[: mark.index])
+        if event is None:
+            raise
+    if event is not None:
+        raise InputError(f"{where}: {_line(event)}: nested more than {DEPTH_LIMIT} levels deep; write it plainer")
 
 
 def _expanded(node: Any, sizes: dict[int, int], open_nodes: set[int], where: str) -> int:

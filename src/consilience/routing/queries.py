@@ -18,6 +18,8 @@ from consilience.routing.router import Router, Semantics
 
 #: What a label is where there is none.
 IGNORED = -100
+#: What transformers calls the argument that holds earlier tokens: since 5.24, and before.
+CACHES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +167,7 @@ class Queries:
         self.router.tokens = frozenset(one.numel() for one in own if isinstance(one, Tensor))
         if self.held or not self.router.settings.instructed or self.router.fixed is not None:
             return
-        if _filled(kwargs.get("past_key_values")) or kwargs.get("encoder_outputs") is not None:
+        if any(_filled(kwargs.get(name)) for name in CACHES) or kwargs.get("encoder_outputs") is not None:
             return
         if ids is None:
             raise InputError(

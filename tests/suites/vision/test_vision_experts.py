@@ -71,6 +71,7 @@ def test_every_network_says_how_it_was_made(tmp_path: Path) -> None:
         assert card["target_test_accuracy"] == pytest.approx(right / 60, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_expert_learns_its_own_classes(tmp_path: Path) -> None:
     setting = Setting("stripes", "resnet8", experiment="halves", width=4, sizes=SIZES, base_epochs=2, expert_epochs=80)
     made = experiment(setting, images=DATA, cache=tmp_path)

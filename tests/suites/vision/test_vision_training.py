@@ -29,7 +29,7 @@ def _easy(count: int = 96) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("spec", [SPEC, NetSpec("vit", 16, depth=2, patch=4, heads=2, size=8, classes=2)])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_an_easy_task_is_learned(spec: NetSpec, precision: str) -> None:
     net = nets.build(spec)
     images, labels = _easy()

@@ -1,0 +1,1 @@
+"""What the Makefile runs: set-up, and the lock that it installs from."""
