@@ -10,7 +10,7 @@ import pytest
 from tests.kills.commands import COMMANDS, Command
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("merge", "flat-force", "force", "adapter")
+QUICK = ("force", "adapter")
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "tasks"), os.environ.get("PYTHONPATH", "")]),
     "OMP_NUM_THREADS": "1",

@@ -173,10 +173,12 @@ def merge_workdir(
 def merge_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress: Progress | None = None) -> Summary:
     """Merge in a folder that is held, and deliver; if an earlier run had delivered, return what that one reported."""
     if work.delivered is not None:
-        return Summary.from_dict(work.delivered)
-    started = time.perf_counter()
-    summary = replace(stream_in(plan, work, threads=threads, progress=progress), seconds=time.perf_counter() - started)
-    work.deliver(summary.to_dict())
+        summary = Summary.from_dict(work.delivered)
+    else:
+        started = time.perf_counter()
+        summary = stream_in(plan, work, threads=threads, progress=progress)
+        summary = replace(summary, seconds=time.perf_counter() - started)
+        work.deliver(summary.to_dict())
     return replace(summary, notes=(*summary.notes, *work.notes))
 
 
