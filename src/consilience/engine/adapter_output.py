@@ -221,7 +221,8 @@ def adapter_in(
 ) -> AdapterSummary:
     """Write the adapter in a folder that is held, and deliver it; see ``write_adapter``."""
     if work.delivered is not None:
-        return AdapterSummary.from_dict(work.delivered)
+        known = AdapterSummary.from_dict(work.delivered)
+        return replace(known, notes=(*known.notes, *work.notes))
     found: list[_Factors] = []
     progress = progress or NullProgress()
     adapted = [t for t in plan.tensors if t.program is not None and any(source.pair for source in t.rows)]
