@@ -128,6 +128,7 @@ def source_of(name: str, entry: RoutedEntry, root: Path | None, where: str) -> S
             f"{where}: expert {name!r}: {entry.model} is no PEFT adapter (no adapter_config.json); make one of a "
             "fine-tuned model with: consilience route extract BASE MODEL OUT"
         )
+    store.check_adapter(folder)
     return Source(name, folder, entry, root)
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from consilience.checkpoints.files import copy_file
+from consilience.checkpoints.files import check_link, copy_file
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.mapped import mapped
 from consilience.checkpoints.open import WEIGHT_SUFFIXES, open_checkpoint
@@ -235,6 +235,17 @@ def _referenced(described: Base, folder: Path) -> Path:
 def expert_folder(folder: Path, name: str) -> Path:
     """Return the folder of an expert."""
     return folder / OURS / EXPERTS / name
+
+
+def check_adapter(adapter: Path) -> None:
+    """Refuse an adapter with a file that cannot be copied.
+
+    Raises:
+        InputError: names the file.
+    """
+    for file in _ADAPTER:
+        if (adapter / file).is_file() and not file.endswith(WEIGHT_SUFFIXES):
+            check_link(adapter / file)
 
 
 def write_expert(folder: Path, name: str, adapter: Path, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
