@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 
 from consilience import workdir as module
+from consilience.__main__ import run
 from consilience.errors import InputError, MachineError
 from consilience.workdir import Workdir, foreign_files, scratch, workdir, write_file, write_manifest
+from tests.kills.commands import write_models
 
 
 def deliver(out: Path, digest: str = "one", text: str = "new", force: bool = False) -> list[str]:
@@ -54,7 +57,7 @@ def test_an_output_appears_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert names(tmp_path / "deep") == ["out"]
     assert (tmp_path / "deep/out/file.txt").read_text() == "new"
     listed = json.loads((tmp_path / "deep/out/consilience/files.json").read_text())
-    assert listed["files"] == ["consilience/files.json", "file.txt"]
+    assert list(listed["files"]) == ["file.txt"]
 
 
 def test_wrong_input_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
@@ -200,11 +203,160 @@ def test_an_own_output_is_replaced_without_a_word(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+def test_a_file_that_was_moved_over_ours_is_foreign_however_old_it_is(tmp_path: Path) -> None:
+    deliver(tmp_path / "out")
+    mine = tmp_path / "mine"
+    mine.write_text("new")
+    os.utime(mine, (1e9, 1e9))
+    mine.replace(tmp_path / "out/file.txt")
+    assert foreign_files(tmp_path / "out") == []  # the same content
+    mine.write_text("old")
+    os.utime(mine, (1e9, 1e9))
+    mine.replace(tmp_path / "out/file.txt")
+    assert foreign_files(tmp_path / "out") == ["file.txt"]
+
+
+def test_a_copy_with_other_times_is_still_ours(tmp_path: Path) -> None:
+    deliver(tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)
+    for number, path in enumerate(sorted((tmp_path / "copy").rglob("*"), reverse=True)):
+        os.utime(path, (2e9 + number, 2e9 + number))
+    assert foreign_files(tmp_path / "copy") == []
+
+
+def test_large_weights_are_known_again_by_their_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consilience.contents._LARGE", 1000)
+    monkeypatch.chdir(tmp_path)
+    write_models()
+    assert run(["merge", "base", "out", "-e", "a=a", "--method", "linear", "-q"]) == 0
+    states = json.loads((tmp_path / "out/consilience/lineage.json").read_text())["files"]
+    assert states["model.safetensors"][2].startswith("tensors:")
+    weights = tmp_path / "out/model.safetensors"
+    os.utime(weights, (1e9, 1e9))
+    assert foreign_files(tmp_path / "out") == []
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, (1e9, 1e9))
+    assert foreign_files(tmp_path / "out") == ["model.safetensors"]
+
+
+def test_pipes_and_sockets_are_foreign(tmp_path: Path) -> None:
+    deliver(tmp_path / "out")
+    os.mkfifo(tmp_path / "out/pipe")
+    deliver(tmp_path / "out", "two", force=True)
+    assert names(tmp_path / "out.kept") == ["pipe"]
+
+
+def test_a_folder_that_cannot_be_seen_into_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "out/secret"
+    secret.mkdir(parents=True)
+    (secret / "thesis.txt").write_text("mine")
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != secret and allowed(path, mode))
+    with pytest.raises(InputError, match=r"out/secret: cannot be replaced \(Permission denied\); change its mode"):
+        deliver(tmp_path / "out", force=True)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(InputError, match="is a mount point"):
+        deliver(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_manifest_leaves_out_what_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
     (tmp_path / "b").write_text("")
     write_manifest(tmp_path, {"b"})
     assert foreign_files(tmp_path) == ["b"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# After a kill around the installation.
+
+
+class Killed(BaseException):
+    """What stands for a kill: nothing is tidied up after it."""
+
+
+def killed(out: Path, monkeypatch: pytest.MonkeyPatch, where: str, text: str = "new", force: bool = False) -> None:
+    """Deliver, and be killed as soon as a method of the folder is called (or, after ``-``, has been)."""
+    kept = getattr(Workdir, where.lstrip("-"))
+
+    def fall(self: Workdir, *arguments: Any) -> None:
+        if where.startswith("-"):
+            kept(self, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, where.lstrip("-"), fall)
+        with pytest.raises(Killed):
+            deliver(out, text=text, force=force)
+
+
+def test_a_refused_run_leaves_a_killed_one_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    killed(out, monkeypatch, "-_install")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="exists and is not empty"):
+        deliver(out, "two")
+    assert sorted(tmp_path.rglob("*")) == before
+    deliver(out)
+    assert names(tmp_path) == ["out"]
+
+
+def test_another_folder_is_not_taken_for_what_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    killed(out, monkeypatch, "-_install")
+    for path in sorted(out.rglob("*"), reverse=True):  # the folder itself stays, as one with the same inode would
+        path.rmdir() if path.is_dir() else path.unlink()
+    deliver(out)
+    assert (out / "file.txt").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("where", ["_tidy", "-_tidy"])
+def test_a_rerun_says_where_files_went_that_a_killed_run_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    killed(out, monkeypatch, where, force=True)
+    said = f"1 file(s) at {out} had not been written by Consilience; they are now in {out}.kept"
+    assert deliver(out, force=True) == [said]
+    assert caplog.messages == [f"note: {said}"]
+    assert names(tmp_path) == ["out", "out.kept"]
+
+
+@pytest.mark.parametrize("digest", ["one", "two"])
+def test_without_an_exchange_an_old_output_outlives_what_appears_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(module, "exchange", lambda one, other: False)
+    rename = os.rename
+
+    def fall(one: Path, other: Path) -> None:
+        rename(one, other)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fall)
+        with pytest.raises(Killed):
+            deliver(out, force=True)
+    assert names(tmp_path) == ["out.done", "out.partial"]
+    out.mkdir()
+    (out / "more.txt").write_text("mine too")
+    deliver(out, digest, force=True)
+    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["file.txt", "more.txt", "thesis.txt"]
+    assert names(out) == ["consilience", "file.txt"]
+    assert not list(tmp_path.glob("out.[dp]*"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

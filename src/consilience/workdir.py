@@ -5,7 +5,7 @@ Work towards OUT happens beside it, and OUT changes in one step:
     OUT.partial/work.json   whose folder this is: the digest of the work done here
     OUT.partial/result      what becomes OUT, a folder or a file
     OUT.partial/...         what a rerun goes on from: journal, weights, learned state
-    OUT.done                while an installation is tidied up: the digest, the result's inode, what to report
+    OUT.done                while an installation is tidied up: the digest, how to know the result, what to report
     OUT.kept                files that stood at a replaced OUT and that Consilience had not written
 
 What holds at every moment, in the order in which a run relies on it:
@@ -16,10 +16,12 @@ What holds at every moment, in the order in which a run relies on it:
 3. ``work.json`` names a digest only while everything beside it was made for that digest.
 4. OUT is absent, the old one, or complete: it appears by one rename, or by an exchange with the old one, after all
    of it was flushed. Where the file system has no exchange, the old one waits in OUT.partial/previous.
-5. OUT.done is written before that rename and removed as the very last change. A rerun that finds it knows by OUT's
-   inode whether the rename happened; if it did, and the digest is its own, nothing is left to do but to tidy up.
-6. Of a replaced OUT only files that ``consilience/files.json`` lists, and that have not changed since it was written,
-   are removed; all others are moved to OUT.kept.
+5. OUT.done is written before that rename and removed as the very last change. A rerun that finds it knows by inode and
+   time of OUT's list of files (or of OUT, a file) whether the rename happened; if it did, and the digest is its own,
+   nothing is left to do but to tidy up.
+6. Of a replaced OUT only files are removed that its own list names (``write_manifest``) and that are still so: of
+   the same size and time or, where a copy has other times, of the same content. All others are moved to OUT.kept.
+7. A run that is refused has changed nothing.
 """
 
 import contextlib
@@ -27,18 +29,21 @@ import ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
+from consilience.contents import is_still, known_by, tensor_fingerprints
 from consilience.errors import InputError, MachineError
 
 #: The folder of an output that holds what Consilience has to say about it, and in it the list of the output's files.
-OURS, MANIFEST = "consilience", "files.json"
+OURS, LINEAGE, MANIFEST = "consilience", "lineage.json", "files.json"
 #: Whose folder OUT.partial is.
 WORK = "work.json"
 _RESULT, _PREVIOUS, _TRASH = "result", "previous", "trash"
@@ -46,6 +51,7 @@ _FORMAT = 1
 #: What marked an OUT.partial of version 0.1.0; what is left there is done again.
 _OLDER = ("consilience/plan.json", "training-plan.json")
 _AGAIN = "then run the same command again"
+_LOG = logging.getLogger("consilience")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -120,7 +126,7 @@ def digest_of(value: Any) -> str:
 def _read_ours(path: Path) -> dict[str, Any] | None:
     """Return what one of our own small files says; None if it is not one of ours."""
     try:
-        value: Any = json.loads(path.read_bytes())
+        value: Any = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return cast(dict[str, Any], value) if isinstance(value, dict) and value.get("format") == _FORMAT else None
@@ -149,12 +155,13 @@ def _still_names(path: Path, descriptor: int) -> bool:
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
-def _inode(path: Path) -> list[int] | None:
+def _identity(path: Path) -> list[int] | None:
+    """Return what tells an output from any other at its place, wherever it is moved on its file system."""
     try:
-        status = os.lstat(path)
-    except FileNotFoundError:
+        status = os.lstat(_manifest(path) if path.is_dir() else path)
+    except OSError:
         return None
-    return [status.st_dev, status.st_ino]
+    return [status.st_ino, status.st_mtime_ns]
 
 
 def _remove(path: Path) -> None:
@@ -169,58 +176,99 @@ def _remove(path: Path) -> None:
 # Which files of an output are ours.
 
 
-def write_manifest(folder: Path, foreign: Iterable[str] = ()) -> None:
-    """List a finished output's files in ``consilience/files.json``: those that a later ``--force`` may remove.
+def _manifest(folder: Path) -> Path:
+    """Return the file that lists an output's files: its lineage, which says when it was made anyway, or one apart.
 
-    It must be the last file that is written: what is newer than it is no longer what Consilience wrote.
+    So two outputs of the same command differ in their lineages alone.
+    """
+    lineage = folder / OURS / LINEAGE
+    return lineage if lineage.is_file() else folder / OURS / MANIFEST
+
+
+def write_manifest(folder: Path, foreign: Iterable[str] = ()) -> None:
+    """List a finished output's files, with size, time and content: those that a later ``--force`` may remove.
+
+    The list is ``files`` in ``consilience/lineage.json``, or in ``consilience/files.json`` where there is no lineage.
+    It must be the last thing that is written: what changes later is no longer what Consilience wrote.
 
     Args:
         folder: the output.
         foreign: files in it, relative to it, that are not ours.
     """
-    ours = folder / OURS
-    ours.mkdir(exist_ok=True)
-    names = {str(path.relative_to(folder)) for path in _files(folder)} | {f"{OURS}/{MANIFEST}"}
-    write_file(ours / MANIFEST, json_text({"format": _FORMAT, "files": sorted(names - set(foreign))}))
+    (folder / OURS).mkdir(exist_ok=True)
+    path = _manifest(folder)
+    document = _read_ours(path) or {"format": _FORMAT}
+    before, fingerprints = _states(document), tensor_fingerprints(document)
+    states: dict[str, list[Any]] = {}
+    for name in sorted({str(path.relative_to(folder)) for path in _files(folder)} - set(foreign)):
+        if folder / name != path:
+            earlier, stamp = before.get(name), _stamp(folder / name)
+            same = earlier is not None and earlier[:2] == stamp
+            states[name] = earlier if same and earlier else [*stamp, known_by(folder / name, fingerprints)]
+    write_file(path, json_text(document | {"files": states}))
 
 
 def foreign_files(folder: Path) -> list[str] | None:
     """Return the files below a folder that Consilience has not written, or that were changed since; None: all of them.
 
-    Files are named relative to the folder. Links are never ours.
+    Files are named relative to the folder. Links, pipes and sockets are never ours.
     """
-    manifest = folder / OURS / MANIFEST
-    listed = _read_ours(manifest)
-    if listed is None or not isinstance(listed.get("files"), list):
+    path = _manifest(folder)
+    document = _read_ours(path)
+    if document is None or not isinstance(document.get("files"), dict):
         return None
-    names, written = set(cast(list[Any], listed["files"])), manifest.stat().st_mtime_ns
-    found: list[str] = []
-    for path in _files(folder):
-        name, status = str(path.relative_to(folder)), path.lstat()
-        if name not in names or path.is_symlink() or status.st_mtime_ns > written:
-            found.append(name)
-    return sorted(found)
+    states = _states(document)
+    names = ((str(file.relative_to(folder)), file) for file in _files(folder))
+    return sorted(name for name, file in names if file != path and not _unchanged(file, states.get(name)))
+
+
+def _states(document: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return what a list of files says of each: size, time of its last change, and what its content is known by."""
+    states: Any = document.get("files")
+    if not isinstance(states, dict):
+        return {}
+    found = cast(dict[str, Any], states).items()
+    return {name: state for name, state in found if isinstance(state, list) and len(cast(list[Any], state)) == 3}
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.lstat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _unchanged(path: Path, state: list[Any] | None) -> bool:
+    if state is None or not stat.S_ISREG(path.lstat().st_mode):
+        return False
+    stamp = _stamp(path)
+    if stamp == state[:2]:
+        return True
+    try:
+        return stamp[0] == state[0] and is_still(path, str(state[2]))  # copied, or checked out
+    except (OSError, InputError):
+        return False
 
 
 def _files(folder: Path) -> Iterable[Path]:
     """Walk files and links (to folders too) below a folder."""
-    for top, folders, files in os.walk(folder):
+    for top, folders, files in os.walk(folder, onerror=_raise):
         yield from (Path(top) / name for name in files)
         yield from (Path(top) / name for name in folders if (Path(top) / name).is_symlink())
 
 
-def _set_aside(old: Path, kept: Path) -> int:
-    """Move the files of a replaced output that are not ours to ``kept``; return how many those are."""
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _set_aside(old: Path, kept: Path) -> None:
+    """Move the files of a replaced output that are not ours to ``kept``."""
     foreign = foreign_files(old)
     if foreign is None:
-        count = sum(1 for _ in _files(old))
-        if count:
+        if any(True for _ in _files(old)):
             os.rename(old, kept)
-        return count
+        return
     for name in foreign:
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
         os.rename(old / name, kept / name)
-    return len(foreign)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,6 +315,8 @@ def _refuse_nesting(out: Path, inputs: Iterable[Path]) -> None:
 def _refuse_occupied(out: Path, folder: bool, force: bool) -> None:
     if out.is_symlink():
         raise InputError(f"{out}: is a symbolic link; name the place it points to, or choose another OUT")
+    if os.path.ismount(out):
+        raise InputError(f"{out}: is a mount point, which cannot be replaced; name a new folder in it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if out.exists() and not folder:
             raise InputError(f"{out}: is a folder, and this command writes a file; choose another OUT")
@@ -276,6 +326,9 @@ def _refuse_occupied(out: Path, folder: bool, force: bool) -> None:
     if not (out.is_dir() if folder else out.is_file()):
         kind = "folder" if folder else "file"
         raise InputError(f"{out}: exists and is not a {kind}, which this command writes; choose another OUT")
+    for top, _, _ in os.walk(out, onerror=_raise) if folder else ():
+        if not os.access(top, os.R_OK | os.W_OK | os.X_OK):  # what it holds could be neither seen nor moved
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), top)
 
 
 def _in_the_way(path: Path) -> InputError:
@@ -291,6 +344,8 @@ def _refuse_foreign(partial: Path) -> None:
 
 def _impossible(out: Path, error: OSError) -> InputError | MachineError:
     why = error.strerror or str(error)
+    if error.errno == errno.EACCES and error.filename and out in Path(error.filename).parents:
+        return InputError(f"{error.filename}: cannot be replaced ({why}); change its mode, or choose another OUT")
     if error.errno in _FULL:
         return MachineError(f"{out}: cannot be created ({why}); free space or fix the disk, {_AGAIN}")
     return InputError(f"{out}: cannot be created ({why}); choose another OUT")
@@ -366,7 +421,7 @@ class Workdir:
         marker = {
             "format": _FORMAT,
             "digest": self.digest,
-            "result": _inode(self.result),
+            "result": _identity(self.result),
             "kept": _free_name(self.out, ".kept").name,
             "facts": facts,
         }
@@ -377,28 +432,45 @@ class Workdir:
         self._finished = True
 
     def recover(self) -> None:
-        """Look at what a run that was killed around its installation left, and finish or undo it."""
-        path = done_path(self.out)
-        if not path.exists() and not path.is_symlink():
-            self._restore()
-            return
-        marker = _read_ours(path)
+        """Look at what a run that was killed around its installation left, and finish or undo it.
+
+        Raises:
+            InputError: OUT or OUT.done are not this run's to change; nothing has been.
+        """
+        marker = self._marker()
         if marker is None:
-            raise _in_the_way(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        _lock(descriptor, path)
-        self._done = descriptor
-        if not _still_names(path, descriptor):
-            return  # the run that wrote it has just finished
-        if _inode(self.out) == marker["result"]:
+            self._restore(_free_name(self.out, ".kept"))
+            return
+        installed = _identity(self.out) == marker["result"]
+        if installed and marker["digest"] == self.digest:
             self._tidy(marker)
-            if marker["digest"] == self.digest:
-                self.delivered, self._finished = marker["facts"], True
-                return
+            self.delivered, self._finished = marker["facts"], True
+            return
+        _refuse_occupied(self.out, self.folder, self.force)
+        if installed:
+            self._tidy(marker)
             self._clear({WORK})
             (self.path / WORK).unlink(missing_ok=True)
-        self._restore()
+        self._restore(self.out.with_name(str(marker["kept"])))
         self._forget()
+
+    def _marker(self) -> dict[str, Any] | None:
+        """Return what OUT.done says, which this run holds from now on; None if there is none."""
+        path = done_path(self.out)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            raise _in_the_way(path) from None
+        _lock(descriptor, path)
+        self._done = descriptor
+        marker = _read_ours(path)
+        if not _still_names(path, descriptor):
+            return None  # the run that wrote it has just finished
+        if marker is None:
+            raise _in_the_way(path)
+        return marker
 
     def _announce(self, marker: dict[str, Any]) -> None:
         """Write OUT.done, held by this run."""
@@ -420,24 +492,34 @@ class Workdir:
         else:
             os.rename(self.result, self.out)
 
-    def _restore(self) -> None:
-        """Put the old OUT back if a run without the exchange was killed between its two renames."""
+    def _restore(self, kept: Path) -> None:
+        """Put the old OUT back if a run without the exchange was killed between its two renames.
+
+        If something else has appeared there since, what is not ours of the old one goes to ``kept``.
+        """
         previous = self.path / _PREVIOUS
-        if previous.exists() and not self.out.exists():
-            os.rename(previous, self.out)
+        if previous.exists():
+            if not self.out.exists() or (previous.is_dir() and self.out.is_dir() and not any(self.out.iterdir())):
+                os.rename(previous, self.out)
+            else:
+                if previous.is_dir():
+                    _set_aside(previous, kept)
+                _remove(previous)
 
     def _tidy(self, marker: dict[str, Any]) -> None:
         """After the installation: keep what was not ours of the old OUT; the rest goes with OUT.partial."""
+        kept = self.out.with_name(str(marker["kept"]))
         for old in (self.result, self.path / _PREVIOUS):
             if self.folder and old.is_dir():
-                kept = self.out.with_name(str(marker["kept"]))
-                count = _set_aside(old, kept)
-                if count:
-                    self.notes.append(
-                        f"{count} file(s) at {self.out} had not been written by Consilience; they are now in {kept}"
-                    )
+                _set_aside(old, kept)
                 if old.exists():
                     os.rename(old, self.path / _TRASH)
+        # Counted there, for a killed run may have moved some of them.
+        count = sum(1 for _ in _files(kept)) if kept.is_dir() else 0
+        if count:
+            self.notes.append(
+                f"{count} file(s) at {self.out} had not been written by Consilience; they are now in {kept}"
+            )
 
     def _forget(self) -> None:
         done_path(self.out).unlink(missing_ok=True)
@@ -468,11 +550,14 @@ class Workdir:
 
     def close(self) -> None:
         """Finish after a delivery: OUT.done is the last thing to go."""
-        if self._finished:
-            self.remove()
-            self._forget()
-        if self._done is not None:
-            os.close(self._done)
+        try:
+            if self._finished:
+                self.remove()
+                self._forget()
+        finally:
+            if self._done is not None:
+                os.close(self._done)
+                self._done = None
 
 
 @contextlib.contextmanager
@@ -484,6 +569,7 @@ def workdir(
     force: bool = False,
     inputs: Iterable[Path] = (),
     keep: Sequence[str] = (),
+    summarised: bool = False,
 ) -> Generator[Workdir]:
     """Hold OUT for this run alone; inside, make ``result`` and ``deliver`` it.
 
@@ -496,6 +582,7 @@ def workdir(
         force: replace what stands at ``out``.
         inputs: what the work reads.
         keep: names in OUT.partial that are worth keeping when the digest is another one, or the input is wrong.
+        summarised: whether the caller tells the user what ``notes`` say; else they are logged.
 
     Raises:
         InputError: see ``check_out``; or another run holds OUT.
@@ -517,6 +604,7 @@ def workdir(
             if work.delivered is None:
                 _refuse_occupied(out, folder, force)  # again: another run may have finished since
         except InputError:
+            work.close()
             _remove_empty([work.path, *made])
             raise
         try:
@@ -537,6 +625,9 @@ def workdir(
         raise MachineError(f"{work.path}: {error}; free space or fix the disk, {_AGAIN}") from error
     finally:
         os.close(descriptor)
+    if not summarised:
+        for note in work.notes:
+            _LOG.warning("note: %s", note)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -110,6 +110,22 @@ def test_values_that_a_change_breaks_are_blamed_on_the_change(
     assert f"{EXPERT}: changed while" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_file_beside_the_weights_that_changes_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = Path("base", name)
+    path.write_text("{}")
+
+    def change() -> None:
+        path.write_text('{"half": "of another one"}')
+
+    while_merging(monkeypatch, change)
+    assert run(MERGE) == 2
+    assert f"{path}: changed while it was being merged" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("change", [lambda: EXPERT.chmod(0o600), lambda: os.link(EXPERT, "second-name")])
 def test_values_that_stay_are_no_change(
     place: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]

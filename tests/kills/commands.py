@@ -122,6 +122,14 @@ def write_routed() -> None:
     Path("out/notes.txt").write_text("mine")
 
 
+def write_collapsible() -> None:
+    """A routed model under another name."""
+    from consilience.__main__ import run
+
+    write_routable()
+    assert run(["route", "build", "recipe.yaml", "routed", "-q"]) == 0
+
+
 def write_trainable() -> None:
     """A tiny Llama and rows to train on."""
     import torch
@@ -170,6 +178,10 @@ COMMANDS = {
         write_routed, ("route", "add", "out", "e2=zoo/adapters/e2", "--data", "zoo/e2.jsonl", "-q"), "out", _of_change
     ),
     "route-remove": Command(write_routed, ("route", "remove", "out", "e1", "-q"), "out", _of_change),
+    "extract": Command(write_learnable, ("route", "extract", "base", "a", "out", "--rank", "2", "-q")),
+    "collapse": Command(
+        write_collapsible, ("route", "collapse", "routed", "out", "e0=zoo/e0.jsonl", "e1=zoo/e1.jsonl", "-q")
+    ),
     "train": Command(
         write_trainable,
         ("train", "base", "out", "rows.jsonl", "--steps", "2", "--learning-rate", "0.01", "--lora", "2", "-q"),

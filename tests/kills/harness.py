@@ -26,6 +26,8 @@ from typing import Any
 from tests.kills.commands import COMMANDS, Command
 
 Tree = dict[str, bytes]
+#: Files that say when they were made, or list times and hashes of files that are compared themselves.
+_DATED = ("lineage.json", "coefficients.json", "training.json", "collapse.json", "routing.json", "files.json")
 _CALLS = (
     "mkdir", "rmdir", "unlink", "remove", "rename", "replace", "link", "symlink", "truncate", "ftruncate", "write",
     "pwrite", "chmod", "utime",
@@ -130,7 +132,7 @@ def tree(place: Path) -> Tree:
     for path in sorted(place.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             found[f"{path.relative_to(place)}/"] = b""
-        elif path.name in ("lineage.json", "coefficients.json", "training.json", "collapse.json", "routing.json"):
+        elif path.name in _DATED:
             found[str(path.relative_to(place))] = _timeless(json.loads(path.read_bytes()))
         else:
             found[str(path.relative_to(place))] = path.read_bytes()
@@ -140,7 +142,8 @@ def tree(place: Path) -> Tree:
 def _timeless(value: Any) -> bytes:
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if k not in ("created", "seconds")}
+            plain = {k: clean(v) for k, v in value.items() if k not in ("created", "seconds", "files")}
+            return plain | ({"files": sorted(value["files"])} if isinstance(value.get("files"), dict) else {})
         return [clean(one) for one in value] if isinstance(value, list) else value
 
     return json.dumps(clean(value), sort_keys=True).encode()
@@ -199,6 +202,7 @@ def kill_everywhere(command: Command, source: Path, random_kills: int = 0, seed:
         seconds = time.monotonic() - began
         assert status == 0, f"the undisturbed run ended with {status}"
         new, wanted = _output(command, place), tree(place)
+        foreign = _foreign(place / command.out)
     total = int((source.parent / "count").read_text())
     assert total > 10, f"only {total} state-changing calls were counted"
     seen = {"absent": 0, "old": 0, "complete": 0, "too late": 0}
@@ -215,7 +219,15 @@ def kill_everywhere(command: Command, source: Path, random_kills: int = 0, seed:
             assert again == 0, f"kill {at} of {total}: the same command then ended with {again}"
             left = differences(tree(place), wanted)
             assert not left, f"kill {at} of {total}: after the rerun these differ: {left}"
+            found = _foreign(place / command.out)
+            assert found == foreign, f"kill {at} of {total}: {found} are foreign after the rerun"
     return seen | {"calls": total}
+
+
+def _foreign(out: Path) -> list[str] | None:
+    from consilience.workdir import foreign_files
+
+    return foreign_files(out) if out.is_dir() else []
 
 
 def _output(command: Command, place: Path) -> Tree:

@@ -18,9 +18,11 @@ from tiny_models import make_llama
 import consilience as cs
 from consilience.__main__ import run
 from consilience.errors import InputError, MachineError
+from consilience.routing.folder import change as changes
 from consilience.routing.folder import store
 from consilience.routing.folder.change import add_expert, remove_expert
 from consilience.routing.folder.store import read_description
+from consilience.workdir import Workdir, foreign_files
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,75 @@ def test_what_a_killed_run_left_goes_with_the_next_change(zoo: Path, routed: Pat
     assert {path.name for path in (routed / "consilience/experts").iterdir()} == {"e0", "e2"}
     files = {path for path in ours(routed) if "/" not in path}
     assert files == {"routing.json", "files.json", str(made.tensors)}
+
+
+def test_what_somebody_keeps_in_a_routed_model_outlives_changes_and_force(zoo: Path, routed: Path) -> None:
+    place = routed / "consilience/experts"
+    (place / "e1/notes.txt").write_text("mine")
+    (place / "mine").mkdir()
+    (place / "mine/thesis.txt").write_text("mine")
+    config = place / "e0/adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    add_e2(zoo, routed)
+    remove_expert(routed, "e1")
+    theirs = ["consilience/experts/" + name for name in ("e0/adapter_config.json", "e1/notes.txt", "mine/thesis.txt")]
+    assert foreign_files(routed) == theirs
+    add_expert(routed, "e1", zoo / "adapters/e1", data=zoo / "e1.jsonl")
+    assert foreign_files(routed) == theirs
+    assert (place / "e1/notes.txt").read_text() == "mine"
+    assert cs.load_routed(routed).routing.names == ("e0", "e2", "e1")
+
+
+def test_what_a_killed_change_had_found_foreign_stays_so(
+    zoo: Path, routed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = routed / "consilience/experts/e0/adapter_config.json"
+    notes.write_text(notes.read_text() + "\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(changes, "_finish", lambda folder, mark: None)  # killed before it
+        add_e2(zoo, routed)
+    assert (routed / "consilience/change.json").is_file()
+    remove_expert(routed, "e1")
+    assert foreign_files(routed) == ["consilience/experts/e0/adapter_config.json"]
+
+
+def test_a_build_whose_adapters_changed_after_a_kill_is_done_again(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(zoo, tmp_path / "zoo")
+    recipe, out = recipe_of(tmp_path / "zoo", ("e0", "e1")), tmp_path / "routed"
+
+    def fall(self: Workdir) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, "remove", fall)
+        with pytest.raises(KeyboardInterrupt):
+            cs.build_routed(recipe, out)
+    weights = tmp_path / "zoo/adapters/e0/adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(InputError, match="exists and is not empty"):
+        cs.build_routed(recipe, out)
+    cs.build_routed(recipe, out, force=True)
+    assert (out / "consilience/experts/e0/adapter_model.safetensors").read_bytes() == weights.read_bytes()
+    assert not list(tmp_path.glob("routed.*"))
+
+
+def test_an_adapter_that_changes_during_a_build_is_named(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(zoo, tmp_path / "zoo")
+    weights = tmp_path / "zoo/adapters/e0/adapter_model.safetensors"
+    write = store.write_expert
+
+    def changed(*arguments: Any) -> None:
+        save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+        write(*arguments)
+
+    monkeypatch.setattr(store, "write_expert", changed)
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: changed while it was being used"):
+        cs.build_routed(recipe_of(tmp_path / "zoo", ("e0", "e1")), tmp_path / "routed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
 
 
 @pytest.mark.parametrize("harm", ["rolled", "nan", "short"])

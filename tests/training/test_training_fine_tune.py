@@ -2,6 +2,7 @@ import hashlib
 import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def run(base: Path, tasks: Any, out: Path, **settings: Any) -> TrainingRecord:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "training.json")
+    dated = ("training.json", "files.json")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in dated)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -59,6 +61,19 @@ def test_a_full_run_learns_both_tasks_and_says_so(base: Path, tasks: list[Path],
     assert last.loss == pytest.approx(sum(last.tasks.values()) / 2, abs=1e-6)
     assert last.tasks["copy"] < record.curve[0].tasks["copy"]
     assert read_record(tmp_path / "out" / "consilience" / "training.json") == record
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_cannot_be_copied_is_refused_before_training(
+    base: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = tmp_path / "linked"
+    shutil.copytree(base, place)
+    (tmp_path / "secret").write_text("mine")
+    (place / "extra.json").symlink_to("../secret")
+    monkeypatch.delattr(module, "load_trainee")
+    with pytest.raises(InputError, match=r"extra\.json: is a link to a file outside its folder"):
+        run(place, tasks, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
 
 

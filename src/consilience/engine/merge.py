@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from consilience.checkpoints.files import stamp
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import encode_header
 from consilience.coefficients import save_coefficients
@@ -21,7 +22,7 @@ from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece, Streamer, check_ties, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
-from consilience.engine.unchanged import check_files, check_unchanged
+from consilience.engine.unchanged import check_files, check_stamps, check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
 from consilience.engine.worker import Record
 from consilience.errors import InputError, MachineError
@@ -166,7 +167,8 @@ def merge_workdir(
     output.check_plan(out, plan, folder=folder)
     check_ties(plan)
     named = output.inputs(plan)
-    with workdir(out, digest or plan.digest, folder=folder, force=force, inputs=named, keep=(LEARNING,)) as work:
+    identity, keep = digest or plan.digest, (LEARNING,)
+    with workdir(out, identity, folder=folder, force=force, inputs=named, keep=keep, summarised=True) as work:
         yield work
 
 
@@ -193,6 +195,8 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
     resumed, threads, progress = len(records), thread_count(threads), progress or NullProgress()
     sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
     output.check_space(work.out, plan, sum(t.nbytes for t in sizes.values()))
+    donor = plan.alignment.donor.folder
+    beside = [stamp(path) for path in output.side_files(donor)] if donor is not None else []
     sink = FileSink(work.path, plan)
     try:
         streamer = Streamer(plan, sink, threads=threads, progress=progress)
@@ -215,6 +219,7 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         if work.folder:
             card = render_card(plan, work.out.name, fingerprint, text, notes)
             _write_papers(work.new_result(), plan, document, text, card)
+            check_stamps(beside)
         files = sink.finish(work.result)
     finally:
         sink.close()

@@ -31,8 +31,19 @@ def inputs(plan: Plan) -> list[Path]:
     return found + (side_files(donor) if donor is not None else [])
 
 
+def check_side_files(folder: Path) -> None:
+    """Refuse what cannot be copied from the donor's folder: links that lead out of it, pipes, devices.
+
+    Raises:
+        InputError: names the file.
+    """
+    try:
+        _refuse_side_files(folder)
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: cannot be read ({error.strerror}); restore it") from None
+
+
 def _refuse_side_files(folder: Path) -> None:
-    """Refuse what cannot be copied from the donor's folder: links that lead out of it, pipes, devices."""
     for top, folders, _ in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
         linked = [f for f in sorted(folders) if os.path.islink(os.path.join(top, f))]
@@ -62,10 +73,7 @@ def check_plan(out: Path, plan: Plan, *, folder: bool) -> None:
         raise InputError(f"{out}: a single file has no place for {name!r}'s private tensors; merge folders instead")
     donor = plan.alignment.donor.folder
     if donor is not None:
-        try:
-            _refuse_side_files(donor)
-        except OSError as error:
-            raise InputError(f"{error.filename or donor}: cannot be read ({error.strerror}); restore it") from None
+        check_side_files(donor)
 
 
 def check_space(out: Path, plan: Plan, written: int) -> None:

@@ -1,5 +1,6 @@
 """Inputs that change while they are merged: no file may be installed that mixes two states of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from consilience.checkpoints.files import Stamp, stamp
@@ -19,10 +20,18 @@ def check_files(plan: Plan) -> None:
     Raises:
         InputError: names the file that changed.
     """
-    for model in plan.models:
-        for before in model.stamps():
-            if not _same_but_for_status(before, _now(before)):
-                raise _changed(before.path)
+    check_stamps([before for model in plan.models for before in model.stamps()])
+
+
+def check_stamps(stamps: Sequence[Stamp], work: str = "merge") -> None:
+    """Compare files' sizes, modification times and inodes with what they were; ``work`` is what was made of them.
+
+    Raises:
+        InputError: names the file that changed.
+    """
+    for before in stamps:
+        if not _same_but_for_status(before, _now(before)):
+            raise _changed(before.path, work)
 
 
 def check_unchanged(plan: Plan, first: dict[Piece, Marks], records: dict[Piece, Record]) -> None:
@@ -64,14 +73,17 @@ def _now(before: Stamp) -> Stamp | None:
         return None
 
 
-def _changed(path: str) -> InputError:
-    return InputError(f"{path}: changed while it was being merged; leave it alone and run the merge again")
+def _changed(path: str, work: str = "merge") -> InputError:
+    verb = "merged" if work == "merge" else "used"
+    return InputError(f"{path}: changed while it was being {verb}; leave it alone and run the {work} again")
 
 
 def _same_values(plan: Plan, model: Model, before: Stamp, records: dict[Piece, Record]) -> bool:
     """Read a model's tensors of one file again; an adapter's small files are not worth the trouble."""
     checkpoint = model.checkpoint
     if checkpoint is None or before not in checkpoint.storage.stamps():
+        return False
+    if not records:  # nothing is known of what was read
         return False
     known = fingerprints(plan, records)[0].get(model.name, {})
     number = checkpoint.storage.stamps().index(before)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from consilience.checkpoints.reference import resolve
+from consilience.engine.output import check_side_files
 from consilience.errors import InputError, MachineError
 from consilience.progress import LossProgressOption, Progress, open_progress
 from consilience.tasks.cache import fingerprint
@@ -112,6 +113,8 @@ def fine_tune(
     )
     folder, out = _base(base), Path(out)
     check_device(device)
+    if lora_rank is None:
+        check_side_files(folder)
     data = read_examples(folder, tasks)
     inputs = [folder, *(one.task.path for one in data if one.task.path is not None)]
     plan = {"base": fingerprint(folder), "tasks": [one.task.digest for one in data], **asdict(settings)}

@@ -19,6 +19,7 @@ from consilience.coefficients import Coefficients, make_groups
 from consilience.coefficients.coefficients import WEIGHTS
 from consilience.engine.adapter_output import called
 from consilience.engine.merge import stream_in
+from consilience.engine.output import check_side_files
 from consilience.engine.plan import Plan
 from consilience.errors import InputError
 from consilience.progress import Progress, ProgressOption, open_progress
@@ -103,6 +104,7 @@ def collapse(
     place = store.find_base(description.base, folder, base)
     inputs = [folder, place, *(one.path for one in (*named, *measured) if one.path is not None)]
     check_out(out, force=force, inputs=inputs)
+    check_side_files(place)
     routed: Any = model
     if model is None:
         routed = load_routed(folder, base=base, device=device, dtype="float32", trust_remote_code=trust_remote_code)

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from consilience.checkpoints.adapter import is_adapter
+from consilience.checkpoints.files import stamp
 from consilience.checkpoints.reference import resolve
 from consilience.engine.plan import expert_names, resolve_file
+from consilience.engine.unchanged import check_stamps
 from consilience.errors import InputError
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.expert import Expert, read_factors
@@ -126,6 +128,7 @@ def source_of(name: str, entry: RoutedEntry, root: Path | None, where: str) -> S
             f"{where}: expert {name!r}: {entry.model} is no PEFT adapter (no adapter_config.json); make one of a "
             "fine-tuned model with: consilience route extract BASE MODEL OUT"
         )
+    store.check_adapter(folder)
     return Source(name, folder, entry, root)
 
 
@@ -167,7 +170,10 @@ def build(
     sources = sources_of(recipe, root, where)
     inputs = [folder, *_read(sources, told), *([Path(where)] if Path(where).is_file() else [])]
     described = store.Base.of(folder, recipe.base_model)
-    digest = digest_of({"base": asdict(described), "recipe": recipe.model_dump()})
+    read = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    before = [stamp(file) for file in read]
+    states = [one[:3] for one in before if one.path != where]  # of the recipe counts what it says
+    digest = digest_of({"base": asdict(described), "recipe": recipe.model_dump(), "inputs": states})
     base = Base(folder, device, trust_remote_code)
     with open_progress(progress) as shown, workdir(out, digest, force=force, inputs=inputs, keep=(GATES,)) as work:
         if work.delivered is not None:
@@ -194,6 +200,7 @@ def build(
             name = store.write_instructions(result, instructions.tensors())
             description = replace(description, instructions=instructions.to_dict(), tensors=name)
         store.write_description(result, description)
+        check_stamps(before, "build")
         work.deliver({})
     return description
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -120,7 +120,7 @@ def _add(
 
 
 def remove_expert(folder: Path | str, name: str) -> store.Description:
-    """Remove an expert of a routed model, and its files.
+    """Remove an expert of a routed model, and its files; others in its folder stay.
 
     Raises:
         InputError: there is no such expert, or no other.
@@ -154,17 +154,20 @@ def _remove(change: "_Change", name: str) -> store.Description:
 class _Change:
     """A change of a folder that this run holds.
 
-    ``done`` says that an earlier run of the same ``digest`` had made it and was killed before it had tidied up.
+    ``foreign`` are the files in it that Consilience has not written, or that were changed since, with size and time;
+    None where it has no list of its own. ``done`` says that an earlier run of the same ``digest`` had made the change
+    and was killed before it had tidied up.
     """
 
     folder: Path
     digest: str
     before: store.Description
+    foreign: dict[str, list[int]] | None
     done: bool = False
 
     def apply(self, found: store.Description) -> store.Description:
         """Replace ``routing.json``; the mark beside it says what for, until the folder is tidy."""
-        mark = {"digest": self.digest, "routing": digest_of(found.to_dict())}
+        mark = {"digest": self.digest, "routing": digest_of(found.to_dict()), "foreign": self.foreign}
         write_file(self.folder / OURS / CHANGE, json_text(mark))
         store.write_description(self.folder, found)
         return found
@@ -189,19 +192,19 @@ def _changing(folder: Path, digest: str) -> Generator[_Change]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another run is changing it; wait for that, then run this again") from None
-        foreign = foreign_files(folder)
         description = _tidy(folder)
         mark = _mark(folder)
         applied = mark is not None and mark.get("routing") == digest_of(description.to_dict())
         done = applied and mark is not None and mark.get("digest") == digest
         if mark is not None and not done:
-            _finish(folder, foreign)
+            _finish(folder, mark)
         try:
-            yield _Change(folder, digest, description, done)
+            yield _Change(folder, digest, description, None if done else _foreign(folder), done)
         finally:
             _tidy(folder)
-            if _mark(folder) is not None:
-                _finish(folder, foreign)
+            mark = _mark(folder)
+            if mark is not None:
+                _finish(folder, mark)
     except (OSError, SafetensorError) as error:
         raise MachineError(
             f"{folder}: cannot be written ({error}); free space or fix the disk, then run this again"
@@ -215,8 +218,25 @@ def _mark(folder: Path) -> dict[str, Any] | None:
     return read_object(path) if path.is_file() else None
 
 
-def _finish(folder: Path, foreign: list[str] | None) -> None:
-    """After a change: remove its training's state, list the files that are ours, and remove the change's mark."""
+def _foreign(folder: Path) -> dict[str, list[int]] | None:
+    """Return the files that are not ours, each with its size and time."""
+    names = foreign_files(folder)
+    return None if names is None else {name: _state(folder / name) for name in names}
+
+
+def _state(path: Path) -> list[int]:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _finish(folder: Path, mark: dict[str, Any]) -> None:
+    """After a change: remove its training's state, list the files that are ours, and remove the change's mark.
+
+    Ours are, beside what was, the model's own files that this change has written.
+    """
     description = store.read_description(folder)
     state = folder / OURS / UNFINISHED
     for path in state.glob("*"):
@@ -224,10 +244,13 @@ def _finish(folder: Path, foreign: list[str] | None) -> None:
             shutil.rmtree(path)
     with suppress(OSError):  # there is none, or another expert's training is unfinished
         state.rmdir()
-    mark = f"{OURS}/{CHANGE}"
-    if foreign is not None:
-        write_manifest(folder, {*(set(foreign) - store.own_files(description)), mark})
-    (folder / mark).unlink()
+    name, before = f"{OURS}/{CHANGE}", mark.get("foreign")
+    if isinstance(before, dict):
+        known, own = cast(dict[str, Any], before), store.own_files(description)
+        now = foreign_files(folder) or []
+        theirs = {one for one in now if one not in own or known.get(one) == _state(folder / one)}
+        write_manifest(folder, {*theirs, name})
+    (folder / name).unlink()
 
 
 def _left(
@@ -254,9 +277,18 @@ def _tidy(folder: Path) -> store.Description:
     """
     description, ours = store.read_description(folder), folder / OURS
     for path in (ours / store.EXPERTS).glob("*"):
-        if path.name not in description.experts:
-            shutil.rmtree(path, ignore_errors=True)
+        if path.name not in description.experts and path.is_dir():
+            _remove_own(path)
     for path in (*ours.glob("instructions-*.safetensors"), *ours.glob("*.new")):
         if path.name != description.tensors:
             path.unlink(missing_ok=True)
     return description
+
+
+def _remove_own(expert: Path) -> None:
+    """Remove what an expert's folder has of ours, and the folder, unless somebody keeps files in it."""
+    for name in store.EXPERT_FILES:
+        for path in (expert / name, expert / f".{name}.new"):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        expert.rmdir()

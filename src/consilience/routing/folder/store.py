@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from consilience.checkpoints.files import copy_file
+from consilience.checkpoints.files import check_link, copy_file
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.mapped import mapped
 from consilience.checkpoints.open import WEIGHT_SUFFIXES, open_checkpoint
@@ -36,6 +36,8 @@ ROUTING, EXPERTS, VECTORS = "routing.json", "experts", "vectors.safetensors"
 _BLOCKS, _BLOCK = 32, 1 << 14
 _TENSORS = re.compile(r"instructions-[0-9a-f]{16}\.safetensors")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
+#: What an expert's folder has of ours.
+EXPERT_FILES = (*_ADAPTER, VECTORS)
 _KEYS = ("format", "base", "settings", "experts", "instructions", "tensors", "records")
 
 
@@ -111,8 +113,7 @@ class Description:
 
 def own_files(description: Description) -> set[str]:
     """Return the names, relative to the folder, of what a routed model is made of."""
-    names = (*_ADAPTER, VECTORS)
-    files = {f"{OURS}/{EXPERTS}/{expert}/{name}" for expert in description.experts for name in names}
+    files = {f"{OURS}/{EXPERTS}/{expert}/{name}" for expert in description.experts for name in EXPERT_FILES}
     return files | {f"{OURS}/{ROUTING}", f"{OURS}/{description.tensors}"}
 
 
@@ -236,10 +237,21 @@ def expert_folder(folder: Path, name: str) -> Path:
     return folder / OURS / EXPERTS / name
 
 
+def check_adapter(adapter: Path) -> None:
+    """Refuse an adapter with a file that cannot be copied.
+
+    Raises:
+        InputError: names the file.
+    """
+    for file in _ADAPTER:
+        if (adapter / file).is_file() and not file.endswith(WEIGHT_SUFFIXES):
+            check_link(adapter / file)
+
+
 def write_expert(folder: Path, name: str, adapter: Path, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Copy an adapter into a routed model's folder, and write its vectors beside it."""
     place = expert_folder(folder, name)
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     for file in _ADAPTER:
         if (adapter / file).is_file():
             # Weights may be links to wherever the user keeps them.
