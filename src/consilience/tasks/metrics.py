@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from consilience.errors import InputError
 from consilience.tasks.encoding import Encoded, encode
 from consilience.tasks.intervals import bootstrap
-from consilience.tasks.readout import decoder_start, padded, readout
+from consilience.tasks.readout import Readout, decoder_start, padded, readout
 from consilience.tasks.results import Accuracy, Divergence, Loss, TaskResult
 from consilience.tasks.rows import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from consilience.tasks import shared_prefix
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -70,6 +72,8 @@ def _blocks(
     """Yield (example index [n], target [n], each model's logits [n, V]) for blocks of scored positions."""
     import torch
 
+    from consilience.tasks import shared_prefix
+
     if not examples:
         return
     with _evaluating(models, dtype):
@@ -79,16 +83,25 @@ def _blocks(
             sizes = " and ".join(str(one.vocabulary) for one in readouts)
             raise InputError(f"the models' vocabularies hold {sizes} tokens, so no divergence is defined between them")
         block = max(1, LOGITS_BYTES // (4 * vocabulary))
-        whole = any(one.head is None for one in readouts)
-        for batch in _batches(examples, batch_size, min(BATCH_TOKENS, block) if whole else BATCH_TOKENS):
-            inputs, where, targets = padded([examples[i] for i in batch], models[0])
+        tokens = min(BATCH_TOKENS, block) if any(one.head is None for one in readouts) else BATCH_TOKENS
+        runs = shared_prefix.passes(readouts, examples, batch_size, tokens)
+        for batch, where, targets, states in runs or _whole(readouts, examples, batch_size, tokens):
             owners = torch.tensor(batch)[where[0].cpu()]
-            states = [one.states({k: v.to(one.model.device) for k, v in inputs.items()}, where) for one in readouts]
             for start in range(0, len(owners), block):
                 part = slice(start, start + block)
                 logits = [one.logits(s[part]) for one, s in zip(readouts, states, strict=True)]
                 yield owners[part], targets[part], logits
             advance(len(batch))
+
+
+def _whole(
+    readouts: Sequence[Readout], examples: Sequence[Encoded], batch_size: int, tokens: int
+) -> "Iterator[shared_prefix.Pass]":
+    """Run whole sequences, a batch at a time."""
+    for batch in _batches(examples, batch_size, tokens):
+        inputs, where, targets = padded([examples[i] for i in batch], readouts[0].model)
+        states = [one.states({k: v.to(one.model.device) for k, v in inputs.items()}, where) for one in readouts]
+        yield batch, where, targets, states
 
 
 def _sum_into(total: "Tensor", owners: "Tensor", values: "Tensor") -> None:
@@ -202,7 +215,9 @@ def measure(
     models = [model] if reference is None else [model, reference]
     nats, kl, js = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
     started = time.perf_counter()
-    for chosen, runs in ((right, models), (wrong, [model])):
+    # Without a reference all choices go together, so that what they share runs once.
+    parts = ((sorted(right + wrong), models),) if reference is None else ((right, models), (wrong, [model]))
+    for chosen, runs in parts:
         index = torch.tensor(chosen)
         part = [examples[i] for i in chosen]
         done: Callable[[int], None] = (lambda n: advance(n, total)) if advance else (lambda n: None)
