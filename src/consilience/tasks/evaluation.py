@@ -1,7 +1,7 @@
 """Evaluate a model on tasks, with a cache: a cached result needs no torch and no model in memory."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -232,25 +232,30 @@ def _measured(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from consilience.tasks.metrics import measure
+    from consilience.tasks.metrics import casting, measure
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     shown = progress and console.is_terminal  # a log file has no use for bars
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bars, ExitStack() as casts:
         loading = bars.add_task(f"loading {run.model.name}", total=None)
         model = run.model.load(run.device, run.trust_remote_code)
         tokenizer = run.tokenizer or _tokenizer(run)
         bars.remove_task(loading)
         held: tuple[_Source, Any] | None = None
+        casting_on = False
         # Tasks with the same reference follow each other, so that each reference is loaded once.
         for task in sorted(tasks, key=lambda t: references[t.name].name if t.name in references else ""):
             source = references.get(task.name)
             if source is None:
                 held = None
             elif held is None or held[0] != source:
-                held = None  # before the next one is loaded: two references need not fit into memory
+                casts.close()  # a reference is loaded in full precision, and what was cast of the last one is let go
+                held, casting_on = None, False  # before the next is loaded: two references need not fit into memory
                 held = (source, _reference(run, source, tokenizer))
+            if not casting_on:  # over all tasks of a reference, so that weights are cast once
+                casts.enter_context(casting(model, run.settings.dtype))  # pyright: ignore[reportArgumentType]
+                casting_on = True
             bar = bars.add_task(task.name, total=None)
             result = measure(
                 model,

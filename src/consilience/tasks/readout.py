@@ -34,8 +34,8 @@ class Readout:
         return states[where]
 
     def logits(self, states: "Tensor") -> "Tensor":
-        """Return float32 logits [n, V] of n states."""
-        return (states if self.head is None else self.head(states)).float()
+        """Return the logits [n, V] of n states, in the dtype that they are computed in."""
+        return states if self.head is None else self.head(states)
 
 
 def caught(model: Any, head: Any, inputs: dict[str, Any], *, short: bool = True) -> tuple[Any, Any]:

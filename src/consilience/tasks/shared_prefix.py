@@ -40,7 +40,7 @@ _NEEDED = ("input_ids", "attention_mask", "past_key_values", "use_cache", "logit
 
 
 @dataclass(frozen=True, slots=True)
-class _Cost:
+class Cost:
     """Bytes of the keys and values of one token in all layers, and how many layers have some."""
 
     token: int
@@ -49,7 +49,7 @@ class _Cost:
 
 #: What the probe found: None for models that run whole. Of a model only its code and configuration matter, and these
 #: it keeps.
-_probed: "WeakKeyDictionary[torch.nn.Module, _Cost | None]" = WeakKeyDictionary()
+_probed: "WeakKeyDictionary[torch.nn.Module, Cost | None]" = WeakKeyDictionary()
 
 
 class _Layer(DynamicLayer):
@@ -66,7 +66,9 @@ class _Layer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the keys and values [B, heads, P + T, D] of the prefix and of the batch's own tokens."""
-        keys, values = (self._joined(*pair) for pair in ((self.keys, key_states), (self.values, value_states)))
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = self._joined(self.keys, key_states), self._joined(self.values, value_states)
         if self.keep:
             self.keys, self.values = keys, values
         return keys, values
@@ -83,10 +85,10 @@ class Prefix:
     layers: tuple[tuple[Tensor, Tensor], ...]
     mask: Tensor
 
-    def cost(self) -> _Cost:
+    def cost(self) -> Cost:
         """Return what its tokens take."""
         taken = sum(states.nbytes for pair in self.layers for states in pair)
-        return _Cost(-(-taken // self.mask.numel()), len(self.layers))
+        return Cost(-(-taken // self.mask.numel()), len(self.layers))
 
     def before(
         self, inputs: dict[str, Tensor], *, positions: bool, rows: Tensor | None = None, keep: bool = False
@@ -97,7 +99,7 @@ class Prefix:
         """
         ids = inputs["input_ids"]
         mask = self.mask.expand(len(ids), -1) if rows is None else self.mask[rows]
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         cache.layers = [_Layer(keys, values, rows, keep) for keys, values in self.layers]
         out: dict[str, Any] = {
             "input_ids": ids,
@@ -122,12 +124,14 @@ class Decoder:
         tokens = torch.tensor([list(ids) or [0]], device=self.readout.model.device)
         mask = torch.ones_like(tokens)
         out = self.readout.model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
         # Exactly these classes: those derived from them hold windows, recurrent states or indices.
-        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if type(out.past_key_values) is not DynamicCache:
             return None
-        pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        if not pairs or not all(_one_per_token(states, tokens.shape[1]) for pair in pairs for states in pair):
+        layers: list[Any] = list(out.past_key_values.layers)
+        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+            return None
+        pairs = [(layer.keys, layer.values) for layer in layers]
+        if not all(_one_per_token(states, tokens.shape[1]) for pair in pairs for states in pair):
             return None
         width = len(ids)  # without any, one token showed the shapes
         return Prefix(tuple((keys[:, :, :width], values[:, :, :width]) for keys, values in pairs), mask[:, :width])
@@ -166,11 +170,11 @@ def _one_per_token(states: Tensor | None, count: int) -> bool:
     return states is not None and states.ndim == 4 and states.shape[0] == 1 and states.shape[2] == count
 
 
-def decoder_of(readout: Readout, examples: Sequence[Encoded]) -> tuple[Decoder, _Cost] | None:
+def decoder_of(readout: Readout, examples: Sequence[Encoded]) -> tuple[Decoder, Cost] | None:
     """Return the model as one that shares prefixes, and what these take; None where it has to run whole sequences."""
-    model = readout.model
+    model: Any = readout.model
     # A hook on the model itself (a router that reads the query, say) expects to see whole inputs.
-    if not isinstance(model, torch.nn.Module) or model._forward_pre_hooks or model._forward_hooks:
+    if any(vars(model).get(hooks) for hooks in ("_forward_pre_hooks", "_forward_hooks")):
         return None
     parameters = inspect.signature(model.forward).parameters
     if any(name not in parameters for name in _NEEDED) or not _plain_decoder(model.config):
@@ -189,13 +193,15 @@ def decoder_of(readout: Readout, examples: Sequence[Encoded]) -> tuple[Decoder, 
 def _plain_decoder(config: Any) -> bool:
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "get_text_config", lambda: None)() is not config:
         return False
+    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
+        return False  # kernels that need half precision, or compile for every shape
     # Under these the states of a token depend on how long its sequence becomes.
     rotary = {**(getattr(config, "rope_scaling", None) or {}), **(getattr(config, "rope_parameters", None) or {})}
     kinds = [one.get("rope_type", one.get("type")) for one in (rotary, *rotary.values()) if isinstance(one, dict)]
     return not any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
-def _probe(decoder: Decoder, ids: Sequence[int]) -> _Cost | None:
+def _probe(decoder: Decoder, ids: Sequence[int]) -> Cost | None:
     """Compare the logits of a trunk, two stems of unlike lengths and three branches with those of whole sequences."""
     trunk, stems = ids[:3], (ids[3:6], ids[3:4])
     branches, rows = (ids[6:8], ids[5:6], ids[4:9]), (0, 0, 1)
@@ -207,7 +213,7 @@ def _probe(decoder: Decoder, ids: Sequence[int]) -> _Cost | None:
         scored = [range(len(s) - len(b), len(s)) for s, b in zip(sequences, branches, strict=True)]
         batch = [Encoded(0, None, (), tuple(s), tuple(p), ()) for s, p in zip(sequences, scored, strict=True)]
         inputs, where, _ = padded(batch, model)
-        return readout.logits(run(inputs, where))
+        return readout.logits(run(inputs, where)).float()
 
     first = decoder.trunk(trunk)
     if first is None:
@@ -254,10 +260,10 @@ def _common(sequences: Sequence[tuple[int, ...]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def plan(examples: Sequence[Encoded], longest_trunk: int) -> Sharing:
-    """Find what sequences share: a trunk of at most ``longest_trunk`` tokens, and stems."""
-    free = [one.inputs[: one.positions[0]] for one in examples]  # before the first scored position
-    cut = min(_common(free), longest_trunk)
+def plan(examples: Sequence[Encoded], longest: int) -> Sharing:
+    """Find what sequences share: a trunk, and stems, which together have at most ``longest`` tokens."""
+    free = [one.inputs[: one.positions[0]][:longest] for one in examples]  # before the first scored position
+    cut = _common(free)
     rows: dict[tuple[int, bool], list[int]] = {}
     for index, one in enumerate(examples):
         rows.setdefault((one.row, True) if one.candidate is not None else (index, False), []).append(index)
@@ -265,7 +271,6 @@ def plan(examples: Sequence[Encoded], longest_trunk: int) -> Sharing:
     branches = list(examples)
     for members in rows.values():
         end = _common([free[i] for i in members]) if len(members) > 1 else cut
-        end = max(end, cut)
         units.append(Unit(free[members[0]][cut:end], tuple(members)))
         for i in members:
             one = examples[i]
@@ -273,7 +278,7 @@ def plan(examples: Sequence[Encoded], longest_trunk: int) -> Sharing:
     return Sharing(examples[0].inputs[:cut], tuple(units), tuple(branches))
 
 
-def batches(sharing: Sharing, cost: _Cost, batch_size: int, tokens: int) -> Iterator[list[Unit]]:
+def batches(sharing: Sharing, cost: Cost, batch_size: int, tokens: int) -> Iterator[list[Unit]]:
     """Put units into batches, those with stems first, the longest first.
 
     Args:
@@ -329,7 +334,7 @@ def passes(
 
 
 def _passes(
-    decoders: Sequence[Decoder], cost: _Cost, examples: Sequence[Encoded], batch_size: int, tokens: int
+    decoders: Sequence[Decoder], cost: Cost, examples: Sequence[Encoded], batch_size: int, tokens: int
 ) -> Iterator[Pass]:
     sharing = plan(examples, KEYS_BYTES // cost.token)
     trunks = [decoder.trunk(sharing.trunk) for decoder in decoders]
