@@ -81,15 +81,18 @@ class Measured:
     seconds: float
 
 
-def measure_one(index: int, model: Model, threads: int) -> Measured:
+def measure_one(index: int, model: Model) -> Measured:
     """Measure one model; the work of one process."""
     started = time.perf_counter()
-    found = losses(measure(model.path, "test", model.name, threads=threads))
+    found = losses(measure(model.path, "test", model.name))
     return Measured(index, found, time.perf_counter() - started)
 
 
-def _ignore_interrupts() -> None:
+def _start_worker(threads: int) -> None:
+    import torch
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops its workers itself
+    torch.set_num_threads(threads)
 
 
 def measure_all(models: Sequence[Model]) -> Iterator[Measured]:
@@ -100,11 +103,10 @@ def measure_all(models: Sequence[Model]) -> Iterator[Measured]:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, MOST_WORKERS, len(models))
-    threads = max(1, cores // workers)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (cores // workers,))
     try:
-        futures = [pool.submit(measure_one, index, model, threads) for index, model in enumerate(models)]
+        futures = [pool.submit(measure_one, index, model) for index, model in enumerate(models)]
         for future in as_completed(futures):
             yield future.result()
         pool.shutdown()
@@ -114,6 +116,7 @@ def measure_all(models: Sequence[Model]) -> Iterator[Measured]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
+        pool.shutdown()
 
 
 def add_row(table: Table, name: str, values: dict[str, float], seconds: float | None) -> None:

@@ -24,10 +24,8 @@ def experts(domains: Sequence[str] = DOMAINS) -> dict[str, str]:
     return {domain: str(adapter_path(domain)) for domain in domains}
 
 
-def measure(
-    model: str, split: str, name: str | None = None, progress: bool = False, threads: int | None = None
-) -> Evaluation:
-    """Measure a model (``PATH`` or ``PATH+ADAPTER``) on every domain's ``split``, on so many threads (None: all)."""
+def measure(model: str, split: str, name: str | None = None, progress: bool = False) -> Evaluation:
+    """Measure a model (``PATH`` or ``PATH+ADAPTER``) on every domain's ``split``."""
     tasks = [load_task(f"{d}={heldout_path(d, 'validation' if split == 'validation' else 'test')}") for d in DOMAINS]
     return evaluate(
         model,
@@ -37,7 +35,6 @@ def measure(
         max_tokens=TOKENS,
         dtype="bfloat16",
         batch_size=64,
-        threads=threads,
         progress=progress,
     )
 

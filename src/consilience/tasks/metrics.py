@@ -29,7 +29,7 @@ LOGITS_BYTES = 31 << 20
 #: Bound on the padded tokens of one batch, for the memory of long sequences.
 BATCH_TOKENS = 8192
 #: The same on a CPU, where activations of more tokens leave the processor's cache and every step waits for memory.
-CPU_BATCH_TOKENS = 1024
+CPU_BATCH_TOKENS = 768
 #: Float32 logits that a processor works on at a time.
 _CACHED_BYTES = 768 << 10
 #: Stands in for log 0, so that 0 * (log 0 - log 0) is 0 and not NaN.
