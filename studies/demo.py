@@ -2,23 +2,37 @@
 
 Fetches the base, merges (full weights and adapter space), prints held-out loss per domain for base, experts and merges,
 and one generated sample per domain. Strengths are round numbers; the study (studies/language_merge.py) tunes them.
+
+Models are measured side by side, one process each: two processes of one thread do more than one of two, whose threads
+wait for each other after every small product, and for anything else that runs on the machine.
 """
 
 import argparse
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from consilience.errors import ConsilienceError
+from consilience.errors import ConsilienceError, MachineError
 from consilience.tasks import Evaluation, load_model, load_task, sample
-from studies.language import measure, merged
+from studies.language import EXAMPLES, experts, measure, merged
 from suites.language import CACHE, DOMAINS, adapter_path, heldout_path
-from suites.language.base import base_path
+from suites.language.base import DEFAULT_OUT, FetchError, base_path, is_complete
+
+#: The most models measured at a time: each takes 1.3 GB.
+MOST_WORKERS = 4
 
 #: (what the table calls it, method, parameters, space)
 MERGES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
@@ -49,6 +63,62 @@ def losses(evaluation: Evaluation) -> dict[str, float]:
     return out | ({"accuracy": accuracy} if accuracy is not None else {})
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One row of the table: what it calls the model, what to measure, and how long the merge took (None: no merge)."""
+
+    name: str
+    path: str
+    merge_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a worker found of the model at ``index``, and in how many seconds."""
+
+    index: int
+    losses: dict[str, float]
+    seconds: float
+
+
+def measure_one(index: int, model: Model) -> Measured:
+    """Measure one model; the work of one process."""
+    started = time.perf_counter()
+    found = losses(measure(model.path, "test", model.name))
+    return Measured(index, found, time.perf_counter() - started)
+
+
+def _start_worker(threads: int) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops its workers itself
+    torch.set_num_threads(threads)
+
+
+def measure_all(models: Sequence[Model]) -> Iterator[Measured]:
+    """Measure models in several processes; yields each as soon as it is done.
+
+    Raises:
+        MachineError: a process was killed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, MOST_WORKERS, len(models))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (cores // workers,))
+    try:
+        futures = [pool.submit(measure_one, index, model) for index, model in enumerate(models)]
+        for future in as_completed(futures):
+            yield future.result()
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise MachineError("a process that measured a model was killed; free some memory and run this again") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        pool.shutdown()
+
+
 def add_row(table: Table, name: str, values: dict[str, float], seconds: float | None) -> None:
     """Add one model to the table."""
     cells = [f"{values[d]:.3f}" for d in DOMAINS]
@@ -70,36 +140,78 @@ def samples(console: Console, model: str) -> None:
         console.print(f"  reference:    {' '.join(str(row.response).split())[:200]}", markup=False, highlight=False)
 
 
-def run(keep: bool) -> None:
-    """Run the demo."""
-    console = Console() if sys.stdout.isatty() else Console(width=110)
-    started = time.perf_counter()
-    base = str(base_path())
-    folder = CACHE / "demo"
-    folder.mkdir(parents=True, exist_ok=True)
-    table = Table(title="held-out loss, nats per response token (100 test rows a domain; lower is better)")
-    for heading in ("model", *DOMAINS, "mean", "sentiment acc.", "merge s"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    add_row(table, "base", losses(measure(base, "test", "base", progress=True)), None)
-    for domain in DOMAINS:
-        found = losses(measure(f"{base}+{adapter_path(domain)}", "test", f"expert {domain}", progress=True))
-        add_row(table, f"expert {domain}", found, None)
-    best, best_loss = "", float("inf")
-    for name, method, parameters, space in MERGES:
+def merge_all(console: Console, base: str, folder: Path) -> list[Model]:
+    """Merge by every method, saying so; returns what to measure."""
+    models = [Model("base", base)]
+    models += [Model(f"expert {domain}", f"{base}+{adapter}") for domain, adapter in experts().items()]
+    count = len(MERGES) + 1
+    for number, (name, method, parameters, space) in enumerate(MERGES, 1):
         out = folder / "".join(c if c.isalnum() else "-" for c in name)
         shutil.rmtree(out, ignore_errors=True)
         begun = time.perf_counter()
-        model = merged(out, method, parameters, space)
-        seconds = time.perf_counter() - begun
-        found = losses(measure(model, "test", name, progress=True))
-        add_row(table, name, found, seconds)
-        if found["mean"] < best_loss and "+" not in model:
-            best, best_loss = model, found["mean"]
+        path = merged(out, method, parameters, space)
+        models.append(Model(name, path, time.perf_counter() - begun))
+        _say(console, number, count, f"merged {name} ({models[-1].merge_seconds:.1f} s)")
     begun = time.perf_counter()
-    pair = slerp_pair(folder / "slerp")
-    seconds = time.perf_counter() - begun
-    add_row(table, "slerp of pronounce and translate", losses(measure(pair, "test", "slerp", progress=True)), seconds)
+    path = slerp_pair(folder / "slerp")
+    models.append(Model("slerp of pronounce and translate", path, time.perf_counter() - begun))
+    _say(console, count, count, f"merged {models[-1].name} ({models[-1].merge_seconds:.1f} s)")
+    return models
+
+
+def _say(console: Console, number: int, count: int, text: str) -> None:
+    """Print one line of progress; it is on the screen, or in the log, at once."""
+    console.print(f"[{number:2}/{count:2}] {text}", markup=False, highlight=False)
+
+
+def measured(console: Console, models: Sequence[Model]) -> list[dict[str, float]]:
+    """Measure models, with a line for each that is done and, on a terminal, a bar; returns their losses in order."""
+    out: dict[int, dict[str, float]] = {}
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("", total=len(models))
+        for one in measure_all(models):
+            out[one.index] = one.losses
+            mean = f"mean loss {one.losses['mean']:.3f} ({one.seconds:.0f} s)"
+            _say(console, len(out), len(models), f"{models[one.index].name}: {mean}")
+            bars.advance(bar)
+    return [out[index] for index in range(len(models))]
+
+
+def fetch(console: Console) -> str:
+    """Fetch the base unless it is there."""
+    if not is_complete(DEFAULT_OUT):
+        console.print("Fetching the base once (93 MB) and dequantising it.", highlight=False)
+        begun = time.perf_counter()
+        base_path()
+        console.print(f"The base is ready ({time.perf_counter() - begun:.0f} s).", highlight=False)
+    return str(base_path())
+
+
+def run(keep: bool) -> None:
+    """Run the demo."""
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    base = fetch(console)
+    started = time.perf_counter()
+    merges = len(MERGES) + 1
+    console.print(
+        f"Merging {len(DOMAINS)} experts of SmolLM2-135M-Instruct in {merges} ways, then measuring base, experts and"
+        f" merges on {len(DOMAINS)} domains of {EXAMPLES} test rows: two to three minutes on two cores.",
+        highlight=False,
+    )
+    folder = CACHE / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    models = merge_all(console, base, folder)
+    found = measured(console, models)
+    table = Table(title=f"held-out loss, nats per response token ({EXAMPLES} test rows a domain; lower is better)")
+    for heading in ("model", *DOMAINS, "mean", "sentiment acc.", "merge s"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for model, values in zip(models, found, strict=True):
+        add_row(table, model.name, values, model.merge_seconds)
     console.print(table)
+    whole = [(v["mean"], m.path) for m, v in zip(models, found, strict=True)
+             if m.merge_seconds is not None and "+" not in m.path]  # fmt: skip
+    best = min(whole)[1]
     console.print(f"\nAnswers of the merge with the lowest mean loss ({Path(best).name}), greedy decoding:")
     samples(console, best)
     if not keep:
@@ -122,6 +234,9 @@ def main() -> int:
     except ConsilienceError as error:
         sys.stderr.write(f"demo: {error}\n")
         return error.exit_status
+    except FetchError as error:
+        sys.stderr.write(f"demo: {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("demo: interrupted\n")
         return 130

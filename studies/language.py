@@ -35,7 +35,7 @@ def measure(model: str, split: str, name: str | None = None, progress: ProgressO
         max_examples=EXAMPLES,
         max_tokens=TOKENS,
         dtype="bfloat16",
-        batch_size=16,
+        batch_size=64,
         progress=progress,
     )
 

@@ -1,7 +1,7 @@
 """Evaluate a model on tasks, with a cache: a cached result needs no torch and no model in memory."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -231,35 +231,41 @@ def _recalled(key: str | None, task: str, reference: _Source | None) -> TaskResu
 def _measured(
     run: _Run, tasks: Sequence[Task], references: Mapping[str, _Source], progress: Progress
 ) -> Iterator[tuple[Task, TaskResult]]:
-    from consilience.tasks.metrics import measure
+    from consilience.tasks.metrics import casting, measure
 
     if run.model.path is not None:
         progress.phase(f"loading {run.model.name}")
     model = run.model.load(run.device, run.trust_remote_code)
     tokenizer = run.tokenizer or _tokenizer(run)
-    held: tuple[_Source, Any] | None = None
-    # Tasks with the same reference follow each other, so that each reference is loaded once.
-    for task in sorted(tasks, key=lambda t: references[t.name].name if t.name in references else ""):
-        source = references.get(task.name)
-        if source is None:
-            held = None
-        elif held is None or held[0] != source:
-            held = None  # before the next one is loaded: two references need not fit into memory
-            held = (source, _reference(run, source, tokenizer))
-        result = measure(
-            model,
-            tokenizer,
-            task,
-            reference=held and held[1],
-            reference_name=source and source.name,
-            batch_size=run.batch_size,
-            max_examples=run.settings.max_examples,
-            max_tokens=run.settings.max_tokens,
-            dtype=run.settings.dtype,  # pyright: ignore[reportArgumentType]
-            seed=run.settings.seed,
-            progress=progress,
-        )
-        yield task, result
+    with ExitStack() as casts:
+        held: tuple[_Source, Any] | None = None
+        casting_on = False
+        # Tasks with the same reference follow each other, so that each reference is loaded once.
+        for task in sorted(tasks, key=lambda t: references[t.name].name if t.name in references else ""):
+            source = references.get(task.name)
+            if source is None:
+                held = None
+            elif held is None or held[0] != source:
+                casts.close()  # a reference is loaded in full precision, and what was cast of the last one is let go
+                held, casting_on = None, False  # before the next is loaded: two references need not fit into memory
+                held = (source, _reference(run, source, tokenizer))
+            if not casting_on:  # over all tasks of a reference, so that weights are cast once
+                casts.enter_context(casting(model, run.settings.dtype))  # pyright: ignore[reportArgumentType]
+                casting_on = True
+            result = measure(
+                model,
+                tokenizer,
+                task,
+                reference=held and held[1],
+                reference_name=source and source.name,
+                batch_size=run.batch_size,
+                max_examples=run.settings.max_examples,
+                max_tokens=run.settings.max_tokens,
+                dtype=run.settings.dtype,  # pyright: ignore[reportArgumentType]
+                seed=run.settings.seed,
+                progress=progress,
+            )
+            yield task, result
 
 
 def _tokenizer(run: _Run) -> Any:

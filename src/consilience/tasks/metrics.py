@@ -6,27 +6,33 @@ The output layer is applied only where a token is scored, a bounded number of to
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilience.errors import InputError
 from consilience.progress import NullProgress, Progress
 from consilience.tasks.encoding import Encoded, encode
 from consilience.tasks.intervals import bootstrap
-from consilience.tasks.readout import decoder_start, padded, readout
+from consilience.tasks.readout import Readout, decoder_start, padded, readout
 from consilience.tasks.results import Accuracy, Divergence, Loss, TaskResult
 from consilience.tasks.rows import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from consilience.tasks import shared_prefix
+
 Dtype = Literal["float32", "bfloat16"]
 
-#: Bound on one block of float32 logits [tokens, vocabulary], in bytes; a pass holds a few such blocks.
-LOGITS_BYTES = 32 << 20
+#: Bound on one block of float32 logits [tokens, vocabulary], in bytes; a pass holds a few such blocks. (From 32 MiB on
+#: the C library maps fresh pages for every tensor, which costs more than what is computed in them.)
+LOGITS_BYTES = 31 << 20
 #: Bound on the padded tokens of one batch, for the memory of long sequences.
 BATCH_TOKENS = 8192
-_CACHED_BYTES = 512 << 10
+#: The same on a CPU, where activations of more tokens leave the processor's cache and every step waits for memory.
+CPU_BATCH_TOKENS = 768
+#: Float32 logits that a processor works on at a time.
+_CACHED_BYTES = 768 << 10
 #: Stands in for log 0, so that 0 * (log 0 - log 0) is 0 and not NaN.
 _LOG_ZERO = -1e37
 
@@ -47,6 +53,13 @@ def _batches(examples: Sequence[Encoded], batch_size: int, tokens: int) -> Itera
         yield batch
 
 
+def casting(model: Any, dtype: Dtype) -> AbstractContextManager[Any]:
+    """Return autocast to the dtype of matrix products; weights are cast once within the outermost such block."""
+    import torch
+
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 @contextmanager
 def _evaluating(models: Sequence[Any], dtype: Dtype) -> Generator[None]:
     """No gradients, no dropout, and autocast: one block over all batches, so weights are cast to bfloat16 once."""
@@ -55,7 +68,7 @@ def _evaluating(models: Sequence[Any], dtype: Dtype) -> Generator[None]:
     training = [model.training for model in models]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(models[0].device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"))
+        stack.enter_context(casting(models[0], dtype))
         try:
             for model in models:
                 model.eval()
@@ -71,6 +84,8 @@ def _blocks(
     """Yield (example index [n], target [n], each model's logits [n, V]) for blocks of scored positions."""
     import torch
 
+    from consilience.tasks import shared_prefix
+
     if not examples:
         return
     with _evaluating(models, dtype):
@@ -80,11 +95,12 @@ def _blocks(
             sizes = " and ".join(str(one.vocabulary) for one in readouts)
             raise InputError(f"the models' vocabularies hold {sizes} tokens, so no divergence is defined between them")
         block = max(1, LOGITS_BYTES // (4 * vocabulary))
-        whole = any(one.head is None for one in readouts)
-        for batch in _batches(examples, batch_size, min(BATCH_TOKENS, block) if whole else BATCH_TOKENS):
-            inputs, where, targets = padded([examples[i] for i in batch], models[0])
+        tokens = min(BATCH_TOKENS, CPU_BATCH_TOKENS) if models[0].device.type == "cpu" else BATCH_TOKENS
+        if any(one.head is None for one in readouts):
+            tokens = min(tokens, block)
+        runs = shared_prefix.passes(readouts, examples, batch_size, tokens)
+        for batch, where, targets, states in runs or _whole(readouts, examples, batch_size, tokens):
             owners = torch.tensor(batch)[where[0].cpu()]
-            states = [one.states({k: v.to(one.model.device) for k, v in inputs.items()}, where) for one in readouts]
             for start in range(0, len(owners), block):
                 part = slice(start, start + block)
                 logits = [one.logits(s[part]) for one, s in zip(readouts, states, strict=True)]
@@ -92,36 +108,60 @@ def _blocks(
             advance(len(batch))
 
 
+def _whole(
+    readouts: Sequence[Readout], examples: Sequence[Encoded], batch_size: int, tokens: int
+) -> "Iterator[shared_prefix.Pass]":
+    """Run whole sequences, a batch at a time."""
+    for batch in _batches(examples, batch_size, tokens):
+        inputs, where, targets = padded([examples[i] for i in batch], readouts[0].model)
+        states = [one.states({k: v.to(one.model.device) for k, v in inputs.items()}, where) for one in readouts]
+        yield batch, where, targets, states
+
+
 def _sum_into(total: "Tensor", owners: "Tensor", values: "Tensor") -> None:
     total.index_add_(0, owners, values.double().cpu())
 
 
+def _slices(n: int, vocabulary: int, device: str) -> Iterator[slice]:
+    """Cut n rows of float32 logits into slices that stay in a processor's cache: ten times as fast as fresh tensors."""
+    rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if device == "cpu" else max(1, n)
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
+
+
 def negative_log_likelihood(logits: "Tensor", targets: "Tensor") -> "Tensor":
-    """-log softmax(logits)[target] in nats: logits [n, V] float32, targets [n] int64 -> [n]."""
+    """-log softmax(logits)[target] in nats, computed in float32: logits [n, V] of any float dtype, targets [n] -> [n].
+
+    log sum exp z is taken as max z + log sum exp(z - max z).
+    """
     import torch
 
-    return torch.logsumexp(logits, -1) - logits.gather(-1, targets[:, None])[:, 0]
+    out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for part in _slices(logits.shape[0], logits.shape[1], logits.device.type):
+        row = logits[part].to(torch.float32, copy=True)
+        chosen = row.gather(-1, targets[part, None])[:, 0]
+        highest = row.amax(-1, keepdim=True)
+        out[part] = row.sub_(highest).exp_().sum(-1).log_().add_(highest[:, 0]).sub_(chosen)
+    return out
 
 
 def divergences(logits_a: "Tensor", logits_b: "Tensor") -> tuple["Tensor", "Tensor"]:
     """KL(a || b) and the Jensen-Shannon divergence of softmax(logits_a) = a and softmax(logits_b) = b, in nats.
 
     KL = sum_v a_v (log a_v - log b_v), JS = (KL(a || m) + KL(b || m)) / 2 with m = (a + b) / 2; temperature 1.
-    Logits are [n, V] float32, both results [n]. A token that a gives probability 0 adds nothing; KL is infinite where b
-    gives 0 to a token that a does not. Rounding below zero is set to zero.
+    Logits are [n, V] of any float dtype, taken to float32; both results are [n]. A token that a gives probability 0
+    adds nothing; KL is infinite where b gives 0 to a token that a does not. Rounding below zero is set to zero.
     """
     import torch
 
     n, vocabulary = logits_a.shape
-    kl, js = logits_a.new_empty(n), logits_a.new_empty(n)
-    # A few rows at a time in buffers that stay in the processor's cache: ten times faster than fresh, large tensors.
-    rows = max(1, _CACHED_BYTES // (4 * vocabulary)) if logits_a.device.type == "cpu" else n
-    buffers = logits_a.new_empty(6, min(rows, n), vocabulary)
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        log_a, log_b, log_m, a, b, difference = (buffer[: part.stop - start] for buffer in buffers)
-        torch.log_softmax(logits_a[part], -1, out=log_a).clamp_min_(_LOG_ZERO)
-        torch.log_softmax(logits_b[part], -1, out=log_b).clamp_min_(_LOG_ZERO)
+    kl, js = (torch.empty(n, dtype=torch.float32, device=logits_a.device) for _ in range(2))
+    slices = list(_slices(n, vocabulary, logits_a.device.type))
+    widest = max((part.stop - part.start for part in slices), default=0)
+    buffers = torch.empty(6, widest, vocabulary, dtype=torch.float32, device=logits_a.device)
+    for part in slices:
+        log_a, log_b, log_m, a, b, difference = (buffer[: part.stop - part.start] for buffer in buffers)
+        torch.log_softmax(logits_a[part].float(), -1, out=log_a).clamp_min_(_LOG_ZERO)
+        torch.log_softmax(logits_b[part].float(), -1, out=log_b).clamp_min_(_LOG_ZERO)
         torch.exp(log_a, out=a)
         torch.exp(log_b, out=b)
         torch.add(a, b, out=log_m).div_(2).log_().clamp_min_(_LOG_ZERO)
@@ -204,7 +244,9 @@ def measure(
     models = [model] if reference is None else [model, reference]
     nats, kl, js = (torch.zeros(len(examples), dtype=torch.float64) for _ in range(3))
     started = time.perf_counter()
-    for chosen, runs in ((right, models), (wrong, [model])):
+    # Without a reference all choices go together, so that what they share runs once.
+    parts = ((sorted(right + wrong), models),) if reference is None else ((right, models), (wrong, [model]))
+    for chosen, runs in parts:
         index = torch.tensor(chosen)
         part = [examples[i] for i in chosen]
         for owners, targets, logits in _blocks(runs, part, batch_size, dtype, progress.advance):

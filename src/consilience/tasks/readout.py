@@ -26,19 +26,19 @@ class Readout:
     head: Any | None
     vocabulary: int
 
-    def states(self, inputs: dict[str, "Tensor"], where: tuple["Tensor", "Tensor"]) -> "Tensor":
+    def states(self, inputs: dict[str, Any], where: tuple["Tensor", "Tensor"]) -> "Tensor":
         """Return head inputs [N, H] (or logits [N, V] without a head) at N (sequence, position) pairs."""
         if self.head is None:
-            return self.model(**inputs, use_cache=False).logits[where]
+            return self.model(**{"use_cache": False, **inputs}).logits[where]
         states, _ = caught(self.model, self.head, inputs)
         return states[where]
 
     def logits(self, states: "Tensor") -> "Tensor":
-        """Return float32 logits [n, V] of n states."""
-        return (states if self.head is None else self.head(states)).float()
+        """Return the logits [n, V] of n states, in the dtype that they are computed in."""
+        return states if self.head is None else self.head(states)
 
 
-def caught(model: Any, head: Any, inputs: dict[str, "Tensor"], *, short: bool = True) -> tuple[Any, Any]:
+def caught(model: Any, head: Any, inputs: dict[str, Any], *, short: bool = True) -> tuple[Any, Any]:
     """Run a model; return (the input its head got [B, T, H], its logits). With ``short`` the head sees one position."""
     seen: list[Any] = []
 
@@ -48,7 +48,7 @@ def caught(model: Any, head: Any, inputs: dict[str, "Tensor"], *, short: bool = 
 
     handle = head.register_forward_pre_hook(hook)
     try:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**{"use_cache": False, **inputs}).logits
     finally:
         handle.remove()
     return (seen[0] if len(seen) == 1 else None), logits
