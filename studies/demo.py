@@ -149,7 +149,7 @@ def merge_all(console: Console, base: str, folder: Path) -> list[Model]:
         out = folder / "".join(c if c.isalnum() else "-" for c in name)
         shutil.rmtree(out, ignore_errors=True)
         begun = time.perf_counter()
-        path = merged(out, method, parameters, space)
+        path = merged(out, method, parameters, space, progress=True)
         models.append(Model(name, path, time.perf_counter() - begun))
         _say(console, number, count, f"merged {name} ({models[-1].merge_seconds:.1f} s)")
     begun = time.perf_counter()

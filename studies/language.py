@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import consilience as cs
-from consilience.api import build_recipe, plan_recipe
-from consilience.engine.adapter_output import write_adapter
+from consilience.engine.adapter_output import Kind
 from consilience.progress import ProgressOption
 from consilience.tasks import Evaluation, evaluate, load_task
 from suites.language import CACHE, DOMAINS, adapter_path, heldout_path
@@ -40,19 +39,21 @@ def measure(model: str, split: str, name: str | None = None, progress: ProgressO
     )
 
 
-def merged(out: Path, method: str, parameters: Mapping[str, Any], space: str = "weights") -> str:
+def merged(
+    out: Path, method: str, parameters: Mapping[str, Any], space: str = "weights", progress: bool = False
+) -> str:
     """Merge the four experts and return what to measure: a model folder, or ``base+adapter``.
 
     ``space``: "weights" (a full checkpoint in bfloat16), "cat" (exact adapter) or "svd-R" (adapter of rank R).
     """
     base = str(base_path())
     if space == "weights":
-        cs.merge(base, experts(), out, method=method, force=True, **parameters)
+        cs.merge(base, experts(), out, method=method, force=True, progress=progress, **parameters)
         return str(out)
-    plan = plan_recipe(build_recipe(method, base, experts(), parameters))
     kind, _, rank = space.partition("-")
-    write_adapter(plan, out, "cat" if kind == "cat" else "svd", int(rank or 0), force=True)
-    plan.close()
+    adapter: Kind = "cat" if kind == "cat" else "svd"
+    values = {"as_adapter": adapter, "rank": int(rank) if rank else None, "progress": progress}
+    cs.merge(base, experts(), out, method=method, force=True, **values, **parameters)
     return f"{base}+{out}"
 
 
