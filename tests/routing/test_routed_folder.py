@@ -33,8 +33,8 @@ def logits(model: Any) -> torch.Tensor:
 def files(folder: Path) -> dict[str, bytes]:
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     listed = json.loads(found["consilience/files.json"])
-    states = {name: (size, content) for name, (size, _time, content) in listed["states"].items()}
-    return found | {"consilience/files.json": repr((listed["files"], states)).encode()}
+    states = {name: (size, content) for name, (size, _time, content) in listed["files"].items()}
+    return found | {"consilience/files.json": repr(states).encode()}
 
 
 def test_what_is_loaded_is_what_was_given(zoo: Path, tmp_path: Path) -> None:
