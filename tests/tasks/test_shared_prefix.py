@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,11 +217,12 @@ def test_a_model_that_forgets_what_came_before_is_found_out(tokenizer: Any):
     class Forgetful(LlamaForCausalLM):
         """A Llama whose answers ignore half of a prefix: right on whole sequences, wrong on what continues one."""
 
-        def forward(self, input_ids: Any = None, attention_mask: Any = None, past_key_values: Any = None, **rest: Any):  # type: ignore[override]
-            if past_key_values is not None and past_key_values.get_seq_length():
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, **rest: Any):  # type: ignore[override]
+            before = rest.get("cache", rest.get("past_key_values"))  # its name depends on the version
+            if before is not None and before.get_seq_length():
                 attention_mask = attention_mask.clone()
-                attention_mask[:, : past_key_values.get_seq_length() // 2] = 0
-            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **rest)
+                attention_mask[:, : before.get_seq_length() // 2] = 0
+            return super().forward(input_ids, attention_mask, **rest)
 
     Forgetful.forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
     model = Forgetful(make_llama().config)
@@ -228,6 +230,34 @@ def test_a_model_that_forgets_what_came_before_is_found_out(tokenizer: Any):
     ran, result = tokens_through(model.eval(), lambda: measure(model, tokenizer, CHOICES, batch_size=1))
     assert ran >= sum(len(one.inputs) for one in encode(CHOICES, tokenizer))
     assert result.loss.nats == pytest.approx(expected_nats(model, tokenizer, CHOICES), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_whatever_a_model_calls_its_cache(name: str, tokenizer: Any):
+    own = make_llama()
+    theirs = next(n for n in ("cache", "past_key_values") if n in inspect.signature(own.forward).parameters)
+
+    class Renamed(nn.Module):
+        """A Llama of another version of transformers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.config, self.device = own, own.config, own.device
+            self.get_output_embeddings, self.get_input_embeddings = own.get_output_embeddings, own.get_input_embeddings
+
+        def forward(self, **inputs: Any) -> Any:
+            inputs = {theirs if key == name else key: value for key, value in inputs.items()}
+            out = self.own(**inputs)
+            return SimpleNamespace(logits=out.logits, **{name: getattr(out, theirs)})
+
+    names = [name if n == theirs else n for n in inspect.signature(own.forward).parameters if n != "kwargs"]
+    Renamed.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("self", *names)]
+    )
+    model = Renamed()
+    ran, result = tokens_through(model, lambda: measure(model, tokenizer, CHOICES, batch_size=1))
+    assert ran < 0.75 * sum(len(one.inputs) for one in encode(CHOICES, tokenizer))
+    assert result.loss.nats == pytest.approx(expected_nats(own, tokenizer, CHOICES), rel=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [3, 20, 1024])

@@ -36,7 +36,9 @@ PROBE_TOKENS = 9
 #: Largest difference of two logits of the probe that is rounding, as a part of the largest logit.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
-_NEEDED = ("input_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep")
+_NEEDED = ("input_ids", "attention_mask", "use_cache", "logits_to_keep")
+#: What models call their cache, as an input and in their output: the newer name first.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,44 +92,43 @@ class Prefix:
         taken = sum(states.nbytes for pair in self.layers for states in pair)
         return Cost(-(-taken // self.mask.numel()), len(self.layers))
 
-    def before(
-        self, inputs: dict[str, Tensor], *, positions: bool, rows: Tensor | None = None, keep: bool = False
-    ) -> dict[str, Any]:
-        """Return a model's inputs for a right-padded batch [B, T] that continues this prefix (see ``_Layer``).
-
-        ``positions``: whether the model takes ``position_ids``; others count the mask.
-        """
-        ids = inputs["input_ids"]
-        mask = self.mask.expand(len(ids), -1) if rows is None else self.mask[rows]
-        cache: Any = DynamicCache()
-        cache.layers = [_Layer(keys, values, rows, keep) for keys, values in self.layers]
-        out: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": torch.cat([mask, inputs["attention_mask"]], 1),
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if positions:
-            out["position_ids"] = mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
-        return out
-
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A model that shares prefixes; ``positions``: it takes ``position_ids``."""
+    """A model that shares prefixes, what it calls its cache, and whether it takes ``position_ids``."""
 
     readout: Readout
+    cache: str
     positions: bool
+
+    def after(
+        self, prefix: Prefix, inputs: dict[str, Tensor], rows: Tensor | None = None, *, keep: bool = False
+    ) -> dict[str, Any]:
+        """Return the model's inputs for a right-padded batch [B, T] that continues a prefix (see ``_Layer``)."""
+        ids = inputs["input_ids"]
+        mask = prefix.mask.expand(len(ids), -1) if rows is None else prefix.mask[rows]
+        cache: Any = DynamicCache()
+        cache.layers = [_Layer(keys, values, rows, keep) for keys, values in prefix.layers]
+        out: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([mask, inputs["attention_mask"]], 1),
+            self.cache: cache,
+            "use_cache": True,
+        }
+        if self.positions:  # other models count the mask
+            out["position_ids"] = mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        return out
 
     def trunk(self, ids: Sequence[int]) -> Prefix | None:
         """Run the tokens that all sequences begin with; None if the model keeps other things than keys and values."""
         tokens = torch.tensor([list(ids) or [0]], device=self.readout.model.device)
         mask = torch.ones_like(tokens)
         out = self.readout.model(input_ids=tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
+        cache: Any = getattr(out, self.cache, None)
         # Exactly these classes: those derived from them hold windows, recurrent states or indices.
-        if type(out.past_key_values) is not DynamicCache:
+        if type(cache) is not DynamicCache:
             return None
-        layers: list[Any] = list(out.past_key_values.layers)
+        layers: list[Any] = list(cache.layers)
         if not layers or any(type(layer) is not DynamicLayer for layer in layers):
             return None
         pairs = [(layer.keys, layer.values) for layer in layers]
@@ -140,7 +141,7 @@ class Decoder:
         """Run sequences that continue the trunk; the prefix of each is the trunk and its stem, padded on the left."""
         model = self.readout.model
         inputs = padded([Encoded(0, None, (), tuple(stem), (), ()) for stem in stems], model)[0]
-        run = trunk.before(inputs, positions=self.positions, keep=True)
+        run = self.after(trunk, inputs, keep=True)
         model(**run, logits_to_keep=1)
         lengths = run["attention_mask"].sum(1, keepdim=True)
         width = run["attention_mask"].shape[1]
@@ -152,7 +153,7 @@ class Decoder:
         def moved(states: Tensor) -> Tensor:
             return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
 
-        layers = run["past_key_values"].layers
+        layers = run[self.cache].layers
         return Prefix(tuple((moved(layer.keys), moved(layer.values)) for layer in layers), mask)
 
     def states(
@@ -163,7 +164,7 @@ class Decoder:
         rows: Tensor | None = None,
     ) -> Tensor:
         """Return what ``Readout.states`` does, of a batch that continues a prefix."""
-        return self.readout.states(prefix.before(inputs, positions=self.positions, rows=rows), where)
+        return self.readout.states(self.after(prefix, inputs, rows), where)
 
 
 def _one_per_token(states: Tensor | None, count: int) -> bool:
@@ -177,9 +178,10 @@ def decoder_of(readout: Readout, examples: Sequence[Encoded]) -> tuple[Decoder, 
     if any(vars(model).get(hooks) for hooks in ("_forward_pre_hooks", "_forward_hooks")):
         return None
     parameters = inspect.signature(model.forward).parameters
-    if any(name not in parameters for name in _NEEDED) or not _plain_decoder(model.config):
+    cache = next((name for name in _CACHE_NAMES if name in parameters), None)
+    if cache is None or any(name not in parameters for name in _NEEDED) or not _plain_decoder(model.config):
         return None
-    decoder = Decoder(readout, "position_ids" in parameters)
+    decoder = Decoder(readout, cache, "position_ids" in parameters)
     if model not in _probed:
         ids = list(dict.fromkeys(token for one in examples for token in one.inputs))[:PROBE_TOKENS]
         if len(ids) < PROBE_TOKENS:
