@@ -51,6 +51,8 @@ _FORMAT = 1
 #: What marked an OUT.partial of version 0.1.0; what is left there is done again.
 _OLDER = ("consilience/plan.json", "training-plan.json")
 _AGAIN = "then run the same command again"
+#: How often a place is looked at again whose files another run moves meanwhile.
+_TRIES = 20
 _LOG = logging.getLogger("consilience")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -290,17 +292,33 @@ def check_out(out: Path, *, folder: bool = True, force: bool = False, inputs: It
     """
     if out.name in ("", ".."):
         raise InputError(f"{out}: is not a name to write to; name a new {'folder' if folder else 'file'}")
+    named = list(inputs)
+    for last in (*[False] * _TRIES, True):
+        try:
+            _refuse_nesting(out, named)
+            _look_at_partial(partial_path(out))
+            if not done_path(out).exists():  # else the run itself finds out what an earlier one delivered
+                _refuse_occupied(out, folder, force)
+            return
+        except OSError as error:
+            if last or not isinstance(error, FileNotFoundError):  # else another run has just moved what was looked at
+                raise _impossible(out, error) from None
+
+
+def _look_at_partial(partial: Path) -> None:
+    """Refuse an OUT.partial that another run holds, or that is somebody else's."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise _in_the_way(partial)
     try:
-        _refuse_nesting(out, inputs)
-        if not done_path(out).exists():  # else the run itself finds out what an earlier one delivered
-            _refuse_occupied(out, folder, force)
-        partial = partial_path(out)
-        if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-            raise _in_the_way(partial)
-        if partial.is_dir():
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    _lock(descriptor, partial, fcntl.LOCK_SH)  # so that no run makes or removes it while it is looked at
+    try:
+        if _still_names(partial, descriptor):
             _refuse_foreign(partial)
-    except OSError as error:
-        raise _impossible(out, error) from None
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_nesting(out: Path, inputs: Iterable[Path]) -> None:
@@ -652,9 +670,9 @@ def _claim(partial: Path) -> int:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, place: Path) -> None:
+def _lock(descriptor: int, place: Path, kind: int = fcntl.LOCK_EX) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise InputError(f"{place}: another run is writing there; wait for it, or choose another OUT") from None
