@@ -36,6 +36,7 @@ def run(arguments: list[str]) -> int:
 
     from consilience.cli.app import app
     from consilience.errors import ConsilienceError
+    from consilience.workdir import whole_command
 
     # Newer typers carry their own click, older ones use the package: BadParameter's parents are right in both.
     usage_error: Any = typer.BadParameter.__mro__[1]
@@ -45,7 +46,8 @@ def run(arguments: list[str]) -> int:
         for argument in arguments:
             if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are not UTF-8 arrive as surrogates
                 raise usage_error(f"argument {argument!r} is not UTF-8 text; rename the file")
-        result: Any = app(arguments, prog_name="consilience", standalone_mode=False)
+        with whole_command():
+            result: Any = app(arguments, prog_name="consilience", standalone_mode=False)
         return (_interrupted() if result == 130 else result) if isinstance(result, int) else 0
     except usage_error as error:
         if _is_help(error):

@@ -34,7 +34,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
@@ -571,11 +571,38 @@ class Workdir:
         try:
             if self._finished:
                 self.remove()
-                self._forget()
-        finally:
-            if self._done is not None:
-                os.close(self._done)
-                self._done = None
+                if _last is None:
+                    self._forget()
+                else:
+                    _last.append(self._forget)
+                    return
+        except BaseException:
+            self._release()
+            raise
+        self._release()
+
+    def _release(self) -> None:
+        if self._done is not None:
+            os.close(self._done)
+            self._done = None
+
+
+#: What a command does when nothing else is left to do; None: deliveries end at once.
+_last: list[Callable[[], None]] | None = None
+
+
+@contextlib.contextmanager
+def whole_command() -> Generator[None]:
+    """Let OUT.done stay until a whole command has ended, so that one killed while it says what it did can be rerun."""
+    global _last
+    before, _last = _last, []
+    try:
+        yield
+    finally:
+        endings, _last = _last, before
+        for ending in endings:
+            with contextlib.suppress(OSError):  # the next run tidies up
+                ending()
 
 
 @contextlib.contextmanager
