@@ -211,20 +211,21 @@ def test_a_hook_on_the_model_sees_whole_inputs(tokenizer: Any):
     assert sorted(widths)[-len(whole) :] == whole  # and a short probe of the output layer
 
 
-def test_a_model_that_forgets_what_came_before_is_found_out(tokenizer: Any):
+def test_a_model_that_forgets_what_came_before_is_found_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     from transformers import LlamaForCausalLM
 
     class Forgetful(LlamaForCausalLM):
         """A Llama whose answers ignore half of a prefix: right on whole sequences, wrong on what continues one."""
 
-        def forward(self, input_ids: Any = None, attention_mask: Any = None, **rest: Any):  # type: ignore[override]
-            before = rest.get("cache", rest.get("past_key_values"))  # its name depends on the version
+        def forward(self, *args: Any, **inputs: Any) -> Any:
+            before = inputs.get("cache", inputs.get("past_key_values"))  # its name depends on the version
             if before is not None and before.get_seq_length():
-                attention_mask = attention_mask.clone()
-                attention_mask[:, : before.get_seq_length() // 2] = 0
-            return super().forward(input_ids, attention_mask, **rest)
+                inputs["attention_mask"] = inputs["attention_mask"].clone()
+                inputs["attention_mask"][:, : before.get_seq_length() // 2] = 0
+            return super().forward(*args, **inputs)
 
-    Forgetful.forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+    signature = inspect.signature(LlamaForCausalLM.forward)
+    monkeypatch.setattr(Forgetful.forward, "__signature__", signature, raising=False)
     model = Forgetful(make_llama().config)
     model.load_state_dict(make_llama().state_dict())
     ran, result = tokens_through(model.eval(), lambda: measure(model, tokenizer, CHOICES, batch_size=1))
@@ -233,7 +234,7 @@ def test_a_model_that_forgets_what_came_before_is_found_out(tokenizer: Any):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_whatever_a_model_calls_its_cache(name: str, tokenizer: Any):
+def test_whatever_a_model_calls_its_cache(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     own = make_llama()
     theirs = next(n for n in ("cache", "past_key_values") if n in inspect.signature(own.forward).parameters)
 
@@ -251,9 +252,8 @@ def test_whatever_a_model_calls_its_cache(name: str, tokenizer: Any):
             return SimpleNamespace(logits=out.logits, **{name: getattr(out, theirs)})
 
     names = [name if n == theirs else n for n in inspect.signature(own.forward).parameters if n != "kwargs"]
-    Renamed.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("self", *names)]
-    )
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("self", *names)]
+    monkeypatch.setattr(Renamed.forward, "__signature__", inspect.Signature(parameters), raising=False)
     model = Renamed()
     ran, result = tokens_through(model, lambda: measure(model, tokenizer, CHOICES, batch_size=1))
     assert ran < 0.75 * sum(len(one.inputs) for one in encode(CHOICES, tokenizer))
