@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,7 @@ def opened(
     if chunks is not None:
         tensors = [tensor for group in start.groups for tensor in group.tensors]
         start = constant(names, make_groups(tensors, grouping, chunks), [0.3] * len(names))
-    shop = open_workshop(run, start, settings_of().data, layers=layers, precision=precision, tokens=tokens)
+    shop = open_workshop(run, start, replace(settings_of().data, tokens=tokens), layers=layers, precision=precision)
     try:
         yield shop, start
     finally:
@@ -252,11 +253,11 @@ def opened(
 
 
 def settings_of(**changes: Any) -> AlignmentSettings:
-    """The settings of a recipe that says nothing, but for ``changes``."""
-    from consilience.learned.expert_merging import expert_merging
+    """The settings of a recipe that names the paper's preset, but for ``changes``."""
+    from consilience.learned.expert_merging import PRESETS, expert_merging
 
     values = {name: parameter.default for name, parameter in expert_merging.parameters.items()}
-    return AlignmentSettings.of(values | changes)
+    return AlignmentSettings.of(values | PRESETS["paper"] | changes)
 
 
 def deltas(place: Path, name: str) -> State:

@@ -145,13 +145,16 @@ def write_rows(path: Path, rows: Sequence[str | Mapping[str, Any]]) -> Path:
 
 
 def recipe_of(place: Path, experts: Mapping[str, Path], base: Path | None = None, **keys: Any) -> dict[str, Any]:
-    """A recipe of learned Expert Merging whose rows are ``place/rows/NAME.jsonl``."""
+    """A recipe of learned Expert Merging whose rows are ``place/rows/NAME.jsonl``; as published, unless it says more."""
     models = [
         {"model": str(path), "name": name, "data": {"calibration": str(place / "rows" / f"{name}.jsonl")}}
         for name, path in experts.items()
     ]
     value = {"merge_method": "expert_merging", "base_model": str(base or place / "base"), "models": models}
-    return value | keys
+    value |= keys
+    if value["merge_method"].startswith("expert_merging"):
+        value["parameters"] = {"preset": "paper"} | value.get("parameters", {})
+    return value
 
 
 def write_recipe(path: Path, value: Mapping[str, Any]) -> Path:

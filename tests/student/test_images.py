@@ -266,9 +266,9 @@ def test_wrong_rows_leave_nothing_behind(family: Family, tmp_path: Path):
     assert merged({"prompt": "a"}, {"prompt": "b", "image": "gone.png"}).startswith(
         "/rows.jsonl:2: image /gone.png: no"
     )
-    assert "needs prompt" in merged({"text": "a", "image": picture})
+    assert "needs prompt" in merged({"text": "a", "image": picture}, responses="given")
+    assert "text is no prompt" in merged({"text": "a", "image": picture})
     assert "the model takes 256" in merged({"prompt": "many words " * 90, "image": picture})
-    assert "responses=generate" in merged({"prompt": "a", "image": picture}, responses="generate")
 
 
 def test_processor_must_be_there(family: Family, tmp_path: Path):

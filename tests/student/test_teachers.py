@@ -63,7 +63,7 @@ def opened(
     plan = make_plan(parse_recipe(recipe_of(zoo, {name: zoo / name for name in names}), "test"))
     run = Run(plan, folder=folder, machine=Machine(threads=1))
     start = groups_of(run, "tensor", exclude, [0.3] * len(names))
-    shop = open_workshop(run, start, Data(), layers=layers, precision=precision, tokens=tokens)
+    shop = open_workshop(run, start, Data(tokens=tokens), layers=layers, precision=precision)
     try:
         yield shop
     finally:

@@ -8,6 +8,7 @@ from typing import Any
 from consilience.coefficients import Coefficients
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
+from consilience.learned.compare import compared
 from consilience.learned.loop import Learned, Stopping, descend, schedule
 from consilience.learned.problem import Problem
 from consilience.learned.ranking import Ranking, make_ranking
@@ -61,6 +62,8 @@ class AlignmentSettings:
     precision: Any
     checkpoint: bool
     batch_tokens: int
+    answers: int = 1
+    answer_temperature: float = 0.0
     estimate_rule: Any = "adam"
     law: Any = "rademacher"
     perturb: Any = "w"
@@ -92,7 +95,10 @@ class AlignmentSettings:
     @property
     def data(self) -> Data:
         """How rows are read."""
-        return Data(self.samples, self.responses, self.response_tokens, self.positions, self.holdout)
+        return Data(
+            self.samples, self.responses, self.response_tokens, self.positions, self.holdout, "calibration",
+            self.answers, self.answer_temperature, judged=bool(self.logit_weight), tokens=self.batch_tokens,
+        )  # fmt: skip
 
     def objective(self, layers: tuple[int, ...]) -> Objective:
         """Return what is minimised, without the anchor.
@@ -146,14 +152,15 @@ def learn_alignment(
     optimizer = optimizer_of(start, settings, run.seed, anchor)
     shop = open_workshop(
         run, start, settings.data, layers=settings.layers, precision=settings.precision,
-        checkpoint=settings.checkpoint, tokens=settings.batch_tokens, trimmed=start.trimmed,
+        checkpoint=settings.checkpoint, trimmed=start.trimmed,
         teachers=bool(settings.logit_weight or settings.hidden_weight),
     )  # fmt: skip
     try:
         learned = minimise(run, shop, _problem(shop, settings), optimizer, settings, start)
+        facts = compared(shop, learned.alpha) if shop.judge and shop.teachers is not None else {}
     finally:
         shop.close()
-    facts = report(run, shop, settings, learned, time.perf_counter() - begun, parameters)
+    facts |= report(run, shop, settings, learned, time.perf_counter() - begun, parameters)
     return start.with_alpha(learned.alpha, **facts, **_diagnosis(optimizer))
 
 

@@ -6,6 +6,7 @@ from consilience.coefficients import Coefficients
 from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan
 from consilience.errors import InputError, MachineError
+from consilience.learned.answers import questions
 from consilience.learned.run import Machine, Run, base_folder, groups_of, require_tensorboard
 from consilience.progress import NullProgress, Progress
 
@@ -22,7 +23,9 @@ def check_data(plan: Plan) -> None:
         run.target()
     else:
         for name in run.experts:
-            run.task(name, plan.method.rows_key)
+            task = run.task(name, plan.method.rows_key)
+            if plan.learning.get("responses") == "generate":
+                questions(task)
     if "grouping" in plan.learning:
         groups_of(run, plan.learning["grouping"], plan.learning["exclude"], plan.learning["alphabar"])
 

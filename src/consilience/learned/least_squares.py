@@ -50,8 +50,8 @@ def least_squares(
 
     begun = time.perf_counter()
     start = groups_of(run, grouping, exclude, alphabar)
-    data = Data(samples, responses, response_tokens)
-    shop = open_workshop(run, start, data, teachers=False, precision=precision, tokens=batch_tokens)
+    data = Data(samples, responses, response_tokens, tokens=batch_tokens)
+    shop = open_workshop(run, start, data, teachers=False, precision=precision)
     try:
         grams = collect_grams(shop, {k for k, weight in enumerate(beta) if weight > 0})
     finally:

@@ -4,11 +4,12 @@ import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
 from consilience.engine.plan import Plan, resolve_file
 from consilience.errors import InputError
+from consilience.learned.answers import Answered, answered, shown
 from consilience.learned.problem import Problem
 from consilience.learned.settings import PATTERNS
 from consilience.objectives.objective import Objective
@@ -18,8 +19,7 @@ from consilience.student.calibration import Positions, Sample, batches, check_to
 from consilience.student.outputs import Reader
 from consilience.student.student import Precision, Settings, Student, blocks_of, make_student
 from consilience.student.teachers import Teachers
-from consilience.tasks.rows import Row, Task, overlap, read_rows
-from consilience.workdir import write_file
+from consilience.tasks.rows import Task, overlap, read_rows
 
 Responses = Literal["given", "none", "generate"]
 
@@ -166,7 +166,10 @@ def require_tensorboard() -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """How calibration rows are read; see the learned methods' parameters of the same names."""
+    """How calibration rows are read; see the learned methods' parameters of the same names.
+
+    ``judged``: rows are kept apart to compare the result with others on; ``tokens``: most padded tokens of a pass.
+    """
 
     samples: int = 0
     responses: Responses = "given"
@@ -174,6 +177,19 @@ class Data:
     positions: Positions = "all"
     holdout: float = 0.0
     key: Literal["calibration", "probe"] = "calibration"
+    answers: int = 1
+    answer_temperature: float = 0.0
+    judged: bool = False
+    tokens: int = 4096
+
+    @property
+    def further(self) -> int:
+        """Answers to a prompt that nothing is learned from: one, if the result is judged and no prompt is held out.
+
+        Greedy answers are all alike, so none of them is further.
+        """
+        drawn = self.responses == "generate" and self.answer_temperature > 0
+        return int(self.judged and drawn and not self.holdout)
 
 
 def base_folder(plan: Plan) -> Path:
@@ -217,8 +233,14 @@ class Workshop:
     samples: list[Sample]
     learn: list[int]
     hold: list[int]
+    further: list[int]
     tokens: int
     teachers: Teachers | None
+
+    @property
+    def judge(self) -> list[int]:
+        """Return samples that nothing is learned from: those held out, or further answers to the same prompts."""
+        return self.hold or self.further
 
     def problem(self, objective: Objective) -> Problem:
         """Return an objective as a function of the coefficients."""
@@ -238,7 +260,6 @@ def open_workshop(
     teachers: bool = True,
     precision: Precision = "mixed",
     checkpoint: bool = False,
-    tokens: int = 4096,
     trimmed: Trimmed | None = None,
 ) -> Workshop:
     """Load the base, read the calibration rows, and let every expert answer its own.
@@ -251,7 +272,6 @@ def open_workshop(
         teachers: whether the experts' answers are needed.
         precision: see ``student.Settings``.
         checkpoint: recompute activations in the backward pass.
-        tokens: most padded tokens of one forward pass.
         trimmed: what is done to task vectors before they are multiplied.
 
     Raises:
@@ -267,23 +287,30 @@ def open_workshop(
         settings = Settings(precision, run.machine.device, checkpoint, run.machine.trust_remote_code)
         student = make_student(run.plan, bank, settings)
         chosen = middle(student, layers)
-        tasks = [_responses(run, student, k, task, data) for k, task in enumerate(tasks)]
-        samples = _samples(run, student, tasks, folder, data) if target is None else []
+        rows = [answered(run, student, k, task, data) for k, task in enumerate(tasks)]
+        samples = _samples(run, student, rows, folder, data) if target is None else []
         for task in target or ():
-            samples += _samples(run, student, [task], folder, data) if task is not None else []
+            samples += _samples(run, student, [Answered(task, task)], folder, data) if task is not None else []
         folders = [expert.folder for expert in run.plan.experts]
         check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
-        learn, hold = held_out(samples, data.holdout)
+        known, further = _further(samples, rows, data)
+        learn, hold = held_out(samples, known, data.holdout)
         if target is not None and target[1] is not None:
             every = range(len(samples))
             learn, hold = list(every[: len(target[0].rows)]), list(every[len(target[0].rows) :])
-        reader = Reader(student, batches(samples, range(len(samples)), tokens)[0], chosen)
+        reader = Reader(student, batches(samples, range(len(samples)), data.tokens)[0], chosen)
         held = Teachers(student, reader, samples, run.answers)
         if teachers:
             run.progress.phase("answers of the experts", len(samples), "samples")
-            held.prepare(tokens, run.progress.advance)
+            held.prepare(data.tokens, run.progress.advance)
         undo.pop_all()
-    return Workshop(run, bank, student, reader, samples, learn, hold, tokens, held if teachers else None)
+    return Workshop(run, bank, student, reader, samples, learn, hold, further, data.tokens, held if teachers else None)
+
+
+def _further(samples: Sequence[Sample], rows: Sequence[Answered], data: Data) -> tuple[list[int], list[int]]:
+    """Return the samples to learn from, and every prompt's last answer where it is a further one."""
+    last = {i for i, s in enumerate(samples) if data.further and (s.encoded.row + 1) % rows[s.expert].times == 0}
+    return [i for i in range(len(samples)) if i not in last], sorted(last)
 
 
 def middle(student: Student, layers: Sequence[int] | str) -> tuple[int, ...]:
@@ -302,7 +329,7 @@ def middle(student: Student, layers: Sequence[int] | str) -> tuple[int, ...]:
     return chosen
 
 
-def _samples(run: Run, student: Student, tasks: Sequence[Task], folder: Path, data: Data) -> list[Sample]:
+def _samples(run: Run, student: Student, tasks: Sequence[Answered], folder: Path, data: Data) -> list[Sample]:
     from consilience.tasks.load import load_tokenizer
     from consilience.tasks.readout import decoder_start
 
@@ -310,81 +337,17 @@ def _samples(run: Run, student: Student, tasks: Sequence[Task], folder: Path, da
     config = student.model.config
     start = decoder_start(student.model) if getattr(config, "is_encoder_decoder", False) else None
     processor = None
-    if any(row.image is not None for task in tasks for row in task.rows):
+    if any(row.image is not None for one in tasks for row in one.task.rows):
         from consilience.student.images import load_processor
 
         processor = load_processor(folder, trust_remote_code=run.machine.trust_remote_code)
     return [
-        sample
-        for expert, task in enumerate(tasks)
+        replace(sample, where=one.where(sample.encoded.row))
+        for expert, one in enumerate(tasks)
         for sample in encode_task(
-            task, expert, tokenizer, config, positions=data.positions, decoder_start=start, processor=processor
+            one.task, expert, tokenizer, config, positions=data.positions, decoder_start=start, processor=processor
         )
     ]
-
-
-def _responses(run: Run, student: Student, expert: int, task: Task, data: Data) -> Task:
-    """Return the task with the responses that were asked for: its own, none, or what the expert itself answers."""
-    if data.responses == "given":
-        return task
-    bare = {"choices": None, "label": None, "response": None}
-    rows = tuple(row.model_copy(update=bare) for row in task.rows)
-    if data.responses == "none":
-        return replace(task, rows=rows)
-    for index, row in enumerate(rows):
-        if row.prompt is None or row.image is not None:
-            raise InputError(f"{task.where(index)}: responses=generate needs text prompts; use responses=given or none")
-    from consilience.tasks.generate import sample
-    from consilience.tasks.load import load_tokenizer
-
-    kept = _kept_answers(run, expert, rows, data)
-    if kept is None:
-        run.progress.phase(f"responses of {task.name}", len(rows), "rows")
-        student.become(expert)
-        tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
-        with student.compute():
-            kept = sample(student.model, tokenizer, [row.prompt or "" for row in rows], data.response_tokens)
-        _keep_answers(run, expert, rows, data, kept)
-    # An expert that says nothing gives an unlabelled row.
-    filled = tuple(row.model_copy(update={"response": text or None}) for row, text in zip(rows, kept, strict=True))
-    return replace(task, rows=filled)
-
-
-def _answers_path(run: Run, expert: int, rows: Sequence[Row], data: Data) -> Path | None:
-    import hashlib
-    import json
-
-    if run.answers is None:
-        return None
-    own, base = run.plan.experts[expert].identity(), run.plan.base
-    facts = [
-        own, run.plan.scales(expert), base.identity() if base is not None else None, data.response_tokens,
-        [row.prompt for row in rows],
-    ]  # fmt: skip
-    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-    return run.answers / f"answers-{expert}-{digest}.json"
-
-
-def _kept_answers(run: Run, expert: int, rows: Sequence[Row], data: Data) -> list[str] | None:
-    import json
-
-    path = _answers_path(run, expert, rows, data)
-    if path is None or not path.is_file():
-        return None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # damaged: ask again
-    return kept if isinstance(kept, list) and len(cast(list[str], kept)) == len(rows) else None
-
-
-def _keep_answers(run: Run, expert: int, rows: Sequence[Row], data: Data, answers: Sequence[str]) -> None:
-    import json
-
-    path = _answers_path(run, expert, rows, data)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(list(answers)).encode())
 
 
 def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any]:
@@ -400,6 +363,9 @@ def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any
         own = [sample for sample in samples if sample.expert == expert]
         path = run.path_of(name, data.key) if target is None else Path(target.train or "")
         hashes = sorted({value for sample in own for value in row_hashes(sample.row)})
-        out[name] = {"file": path.name if path else None, "rows": len(own), "responses": data.responses,
-                     "hashes": hashes}  # fmt: skip
+        out[name] = {"file": path.name if path else None, "rows": len({s.where for s in own}),
+                     "responses": data.responses, "hashes": hashes}  # fmt: skip
+        if target is None and data.responses == "generate":
+            asked = {"answers": data.answers, "temperature": data.answer_temperature}
+            out[name] |= asked | {"tokens": sum(len(s.encoded.positions) for s in own), "shown": shown(own)}
     return out

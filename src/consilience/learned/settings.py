@@ -32,6 +32,12 @@ Responses = Annotated[
     Default("given"),
     "responses in the rows: use them, ignore them, or let the expert generate its own",
 ]
+Answers = Annotated[
+    int, Default(4), Range(1), "generate: answers that an expert gives to a prompt; one more is kept to judge by"
+]
+AnswerTemperature = Annotated[
+    float, Default(1.0), Range(0), "generate: temperature at which answers are sampled; 0: greedy"
+]
 ResponseTokens = Annotated[int, Default(64), Range(1), "most tokens of a generated response"]
 Positions = Annotated[
     Literal["all", "response"], Default("all"), "compare all tokens, or where a response is predicted"

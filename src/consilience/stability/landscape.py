@@ -62,8 +62,8 @@ class RecipeLandscape:
                     raise InputError(f"{task.where(index)}: has no response; the doctor measures losses on answers")
         self.run = run
         self.start = groups_of(run, "global", (), [0.0] * len(case.names))
-        self.data = Data(samples=rows, positions="response", key="probe")
-        self.shop = open_workshop(run, self.start, self.data, teachers=False, precision=precision, tokens=tokens)
+        self.data = Data(samples=rows, positions="response", key="probe", tokens=tokens)
+        self.shop = open_workshop(run, self.start, self.data, teachers=False, precision=precision)
         self.problem = self.shop.problem(Objective(logit=0.0, target=1.0, total="mean"))
         self._rows = [
             [i for i, sample in enumerate(self.shop.samples) if sample.expert == k] for k in range(len(case.names))

@@ -66,11 +66,11 @@ class Batch:
 
         inputs, where, targets = padded([sample.encoded for sample in self.samples], model)
         taken = inspect.signature(model.forward).parameters
-        extra = {key: _placed(value, model) for key, value in self.samples[0].extra.items() if key in taken}
+        extra = {key: placed(value, model) for key, value in self.samples[0].extra.items() if key in taken}
         return inputs | extra, where, targets
 
 
-def _placed(value: Any, model: Any) -> Any:
+def placed(value: Any, model: Any) -> Any:
     """Return a tensor where the model is, pixels in the model's own precision."""
     return value.to(device=model.device, dtype=model.dtype if value.is_floating_point() else None)
 
@@ -188,15 +188,23 @@ def _start(one: Encoded) -> int | None:
     return one.inputs[0] if one.source else None
 
 
-def held_out(samples: Sequence[Sample], share: float) -> tuple[list[int], list[int]]:
-    """Return (indices to learn from, indices to stop early by): the last ``share`` of an expert's rows is held out."""
+def held_out(samples: Sequence[Sample], known: Sequence[int], share: float) -> tuple[list[int], list[int]]:
+    """Return (indices to learn from, indices to stop early by): the last ``share`` of an expert's rows is held out.
+
+    Args:
+        samples: all of them.
+        known: indices of those that are divided.
+        share: of an expert's rows; several answers to one row are on the same side.
+    """
     learn: list[int] = []
     hold: list[int] = []
-    for expert in sorted({sample.expert for sample in samples}):
-        own = [i for i, sample in enumerate(samples) if sample.expert == expert]
-        count = min(len(own) - 1, round(share * len(own))) if share > 0 else 0
-        learn += own[: len(own) - count]
-        hold += own[len(own) - count :] if count else []
+    for expert in sorted({samples[i].expert for i in known}):
+        own = [i for i in known if samples[i].expert == expert]
+        rows = list(dict.fromkeys(samples[i].where for i in own))
+        count = min(len(rows) - 1, round(share * len(rows))) if share > 0 else 0
+        last = set(rows[len(rows) - count :])
+        learn += [i for i in own if samples[i].where not in last]
+        hold += [i for i in own if samples[i].where in last]
     return learn, hold
 
 

@@ -49,7 +49,7 @@ class Reader:
         import torch
 
         self.student, self.layers = student, tuple(layers)
-        with torch.no_grad():
+        with torch.no_grad(), student.compute():
             extra = bool(probe.samples[0].extra)
             one = probe.samples[0].encoded
             self.readout: Readout = _seen(student.model, probe) if extra else readout(student.model, one)

@@ -1,53 +1,85 @@
-"""Greedy generation through a model's chat template."""
+"""Generation through a model's chat template: greedy, or sampled."""
 
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, overload
 
+#: A text, or the turns of a conversation.
+Prompt = str | Sequence[Mapping[str, str]]
 
-@overload
-def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 40, *, batch_size: int = 16) -> str: ...
+
 @overload
 def sample(
     model: Any,
     tokenizer: Any,
-    prompt: list[str] | tuple[str, ...],
+    prompt: str,
     max_new_tokens: int = 40,
     *,
     batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> str: ...
+@overload
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompt: list[str] | list[Prompt] | tuple[Prompt, ...],
+    max_new_tokens: int = 40,
+    *,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
 ) -> list[str]: ...
 def sample(
     model: Any,
     tokenizer: Any,
-    prompt: str | list[str] | tuple[str, ...],
+    prompt: str | list[str] | list[Prompt] | tuple[Prompt, ...],
     max_new_tokens: int = 40,
     *,
     batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
 ) -> str | list[str]:
-    """Answer one prompt, or several at once, by greedy decoding: y_t = argmax_v p(v | x, y_<t).
+    """Answer one prompt, or several at once, by greedy decoding or by sampling.
 
-    Each prompt is a user's turn where the tokenizer has a chat template and is given as it is otherwise. An answer ends
+        y_t = argmax_v p(v | x, y_<t)                   temperature 0
+        y_t ~ softmax( ln p( . | x, y_<t) / T )         temperature T; all of the vocabulary, no top-k, no top-p
+
+    Each prompt is a user's turn, or a list of turns ({"role", "content"}), where the tokenizer has a chat template; a
+    text is given as it is otherwise. An answer ends
     at the model's end-of-sequence token or after ``max_new_tokens``; special tokens and white space around it are gone.
 
     Args:
         model: a transformers causal or encoder-decoder language model.
         tokenizer: its tokenizer.
-        prompt: one prompt, or several.
+        prompt: one text, or several prompts.
         max_new_tokens: the most tokens of an answer.
         batch_size: prompts generated together (padded on the left).
+        temperature: T >= 0.
+        seed: of the samples. The same prompts in the same batches give the same answers; a prompt that occurs twice
+            is answered twice.
+        advance: called with the number of prompts of every finished batch.
 
     Raises:
-        ValueError: ``max_new_tokens`` or ``batch_size`` is below 1.
+        ValueError: ``max_new_tokens`` or ``batch_size`` is below 1, or ``temperature`` is negative,
+            or a conversation comes without a chat template.
     """
     import torch
 
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError("max_new_tokens and batch_size must be at least 1")
+    if temperature < 0:
+        raise ValueError("temperature must not be negative")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     chat = bool(getattr(tokenizer, "chat_template", None))
-    texts = [_turn(tokenizer, text) if chat else text for text in prompts]
+    texts = [_given(tokenizer, one, chat=chat) for one in prompts]
     # A template writes its own special tokens; without one, or for an encoder, the tokenizer adds what it always adds.
     ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=not chat).input_ids) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    settings = greedy(model, tokenizer, max_new_tokens)
+    settings = generation_config(model, tokenizer, max_new_tokens, temperature)
     training = model.training
     answers = [""] * len(prompts)
     model.eval()
@@ -60,7 +92,7 @@ def sample(
             for row, i in enumerate(batch):
                 inputs[row, width - len(ids[i]) :] = torch.tensor(ids[i])
                 mask[row, width - len(ids[i]) :] = 1
-            with torch.no_grad():
+            with torch.no_grad(), seeded(model, [seed, start]):
                 out = model.generate(
                     input_ids=inputs.to(model.device),
                     attention_mask=mask.to(model.device),
@@ -69,18 +101,37 @@ def sample(
             new = out if getattr(model.config, "is_encoder_decoder", False) else out[:, width:]
             for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[i] = text.strip()
+            if advance is not None:
+                advance(len(batch))
     finally:
         model.train(training)
     return answers[0] if isinstance(prompt, str) else answers
 
 
-def _turn(tokenizer: Any, text: str) -> str:
-    turn = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+def _given(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
+    """Return the text that a model continues."""
+    if isinstance(prompt, str) and not chat:
+        return prompt
+    if not chat:
+        raise ValueError("a conversation needs a tokenizer with a chat template")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
-    """Return a fresh configuration: a model's own may hold a temperature or a length that greedy decoding warns about.
+@contextlib.contextmanager
+def seeded(model: Any, entropy: Sequence[int]) -> Generator[None]:
+    """Seed torch's generators within the context, and leave them as they were."""
+    import numpy as np
+    import torch
+
+    device = torch.device(model.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(list(entropy)).generate_state(1)[0]))
+        yield
+
+
+def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float = 0.0) -> Any:
+    """Return a fresh configuration: a model's own may hold a temperature, a top-k or a length that was not asked for.
 
     It has a padding token in any case: the tokenizer's, or the one that ends an answer, or 0.
     """
@@ -91,11 +142,14 @@ def greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     end = tokenizer.eos_token_id if end is None else end
     first = end[0] if isinstance(end, list) else end
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first
+    # transformers samples from the 50 likeliest tokens unless told otherwise.
+    drawn: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
-        do_sample=False,
+        do_sample=bool(temperature),
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
         pad_token_id=0 if pad is None else pad,
         bos_token_id=getattr(own, "bos_token_id", None),
         decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
+        **drawn,
     )

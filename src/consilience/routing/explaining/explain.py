@@ -18,7 +18,7 @@ from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.explaining.explain_tokens import Token, answer_tokens, prompt_tokens
 from consilience.routing.explaining.explanation import Explanation, Layer, Part
 from consilience.routing.model import Routing
-from consilience.tasks.generate import greedy
+from consilience.tasks.generate import generation_config
 
 #: A layer's name and its weights [tokens, K].
 _Record = list[tuple[str, Tensor]]
@@ -123,7 +123,7 @@ class _Streamer:
 
 def _generated(model: Any, tokenizer: Any, asked: list[int], most: int, progress: Progress) -> list[int]:
     """Return the ids of the greedy answer; a decoder's start with what it is started by."""
-    config = greedy(model, tokenizer, most)
+    config = generation_config(model, tokenizer, most)
     config.decoder_start_token_id = _start(model)
     ids = torch.tensor([asked], device=model.device)
     progress.phase("writing the answer", most, "tokens")

@@ -1,0 +1,224 @@
+"""What the experts answer to their own prompts: generated, kept beside the run's state, and read back.
+
+Every prompt is answered ``answers`` times by the expert it belongs to (greedily, or sampled at a temperature), and each
+answer makes a row of its own: (prompt, answer). Coefficients are then learned where answers are predicted, on the
+states that the merge will be in when it is used. One more answer a prompt can be asked for, which nothing is learned
+from: what is found is measured on it (``judged``).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from consilience.errors import InputError
+from consilience.tasks.rows import Message, Row, Task
+from consilience.workdir import write_file
+
+if TYPE_CHECKING:
+    from consilience.learned.run import Data, Run
+    from consilience.student.calibration import Sample
+    from consilience.student.student import Student
+    from consilience.tasks.generate import Prompt
+
+#: What a row says of its own answer, which a generated one takes the place of.
+BARE: dict[str, None] = {"choices": None, "label": None, "response": None}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One expert's rows: ``task`` holds ``times`` rows of every row of ``asked``, one after another."""
+
+    task: Task
+    asked: Task
+    times: int = 1
+
+    def where(self, index: int) -> str:
+        """Name the file and line that a row comes from."""
+        return self.asked.where(index // self.times)
+
+
+def answered(run: "Run", student: "Student", expert: int, task: Task, data: "Data") -> Answered:
+    """Return an expert's rows with the responses that were asked for: their own, none, or the expert's answers.
+
+    Raises:
+        InputError: answers are to be generated, and a row is no prompt.
+    """
+    if data.responses == "given":
+        return Answered(task, task)
+    if data.responses == "none":
+        return Answered(replace(task, rows=tuple(row.model_copy(update=BARE) for row in task.rows)), task)
+    bare = questions(task)
+    texts = _answers(run, student, expert, bare, data)
+    rows = tuple(_with_answer(row, text) for row, own in zip(bare.rows, texts, strict=True) for text in own)
+    return Answered(replace(task, rows=rows), task, _times(data))
+
+
+def questions(task: Task) -> Task:
+    """Return a task's rows without their answers.
+
+    Raises:
+        InputError: a row has nothing that could be answered.
+    """
+    return replace(task, rows=tuple(_question(row, task.where(i)) for i, row in enumerate(task.rows)))
+
+
+def _question(row: Row, where: str) -> Row:
+    """Return a row without its answer: its prompt, or its conversation up to the last turn that is not the model's."""
+    if row.text is not None:
+        raise InputError(
+            f"{where}: text is no prompt, so the expert has nothing to answer; write it as prompt, or use "
+            "responses=given to compare every token of it"
+        )
+    bare = row.model_copy(update=BARE)
+    if bare.messages is None:
+        return bare
+    turns = list(bare.messages)
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not turns:
+        raise InputError(f"{where}: the conversation has no turn but the model's own; begin it with the user's")
+    return bare.model_copy(update={"messages": tuple(turns)})
+
+
+def _with_answer(row: Row, text: str) -> Row:
+    """Return a row with an answer; an expert that says nothing gives an unlabelled row."""
+    if not text:
+        return row
+    if row.messages is None:
+        return row.model_copy(update={"response": text})
+    return row.model_copy(update={"messages": (*row.messages, Message(role="assistant", content=text))})
+
+
+def _prompt(row: Row) -> "Prompt":
+    if row.messages is None:
+        return row.prompt or ""
+    return [{"role": turn.role, "content": turn.content} for turn in row.messages]
+
+
+def _times(data: "Data") -> int:
+    return data.answers + data.further
+
+
+def shown(samples: Sequence["Sample"], prompts: int = 3) -> list[dict[str, str | None]]:
+    """Return an expert's first answer to its first prompts, for whoever reads the report: a wrong chat template shows.
+
+    Args:
+        samples: the expert's.
+        prompts: how many.
+    """
+    first = {sample.where: sample.row for sample in reversed(samples)}
+    return [_shown(row) for row in list(first.values())[::-1][:prompts]]
+
+
+def _shown(row: Row) -> dict[str, str | None]:
+    if row.messages is None:
+        return {"prompt": row.prompt, "answer": row.response}
+    *asked, last = row.messages
+    said = last.content if last.role == "assistant" else None
+    return {"prompt": (asked[-1] if said is not None else last).content, "answer": said}
+
+
+def _answers(run: "Run", student: "Student", expert: int, task: Task, data: "Data") -> list[list[str]]:
+    """Return every prompt's answers: kept ones, or asked for now."""
+    path = _path(run, expert, task, data)
+    kept = _kept(path, len(task.rows), _times(data))
+    if kept is not None:
+        return kept
+    run.progress.phase(f"answers of {task.name}", len(task.rows) * _times(data), "answers")
+    student.become(expert)
+    with student.compute():
+        found = _asked(run, student, task, data)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shown = [{"prompt": _prompt(row), "answers": own} for row, own in zip(task.rows, found, strict=True)]
+        write_file(path, json.dumps(shown, ensure_ascii=False, indent=1).encode())
+    return found
+
+
+def _asked(run: "Run", student: "Student", task: Task, data: "Data") -> list[list[str]]:
+    """Ask for every row's answers: prompts of text together, rows with an image one by one."""
+    from consilience.learned.run import base_folder
+    from consilience.tasks.generate import sample
+    from consilience.tasks.load import load_tokenizer
+
+    folder, trusted, times = base_folder(run.plan), run.machine.trust_remote_code, _times(data)
+    plain = [i for i, row in enumerate(task.rows) if row.image is None]
+    prompts = [_prompt(task.rows[i]) for i in plain for _ in range(times)]
+    flat = sample(
+        student.model, load_tokenizer(folder, trust_remote_code=trusted), prompts, data.response_tokens,
+        batch_size=_together(prompts, data), temperature=data.answer_temperature, seed=run.seed,
+        advance=run.progress.advance,
+    )  # fmt: skip
+    found = {i: flat[at * times : (at + 1) * times] for at, i in enumerate(plain)}
+    if len(plain) < len(task.rows):
+        from consilience.student.images import load_processor
+
+        processor = load_processor(folder, trust_remote_code=trusted)
+        for index in range(len(task.rows)):
+            if index not in found:
+                found[index] = _seen(run, student, processor, task, index, data)
+    return [found[i] for i in range(len(task.rows))]
+
+
+def _together(prompts: "Sequence[Prompt]", data: "Data") -> int:
+    """Return how many prompts are answered together: as many as one forward pass may have tokens, by a rough count."""
+    longest = max((len(str(prompt)) for prompt in prompts), default=0) // 3 + data.response_tokens
+    return max(1, min(64, 2 * data.tokens // max(1, longest)))
+
+
+def _seen(run: "Run", student: "Student", processor: Any, task: Task, index: int, data: "Data") -> list[str]:
+    """Answer a row with an image, alone: pixels of several images do not go into one batch."""
+    import torch
+
+    from consilience.student.calibration import placed
+    from consilience.student.images import encode_image
+    from consilience.tasks.generate import generation_config, seeded
+
+    model = student.model
+    encoded, extra = encode_image(task.rows[index], task.path, processor, task.where(index))
+    ids = torch.tensor([encoded.inputs], device=model.device)
+    settings = generation_config(model, processor.tokenizer, data.response_tokens, data.answer_temperature)
+    settings.num_return_sequences = _times(data) if data.answer_temperature else 1
+    with torch.no_grad(), seeded(model, [run.seed, index]):
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+            **{key: placed(value, model) for key, value in extra.items()},
+        )  # fmt: skip
+    texts = processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    run.progress.advance(_times(data))
+    return [text.strip() for text in texts] * (_times(data) // len(texts))
+
+
+def _path(run: "Run", expert: int, task: Task, data: "Data") -> Path | None:
+    """Return the file of an expert's answers, named after all that they depend on; None: nothing is kept."""
+    if run.answers is None:
+        return None
+    own, base = run.plan.experts[expert].identity(), run.plan.base
+    facts = [
+        own, run.plan.scales(expert), base.identity() if base is not None else None, data.response_tokens,
+        _times(data), data.answer_temperature, run.seed if data.answer_temperature else 0,
+        [(_prompt(row), _image_digest(row, task)) for row in task.rows],
+    ]  # fmt: skip
+    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+    return run.answers / f"answers-{expert}-{digest}.json"
+
+
+def _image_digest(row: Row, task: Task) -> str | None:
+    """Hash an image's file: a row may stay as it is while its image changes. None: there is none to read."""
+    path = None if row.image is None else Path(row.image if task.path is None else task.path.parent / row.image)
+    return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest() if path and path.is_file() else None
+
+
+def _kept(path: Path | None, prompts: int, answers: int) -> list[list[str]] | None:
+    """Read answers back; None if they are not there, or not whole: then they are asked for again."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        kept = [one["answers"] for one in cast(list[dict[str, list[str]]], json.loads(path.read_text("utf-8")))]
+    except (ValueError, KeyError, TypeError):
+        return None
+    whole = len(kept) == prompts and all(len(own) == answers for own in kept)
+    return kept if whole else None
