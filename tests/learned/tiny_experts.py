@@ -145,7 +145,7 @@ def write_rows(path: Path, rows: Sequence[str | Mapping[str, Any]]) -> Path:
 
 
 def recipe_of(place: Path, experts: Mapping[str, Path], base: Path | None = None, **keys: Any) -> dict[str, Any]:
-    """A recipe of learned Expert Merging whose rows are ``place/rows/NAME.jsonl``; as published, unless it says more."""
+    """A recipe of learned Expert Merging on ``place/rows/NAME.jsonl``; as published, unless it says more."""
     models = [
         {"model": str(path), "name": name, "data": {"calibration": str(place / "rows" / f"{name}.jsonl")}}
         for name, path in experts.items()
