@@ -150,8 +150,8 @@ def recipe_of(place: Path, experts: Mapping[str, Path], base: Path | None = None
         {"model": str(path), "name": name, "data": {"calibration": str(place / "rows" / f"{name}.jsonl")}}
         for name, path in experts.items()
     ]
-    value = {"merge_method": "expert_merging", "base_model": str(base or place / "base"), "models": models}
-    value |= keys
+    value: dict[str, Any] = {"merge_method": "expert_merging", "base_model": str(base or place / "base")}
+    value |= {"models": models} | keys
     if value["merge_method"].startswith("expert_merging"):
         value["parameters"] = {"preset": "paper"} | value.get("parameters", {})
     return value
