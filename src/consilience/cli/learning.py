@@ -1,5 +1,6 @@
 """What a dry run says of learning, and what was learned in a few lines."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from consilience.engine.plan import Plan
@@ -19,12 +20,29 @@ def summary(found: Any) -> list[str]:
         lines.append("  " + ", ".join(terms))
     if "diagnosis" in found.facts:
         lines.append("  {verdict}: {advice}".format(**found.facts["diagnosis"]))
+    if "compared" in found.facts:
+        lines += _compared(found.facts["compared"])
     if "sigma_max" in found.facts:
         told = "  sigma_max of the experts {sigma_max:.4g}, of the experts less their mean {sigma_max_centred:.4g}"
         lines.append(told.format(**found.facts))
     for name, row in zip(found.experts, found.alpha, strict=True):
         lines.append(f"  {name}: mean {row.mean():.3f}, from {row.min():.3f} to {row.max():.3f}")
     return lines
+
+
+def _compared(facts: Mapping[str, Any]) -> list[str]:
+    """Return how the merge stands beside the base and Task Arithmetic, and a warning where it is no better."""
+    told = (
+        "  KL to the experts on {rows} {on}: base {base:.4f}, Task Arithmetic at its best ({strength:g}) "
+        "{task_arithmetic:.4f}, learned {learned:.4f}"
+    ).format(**facts)
+    if facts["better"]:
+        return [told]
+    return [
+        told,
+        "  warning: what was learned is no better than Task Arithmetic with one strength; look at the experts' answers "
+        "(consilience inspect), give more prompts or steps, or merge with task_arithmetic",
+    ]
 
 
 def learning_lines(plan: Plan) -> list[str]:
@@ -41,7 +59,10 @@ def learning_lines(plan: Plan) -> list[str]:
         start = groups_of(run, values["grouping"], values["exclude"], values["alphabar"])
         excluded = len(start.facts["excluded"])
         lines.append(f"  {start.count} coefficients per expert; {excluded} tensors excluded")
-    lines.append("  rows: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
+    asked = values.get("responses") == "generate" and not plan.method.reads_target
+    if asked:
+        lines.append(f"  {values.get('answers', 1)} answer(s) of its expert to each prompt, generated first")
+    lines.append(f"  {'prompts' if asked else 'rows'}: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
     parameters = sum(t.numel for t in plan.tensors)
     width = 2 if values.get("precision") == "bfloat16" else 4
     lines.append(

@@ -1,5 +1,6 @@
 """What a coefficients file says: the values by expert, by type of tensor and by depth, as an object and as text."""
 
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -179,6 +180,7 @@ def coefficient_lines(facts: Mapping[str, Any]) -> list[str]:
         if key in found and not counted and (key in _LEADING or _short(found[key])):
             told = f"{brief(key)}: {brief(found[key], 1500)}"
             lines += textwrap.wrap(told, 112, initial_indent="  ", subsequent_indent="    ")
+    lines += _answer_lines(found)
     if "trimmed" in facts:
         trimmed = facts["trimmed"]
         how = ", signs elected" if trimmed["elect"] else ""
@@ -209,6 +211,24 @@ def coefficient_lines(facts: Mapping[str, Any]) -> list[str]:
             for name, values in group["alpha"].items()
         ]
     return lines
+
+
+def _answer_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return what the experts answered, as far as it was kept: a wrong chat template is seen at once."""
+    lines: list[str] = []
+    rows = found.get("calibration")
+    for name, told in cast(dict[str, Any], rows).items() if isinstance(rows, dict) else ():
+        shown = cast(dict[str, Any], told).get("shown") if isinstance(told, dict) else None
+        for one in cast(list[Any], shown) if isinstance(shown, list) else []:
+            if isinstance(one, dict):
+                given = cast(dict[str, Any], one)
+                lines.append(f"  {name} is asked: {_quoted(given.get('prompt'))}")
+                lines.append(f"  {' ' * len(name)} answers:  {_quoted(given.get('answer'))}")
+    return ["", *lines] if lines else []
+
+
+def _quoted(text: Any) -> str:
+    return "nothing" if not text else json.dumps(brief(text, 150), ensure_ascii=False)
 
 
 def count(number: int, noun: str) -> str:

@@ -47,7 +47,7 @@ def compared(shop: Workshop, alpha: Alpha) -> dict[str, Any]:
     found = divergence(alpha)
     return {
         "compared": {
-            "on": "rows held out" if shop.hold else "further answers to the same prompts",
+            "on": "rows held out" if shop.hold else "further answers",
             "rows": len(chosen),
             "base": base,
             "task_arithmetic": tried[strength],
