@@ -439,4 +439,5 @@ def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
     from consilience.engine.plan import with_coefficients
     from consilience.learned.learn import learn_plan
 
-    return with_coefficients(plan, learn_plan(plan, work.path / LEARNING, **learning.arguments()))
+    folder = work.path / LEARNING
+    return with_coefficients(plan, learn_plan(plan, folder, **learning.arguments()), folder)

@@ -1,6 +1,7 @@
 """The whole merge: plan, stream into OUT.partial, verify, install as OUT."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Generator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from consilience.engine.card import licences, render_card
 from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
 from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
-from consilience.engine.plan import Plan
+from consilience.engine.plan import CORRECTION, Plan
 from consilience.engine.stream import Piece, Streamer, check_ties, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
 from consilience.engine.unchanged import check_files, check_stamps, check_unchanged
@@ -118,6 +119,8 @@ def _write_papers(result: Path, plan: Plan, document: dict[str, Any], text: str,
     (ours / "recipe.yaml").write_text(text, encoding="utf-8")
     if plan.coefficients is not None:
         save_coefficients(ours, plan.coefficients)
+    if plan.correction is not None:
+        shutil.copytree(plan.correction, ours / CORRECTION)
     output.copy_side_files(result, plan)
     (result / "README.md").write_text(card, encoding="utf-8")
 

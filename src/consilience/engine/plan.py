@@ -28,6 +28,8 @@ SEGMENT = 1 << 22
 #: Buffers of running statistics (BatchNorm): averaged, never extrapolated, whatever the method.
 _RUNNING = (".running_mean", ".running_var")
 #: A merged checkpoint is cut into files of at most this many bytes unless told otherwise.
+#: Name of the expert that a learned method makes beside its coefficients, and of its folder.
+CORRECTION = "correction"
 SHARD_SIZE = 5_000_000_000
 
 
@@ -121,6 +123,12 @@ class Plan:
     def unlearned(self) -> bool:
         """Whether coefficients have to be learned before this plan (now at the anchor) is what was asked for."""
         return self.method.learn is not None and self.coefficients is None
+
+    @property
+    def correction(self) -> Path | None:
+        """The folder of the adapter that a learned method made beside its coefficients; None: it made none."""
+        made = [e for e in self.experts if e.name == e.reference == CORRECTION] if self.method.learn else []
+        return made[0].folder if made else None
 
     @property
     def models(self) -> list[Model]:
@@ -405,16 +413,30 @@ def make_plan(
     )  # fmt: skip
 
 
-def with_coefficients(plan: Plan, coefficients: Coefficients) -> Plan:
-    """Return a learned method's plan with the coefficients it found; the models stay open and are not read again."""
+def with_coefficients(plan: Plan, coefficients: Coefficients, learned: Path | None = None) -> Plan:
+    """Return a learned method's plan with the coefficients it found; the models stay open and are not read again.
+
+    Args:
+        plan: the plan that was learned from.
+        coefficients: what was found.
+        learned: the folder that the method left its correction in, if it made one: an adapter that is one more expert.
+    """
+    recipe, models = plan.recipe, list(zip(plan.experts, plan.numbers, strict=True))
+    if CORRECTION in coefficients.experts and learned is not None:
+        model = open_model(CORRECTION, str(learned / CORRECTION))
+        models.append((replace(model, reference=CORRECTION), len(recipe.models)))
+        entry = recipe.models[0].model_copy(
+            update={"model": CORRECTION, "name": CORRECTION, "parameters": {}, "data": None}
+        )
+        recipe = recipe.model_copy(update={"models": [*recipe.models, entry]})
     return make_plan(
-        plan.recipe,
+        recipe,
         where=plan.where,
         root=plan.root,
         shard_size=plan.shard_size,
         stochastic=plan.stochastic,
         allow_nonfinite=plan.allow_nonfinite,
-        models=(plan.base, list(zip(plan.experts, plan.numbers, strict=True))),
+        models=(plan.base, models),
         single=plan.single,
         coefficients=coefficients,
     )

@@ -137,6 +137,7 @@ def learn_alignment(
     *,
     anchor: Alpha | None = None,
     parameters: Mapping[str, Any] | None = None,
+    compare: bool = True,
 ) -> Coefficients:
     """Learn coefficients from ``start`` by aligning with the experts, and return them with the facts of the run.
 
@@ -146,6 +147,7 @@ def learn_alignment(
         settings: the method's parameters.
         anchor: [K, N] where the L1 anchor pulls to; ``start`` by default.
         parameters: the method's own, for the record; ``settings`` by default.
+        compare: measure the result beside the base and Task Arithmetic, where rows are kept apart for it.
     """
     begun = time.perf_counter()
     settings.objective(())  # what is wrong with the settings is said before the models are read
@@ -157,7 +159,7 @@ def learn_alignment(
     )  # fmt: skip
     try:
         learned = minimise(run, shop, _problem(shop, settings), optimizer, settings, start)
-        facts = compared(shop, learned.alpha) if shop.judge and shop.teachers is not None else {}
+        facts = compared(shop, learned.alpha) if compare and shop.judge and shop.teachers is not None else {}
     finally:
         shop.close()
     facts |= report(run, shop, settings, learned, time.perf_counter() - begun, parameters)

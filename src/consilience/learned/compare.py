@@ -5,6 +5,7 @@ of every expert to each of its prompts. Task Arithmetic's strength is chosen on 
 that the comparison leans to its side.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 ROWS = 8
 
 
-def compared(shop: Workshop, alpha: Alpha) -> dict[str, Any]:
+def compared(shop: Workshop, alpha: Alpha, correct: Callable[[bool], None] | None = None) -> dict[str, Any]:
     """Return the divergences of the base, of Task Arithmetic and of the coefficients found, mean over experts in nats.
 
         KL = 1/K sum_k  mean over the tokens of expert k's rows of  KL( softmax(z_k) || softmax(z) )
@@ -27,6 +28,7 @@ def compared(shop: Workshop, alpha: Alpha) -> dict[str, Any]:
     Args:
         shop: with ``judge`` rows and teachers.
         alpha: [K, N], what was found.
+        correct: turns what was learned beside the coefficients off and on.
 
     Returns:
         {"compared": {"rows", "on", "base", "task_arithmetic", "strength", "learned", "better"}}.
@@ -41,9 +43,12 @@ def compared(shop: Workshop, alpha: Alpha) -> dict[str, Any]:
         shop.run.progress.advance(1)
         return terms["logit"] / experts
 
+    turn = correct or (lambda on: None)
+    turn(False)
     base = divergence(np.zeros_like(alpha))
     tried = {strength: divergence(np.full_like(alpha, strength)) for strength in STRENGTHS}
     strength = min(tried, key=lambda key: tried[key])
+    turn(True)
     found = divergence(alpha)
     return {
         "compared": {

@@ -43,7 +43,7 @@ def expert_merging_pp(
 
     settings = AlignmentSettings.of(rest)
     start = settings.start(run)
-    first = learn_alignment(run.inside("stage-1"), start, settings)
+    first = learn_alignment(run.inside("stage-1"), start, settings, compare=False)
     bank = Bank(run.plan, start.groups, threads=run.machine.threads)
     try:
         shares = importance(first, bank.l1())

@@ -26,6 +26,7 @@ BUILT_IN: dict[str, str] = {
     "adamerging": "consilience.learned.adamerging",
     "adamerging_pp": "consilience.learned.adamerging_pp",
     "expert_merging_pp": "consilience.learned.expert_merging_pp",
+    "expert_merging_distil": "consilience.learned.expert_merging_distil",
     "glue": "consilience.learned.glue",
     "lorahub": "consilience.learned.lorahub",
 }

@@ -52,7 +52,7 @@ class Factored:
     def __init__(self, tensor: TensorPlan, extent: Extent, leaf: Leaf, device: Any) -> None:
         self.leaf, self.calls = leaf, 0
         pairs = [(k, source) for k, source in enumerate(tensor.rows) if source.pair is not None]
-        self._sides = [_stored(source) for _, source in pairs]
+        self._sides = [stored_factors(source) for _, source in pairs]
         ranks = [left.shape[1] for left, _ in self._sides]
         self.height, self.width, self.rank = *tensor.shape, sum(ranks)
         numbers = torch.tensor(ranks)
@@ -178,7 +178,7 @@ def _runs(extent: Extent, height: int, width: int) -> tuple[list[Run], dict[int,
     return runs, broken
 
 
-def _stored(source: Source) -> tuple[Any, Any]:
+def stored_factors(source: Source) -> tuple[Any, Any]:
     """Return one pair as (left [m, r], right [r, n]): the file's own pages, in the type they are stored in."""
     pair, storage = source.pair, source.pair_storage
     assert pair is not None

@@ -1,0 +1,42 @@
+"""Expert Merging, then a low-rank correction distilled from the experts on the same answers: merge + distil."""
+
+from typing import Annotated, Any
+
+from consilience.coefficients import Coefficients
+from consilience.learned.expert_merging import expert_merging
+from consilience.methods.signature import Default, Range, learned_method
+
+
+@learned_method(
+    source="Consilience; Expert Merging's loss (arXiv:2509.25712) on a low-rank correction of the merge",
+    data="calibration: 5 to 10 unlabelled rows per expert",
+    extends=expert_merging,
+)
+def expert_merging_distil(
+    run: Any,
+    *,
+    correction_rank: Annotated[int, Default(8), Range(1), "directions of each expert's update that are moved"],
+    correction_steps: Annotated[int, Default(60), Range(1), "optimizer steps of the correction"],
+    correction_batch: Annotated[int, Default(8), Range(0), "samples per step of the correction; 0: all"],
+    correction_rate: Annotated[float, Default(3e-4), Range(0), "step size of the correction (AdamW)"],
+    correction_decay: Annotated[float, Default(0.0), Range(0), "weight decay of the correction"],
+    **rest: Any,
+) -> Coefficients:
+    """Learn coefficients per tensor, then a low-rank correction of the merge by the same loss on the same answers.
+
+    theta^l = theta_0^l + sum_k alpha_k^l tau_k^l + dL R_0 + L_0 dR,   L_0, R_0: the experts' own directions
+    minimise over alpha, then over dL and dR:  sum_k beta_k L^(k)
+
+    The correction is trained, not merged: it is a PEFT adapter beside the coefficients (``consilience/correction`` in
+    the output), one more expert of coefficient 1, and the output is an ordinary checkpoint.
+    """
+    from consilience.learned.align import AlignmentSettings
+    from consilience.learned.distil import DistilSettings, learn_distilled
+
+    own = {
+        "correction_rank": correction_rank, "correction_steps": correction_steps,
+        "correction_batch": correction_batch, "correction_rate": correction_rate,
+        "correction_decay": correction_decay,
+    }  # fmt: skip
+    distil = DistilSettings(correction_rank, correction_steps, correction_batch, correction_rate, correction_decay)
+    return learn_distilled(run, AlignmentSettings.of(rest), distil, {**rest, **own})
