@@ -5,8 +5,8 @@
 
 dL [m, K r] and dR [K r, n] are trained and start at 0, so that the correction starts at 0 with a gradient for both:
 these are the first-order changes of the experts' factors, where a fresh adapter has to find its directions first.
-Adapters of rank r or less keep theirs exactly; other task vectors are cut to rank r by a randomised SVD. Written down it
-is a PEFT adapter of rank 2 K r: B = [dL, L_0], A = [R_0; dR].
+Adapters of rank r or less keep theirs exactly; other task vectors are cut to rank r by a randomised SVD. Written down
+it is a PEFT adapter of rank 2 K r: B = [dL, L_0], A = [R_0; dR].
 """
 
 from collections.abc import Mapping

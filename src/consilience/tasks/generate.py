@@ -67,8 +67,6 @@ def sample(
         ValueError: ``max_new_tokens`` or ``batch_size`` is below 1, or ``temperature`` is negative,
             or a conversation comes without a chat template.
     """
-    import torch
-
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError("max_new_tokens and batch_size must be at least 1")
     if temperature < 0:
@@ -76,12 +74,37 @@ def sample(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     chat = bool(getattr(tokenizer, "chat_template", None))
     texts = [_given(tokenizer, one, chat=chat) for one in prompts]
-    # A template writes its own special tokens; without one, or for an encoder, the tokenizer adds what it always adds.
-    ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=not chat).input_ids) for text in texts]
+    found = continued(
+        model, tokenizer, texts, max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed,
+        special=not chat, advance=advance,
+    )  # fmt: skip
+    answers = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+    return answers[0] if isinstance(prompt, str) else answers
+
+
+def continued(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    special: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Return the ids that a model writes after each text, as ``sample`` does; ``special``: texts lack special tokens.
+
+    A template writes its own; without one, or for an encoder, the tokenizer adds what it always adds.
+    """
+    import torch
+
+    ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=special).input_ids) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     settings = generation_config(model, tokenizer, max_new_tokens, temperature)
     training = model.training
-    answers = [""] * len(prompts)
+    found: list[list[int]] = [[] for _ in texts]
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
@@ -99,13 +122,13 @@ def sample(
                     generation_config=settings,
                 )
             new = out if getattr(model.config, "is_encoder_decoder", False) else out[:, width:]
-            for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[i] = text.strip()
+            for i, own in zip(batch, new.tolist(), strict=True):
+                found[i] = own
             if advance is not None:
                 advance(len(batch))
     finally:
         model.train(training)
-    return answers[0] if isinstance(prompt, str) else answers
+    return found
 
 
 def _given(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
