@@ -64,6 +64,7 @@ class AlignmentSettings:
     batch_tokens: int
     answers: int = 1
     answer_temperature: float = 0.0
+    written_prompts: int = 0
     estimate_rule: Any = "adam"
     law: Any = "rademacher"
     perturb: Any = "w"
@@ -97,7 +98,8 @@ class AlignmentSettings:
         """How rows are read."""
         return Data(
             self.samples, self.responses, self.response_tokens, self.positions, self.holdout, "calibration",
-            self.answers, self.answer_temperature, judged=bool(self.logit_weight), tokens=self.batch_tokens,
+            self.answers, self.answer_temperature, judged=bool(self.logit_weight), written=self.written_prompts,
+            tokens=self.batch_tokens,
         )  # fmt: skip
 
     def objective(self, layers: tuple[int, ...]) -> Objective:

@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from consilience.errors import InputError
+from consilience.learned.written import SHOTS
 from consilience.tasks.rows import Message, Row, Task
 from consilience.workdir import write_file
 
@@ -29,15 +32,26 @@ BARE: dict[str, None] = {"choices": None, "label": None, "response": None}
 
 @dataclass(frozen=True)
 class Answered:
-    """One expert's rows: ``task`` holds ``times`` rows of every row of ``asked``, one after another."""
+    """One expert's rows to learn from and to judge by.
+
+    ``origin`` says of every row of ``task`` which row of ``asked`` it answers (-1: a prompt that the model wrote);
+    ``further`` are the rows that nothing is learned from.
+    """
 
     task: Task
     asked: Task
-    times: int = 1
+    origin: tuple[int, ...]
+    further: frozenset[int] = frozenset()
 
     def where(self, index: int) -> str:
         """Name the file and line that a row comes from."""
-        return self.asked.where(index // self.times)
+        origin = self.origin[index]
+        return self.asked.where(origin) if origin >= 0 else f"{self.asked.path}: written prompt {index}"
+
+
+def as_given(task: Task) -> Answered:
+    """Return rows that stand for themselves."""
+    return Answered(task, task, tuple(range(len(task.rows))))
 
 
 def answered(run: "Run", student: "Student", expert: int, task: Task, data: "Data") -> Answered:
@@ -47,13 +61,45 @@ def answered(run: "Run", student: "Student", expert: int, task: Task, data: "Dat
         InputError: answers are to be generated, and a row is no prompt.
     """
     if data.responses == "given":
-        return Answered(task, task)
+        return as_given(task)
     if data.responses == "none":
-        return Answered(replace(task, rows=tuple(row.model_copy(update=BARE) for row in task.rows)), task)
+        return as_given(replace(task, rows=tuple(row.model_copy(update=BARE) for row in task.rows)))
     bare = questions(task)
-    texts = _answers(run, student, expert, bare, data)
-    rows = tuple(_with_answer(row, text) for row, own in zip(bare.rows, texts, strict=True) for text in own)
-    return Answered(replace(task, rows=rows), task, _times(data))
+    texts = _answers(run, student, expert, bare, data, _times(data))
+    rows = [(row, text, i) for i, (row, own) in enumerate(zip(bare.rows, texts, strict=True)) for text in own]
+    further = frozenset(range(_times(data) - 1, len(rows), _times(data)) if data.further else ())
+    if data.written:
+        more = _written(run, student, expert, bare, [own[0] for own in texts], data)
+        rows += [
+            (row, own[0], -1) for row, own in zip(more.rows, _answers(run, student, expert, more, data, 1), strict=True)
+        ]
+    filled = replace(task, rows=tuple(_with_answer(row, text) for row, text, _ in rows))
+    return Answered(filled, task, tuple(origin for *_, origin in rows), further)
+
+
+def _written(run: "Run", student: "Student", expert: int, task: Task, answers: Sequence[str], data: "Data") -> Task:
+    """Return further prompts that the base writes in the manner of an expert's: kept ones, or written now."""
+    from consilience.learned.run import base_folder
+    from consilience.learned.written import write_prompts
+    from consilience.tasks.load import load_tokenizer
+
+    plain = [i for i, row in enumerate(task.rows) if row.prompt is not None and row.image is None]
+    given, told = [task.rows[i].prompt or "" for i in plain], [answers[i] for i in plain]
+    path = _path(run, expert, task, data, [data.written, told], "prompts")
+    kept = _read(path)
+    if isinstance(kept, list) and all(isinstance(one, str) for one in kept):
+        found = cast(list[str], kept)
+    else:
+        run.progress.phase(f"prompts in the manner of {task.name}'s", data.written, "prompts")
+        student.set(np.zeros((len(student.bank.experts), student.bank.count)))
+        tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
+        with student.compute():
+            found = write_prompts(
+                student.model, tokenizer, given, told, data.written, batch_size=_together(given, data, SHOTS + 1),
+                seed=run.seed, advance=run.progress.advance,
+            )  # fmt: skip
+        _write(path, found)
+    return Task(task.name, tuple(Row(prompt=text) for text in found))
 
 
 def questions(task: Task) -> Task:
@@ -121,30 +167,27 @@ def _shown(row: Row) -> dict[str, str | None]:
     return {"prompt": (asked[-1] if said is not None else last).content, "answer": said}
 
 
-def _answers(run: "Run", student: "Student", expert: int, task: Task, data: "Data") -> list[list[str]]:
-    """Return every prompt's answers: kept ones, or asked for now."""
-    path = _path(run, expert, task, data)
-    kept = _kept(path, len(task.rows), _times(data))
+def _answers(run: "Run", student: "Student", expert: int, task: Task, data: "Data", times: int) -> list[list[str]]:
+    """Return ``times`` answers to every prompt: kept ones, or asked for now."""
+    path = _path(run, expert, task, data, [times], "answers")
+    kept = _kept(path, len(task.rows), times)
     if kept is not None:
         return kept
-    run.progress.phase(f"answers of {task.name}", len(task.rows) * _times(data), "answers")
+    run.progress.phase(f"answers of {task.name}", len(task.rows) * times, "answers")
     student.become(expert)
     with student.compute():
-        found = _asked(run, student, task, data)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shown = [{"prompt": _prompt(row), "answers": own} for row, own in zip(task.rows, found, strict=True)]
-        write_file(path, json.dumps(shown, ensure_ascii=False, indent=1).encode())
+        found = _asked(run, student, task, data, times)
+    _write(path, [{"prompt": _prompt(row), "answers": own} for row, own in zip(task.rows, found, strict=True)])
     return found
 
 
-def _asked(run: "Run", student: "Student", task: Task, data: "Data") -> list[list[str]]:
+def _asked(run: "Run", student: "Student", task: Task, data: "Data", times: int) -> list[list[str]]:
     """Ask for every row's answers: prompts of text together, rows with an image one by one."""
     from consilience.learned.run import base_folder
     from consilience.tasks.generate import sample
     from consilience.tasks.load import load_tokenizer
 
-    folder, trusted, times = base_folder(run.plan), run.machine.trust_remote_code, _times(data)
+    folder, trusted = base_folder(run.plan), run.machine.trust_remote_code
     plain = [i for i, row in enumerate(task.rows) if row.image is None]
     prompts = [_prompt(task.rows[i]) for i in plain for _ in range(times)]
     flat = sample(
@@ -159,17 +202,22 @@ def _asked(run: "Run", student: "Student", task: Task, data: "Data") -> list[lis
         processor = load_processor(folder, trust_remote_code=trusted)
         for index in range(len(task.rows)):
             if index not in found:
-                found[index] = _seen(run, student, processor, task, index, data)
+                found[index] = _seen(run, student, processor, task, index, data, times)
     return [found[i] for i in range(len(task.rows))]
 
 
-def _together(prompts: "Sequence[Prompt]", data: "Data") -> int:
-    """Return how many prompts are answered together: as many as one forward pass may have tokens, by a rough count."""
-    longest = max((len(str(prompt)) for prompt in prompts), default=0) // 3 + data.response_tokens
+def _together(prompts: "Sequence[Prompt]", data: "Data", shown: int = 1) -> int:
+    """Return how many prompts are answered together: as many as two forward passes may have tokens, by a rough count.
+
+    ``shown``: prompts that one sequence holds.
+    """
+    longest = shown * max((len(str(prompt)) for prompt in prompts), default=0) // 3 + data.response_tokens
     return max(1, min(64, 2 * data.tokens // max(1, longest)))
 
 
-def _seen(run: "Run", student: "Student", processor: Any, task: Task, index: int, data: "Data") -> list[str]:
+def _seen(
+    run: "Run", student: "Student", processor: Any, task: Task, index: int, data: "Data", times: int
+) -> list[str]:
     """Answer a row with an image, alone: pixels of several images do not go into one batch."""
     import torch
 
@@ -181,29 +229,29 @@ def _seen(run: "Run", student: "Student", processor: Any, task: Task, index: int
     encoded, extra = encode_image(task.rows[index], task.path, processor, task.where(index))
     ids = torch.tensor([encoded.inputs], device=model.device)
     settings = generation_config(model, processor.tokenizer, data.response_tokens, data.answer_temperature)
-    settings.num_return_sequences = _times(data) if data.answer_temperature else 1
+    settings.num_return_sequences = times if data.answer_temperature else 1
     with torch.no_grad(), seeded(model, [run.seed, index]):
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings,
             **{key: placed(value, model) for key, value in extra.items()},
         )  # fmt: skip
     texts = processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    run.progress.advance(_times(data))
-    return [text.strip() for text in texts] * (_times(data) // len(texts))
+    run.progress.advance(times)
+    return [text.strip() for text in texts] * (times // len(texts))
 
 
-def _path(run: "Run", expert: int, task: Task, data: "Data") -> Path | None:
+def _path(run: "Run", expert: int, task: Task, data: "Data", more: Any, kind: str) -> Path | None:
     """Return the file of an expert's answers, named after all that they depend on; None: nothing is kept."""
     if run.answers is None:
         return None
     own, base = run.plan.experts[expert].identity(), run.plan.base
     facts = [
         own, run.plan.scales(expert), base.identity() if base is not None else None, data.response_tokens,
-        _times(data), data.answer_temperature, run.seed if data.answer_temperature else 0,
+        data.answer_temperature, run.seed, more,
         [(_prompt(row), _image_digest(row, task)) for row in task.rows],
     ]  # fmt: skip
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
-    return run.answers / f"answers-{expert}-{digest}.json"
+    return run.answers / f"{kind}-{expert}-{digest}.json"
 
 
 def _image_digest(row: Row, task: Task) -> str | None:
@@ -212,13 +260,26 @@ def _image_digest(row: Row, task: Task) -> str | None:
     return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest() if path and path.is_file() else None
 
 
-def _kept(path: Path | None, prompts: int, answers: int) -> list[list[str]] | None:
-    """Read answers back; None if they are not there, or not whole: then they are asked for again."""
+def _write(path: Path | None, value: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(value, ensure_ascii=False, indent=1).encode())
+
+
+def _read(path: Path | None) -> Any:
+    """Read a kept file back; None if it is not there, or not whole: then it is made again."""
     if path is None or not path.is_file():
         return None
     try:
-        kept = [one["answers"] for one in cast(list[dict[str, list[str]]], json.loads(path.read_text("utf-8")))]
-    except (ValueError, KeyError, TypeError):
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return None
+
+
+def _kept(path: Path | None, prompts: int, answers: int) -> list[list[str]] | None:
+    try:
+        kept = [one["answers"] for one in cast(list[dict[str, list[str]]], _read(path) or ())]
+    except (KeyError, TypeError):
         return None
     whole = len(kept) == prompts and all(len(own) == answers for own in kept)
     return kept if whole else None

@@ -19,6 +19,7 @@ from consilience.learned.settings import (
     Samples,
     Sigma,
     Tokens,
+    WrittenPrompts,
 )
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
 
@@ -98,6 +99,7 @@ def expert_merging(
     ],
     answers: Answers,
     answer_temperature: AnswerTemperature,
+    written_prompts: WrittenPrompts,
     response_tokens: ResponseTokens,
     optimizer: Annotated[
         Literal["adam", "adamw", "sgd", "spsa", "cma"], Default("adam"), "what moves the coefficients"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
 from consilience.engine.plan import Plan, resolve_file
 from consilience.errors import InputError
-from consilience.learned.answers import Answered, answered, shown
+from consilience.learned.answers import Answered, answered, as_given, shown
 from consilience.learned.problem import Problem
 from consilience.learned.settings import PATTERNS
 from consilience.objectives.objective import Objective
@@ -180,6 +180,7 @@ class Data:
     answers: int = 1
     answer_temperature: float = 0.0
     judged: bool = False
+    written: int = 0
     tokens: int = 4096
 
     @property
@@ -290,10 +291,10 @@ def open_workshop(
         rows = [answered(run, student, k, task, data) for k, task in enumerate(tasks)]
         samples = _samples(run, student, rows, folder, data) if target is None else []
         for task in target or ():
-            samples += _samples(run, student, [Answered(task, task)], folder, data) if task is not None else []
+            samples += _samples(run, student, [as_given(task)], folder, data) if task is not None else []
         folders = [expert.folder for expert in run.plan.experts]
         check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
-        known, further = _further(samples, rows, data)
+        known, further = _further(samples, rows)
         learn, hold = held_out(samples, known, data.holdout)
         if target is not None and target[1] is not None:
             every = range(len(samples))
@@ -307,9 +308,9 @@ def open_workshop(
     return Workshop(run, bank, student, reader, samples, learn, hold, further, data.tokens, held if teachers else None)
 
 
-def _further(samples: Sequence[Sample], rows: Sequence[Answered], data: Data) -> tuple[list[int], list[int]]:
+def _further(samples: Sequence[Sample], rows: Sequence[Answered]) -> tuple[list[int], list[int]]:
     """Return the samples to learn from, and every prompt's last answer where it is a further one."""
-    last = {i for i, s in enumerate(samples) if data.further and (s.encoded.row + 1) % rows[s.expert].times == 0}
+    last = {i for i, s in enumerate(samples) if s.expert < len(rows) and s.encoded.row in rows[s.expert].further}
     return [i for i in range(len(samples)) if i not in last], sorted(last)
 
 

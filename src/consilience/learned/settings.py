@@ -38,6 +38,9 @@ Answers = Annotated[
 AnswerTemperature = Annotated[
     float, Default(1.0), Range(0), "generate: temperature at which answers are sampled; 0: greedy"
 ]
+WrittenPrompts = Annotated[
+    int, Default(0), Range(0), "generate: further prompts that the base writes in the manner of an expert's rows"
+]
 ResponseTokens = Annotated[int, Default(64), Range(1), "most tokens of a generated response"]
 Positions = Annotated[
     Literal["all", "response"], Default("all"), "compare all tokens, or where a response is predicted"

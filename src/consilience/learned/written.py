@@ -1,0 +1,91 @@
+"""Further prompts in the manner of a few that are given, written by the base model: more to learn from, no labels.
+
+The base is shown a conversation of a few of the prompts with their expert's answers, and opens the next turn of the
+user itself. What begins as all the given prompts do (where they do) and is none of them is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from consilience.errors import InputError
+from consilience.tasks.generate import continued
+
+#: Prompts that a conversation shows, most characters that a shared beginning must have, tokens of a written prompt.
+SHOTS, BEGINNING, TOKENS = 3, 10, 160
+_MARK = "\u2063MARK\u2063"
+
+
+def write_prompts(
+    model: Any,
+    tokenizer: Any,
+    given: Sequence[str],
+    answers: Sequence[str],
+    count: int,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return at most ``count`` further prompts.
+
+    Args:
+        model: the base.
+        tokenizer: with a chat template.
+        given: prompts, at least two.
+        answers: an answer to each.
+        count: how many to write; what is unfinished, a repetition or begins otherwise is dropped, so fewer come back.
+        batch_size: prompts written together.
+        seed: of the choice of what is shown, and of the samples (temperature 1).
+        advance: called with the number of every finished batch.
+
+    Raises:
+        InputError: there is no chat template, or fewer than two prompts.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("written_prompts: prompts are written as turns, and the base has no chat template; leave it 0")
+    if len(given) < 2:
+        raise InputError("written_prompts: needs at least two prompts to go by; give more, or leave it 0")
+    generator = np.random.default_rng(seed)
+    shots = min(SHOTS, len(given))
+    texts: list[str] = []
+    end = ""
+    for _ in range(count):
+        chosen = generator.permutation(len(given))[:shots]
+        text, end = _opened(tokenizer, [(given[i], answers[i]) for i in chosen])
+        texts.append(text)
+    longest = max(len(tokenizer(text).input_ids) for text in given)
+    found = continued(
+        model, tokenizer, texts, min(TOKENS, 2 * longest + 8), batch_size=batch_size, temperature=1.0, seed=seed,
+        special=False, advance=advance,
+    )  # fmt: skip
+    return _kept([tokenizer.decode(ids) for ids in found], end, given)
+
+
+def _opened(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Return a conversation up to where the user's next turn begins, and what the template writes after a turn."""
+    turns: list[dict[str, str]] = []
+    for prompt, answer in pairs:
+        turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer or "."}]
+    turns.append({"role": "user", "content": _MARK})
+    whole = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    before, _, after = whole.partition(_MARK)
+    special = [token for token in tokenizer.all_special_tokens if token in after]
+    first = min(special, key=after.index) if special else after.strip()[:8]
+    return before, first
+
+
+def _kept(texts: Sequence[str], end: str, given: Sequence[str]) -> list[str]:
+    # The first and the last in order differ as early as any two do.
+    first, last = min(given), max(given)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    beginning = first[:same]
+    kept: dict[str, None] = {}
+    for text in texts:
+        own, closed, _ = text.partition(end)
+        own = own.strip()
+        alike = len(beginning) < BEGINNING or own.startswith(beginning)
+        if end and closed and own and alike and own not in given:
+            kept[own] = None
+    return list(kept)
