@@ -4,6 +4,7 @@
 STUDIES: tuple[str, ...] = (
     "studies.language_merge.STUDY",
     "studies.expert_merging.STUDY",
+    "studies.answers.STUDY",
     "studies.glue_vision.STUDY",
     "studies.glue_language.STUDY",
     "studies.routing.STUDY",

@@ -20,6 +20,7 @@ from consilience.learned import answers as asked
 from consilience.learned.align import AlignmentSettings
 from consilience.learned.compare import STRENGTHS
 from consilience.learned.run import Run, Workshop, open_workshop
+from consilience.learned.written import common_beginning
 from consilience.recipe.schema import parse_recipe
 from consilience.tasks import Row, Task, encode, sample
 
@@ -137,15 +138,15 @@ def test_kept_answers_are_not_asked_for_again(zoo: Path, tmp_path: Path, monkeyp
     assert rows_of(workshop(zoo, "a", "lora", folder=tmp_path, seed=1)) != first
 
 
-def with_template(zoo: Path, tmp_path: Path) -> Path:
-    """The zoo's models with a chat template."""
+def with_template(zoo: Path, tmp_path: Path, end: str = "{% if m.role == 'assistant' %}<eos>{% endif %}") -> Path:
+    """The zoo's models with a chat template; ``end`` follows a turn."""
     import shutil
 
     place = tmp_path / "chat"
     shutil.copytree(zoo, place)
     for folder in (place / "base",):
         path = folder / "tokenizer_config.json"
-        template = "{% for m in messages %} {{ m.content }} {% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        template = "{% for m in messages %} {{ m.content }} " + end + "{% endfor %}"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     return place
 
@@ -262,3 +263,33 @@ def _batches(shop: Workshop) -> Any:
     from consilience.student.calibration import batches
 
     return batches(shop.samples, shop.learn, 4096)
+
+
+def test_further_prompts_begin_as_the_given_ones_do(zoo: Path, tmp_path: Path):
+    place = with_template(zoo, tmp_path, end="<eos>")
+    write_rows(place / "rows" / "a.jsonl", ["w1 w2 w3 w4 w5", "w1 w2 w3 w4 w6", "w1 w2 w3 w4 w7 w8"])
+    shop = workshop(place, "a", "b", answers=2, written_prompts=40, response_tokens=3, folder=tmp_path / "state")
+    rows = rows_of(shop)
+    own = [one.row.prompt or "" for one in shop.samples if one.expert == 0 and "written" in one.where]
+    assert len(own) > 5
+    assert len(set(own)) == len(own)
+    assert all(prompt.startswith("w1 w2 w3 w4") for prompt in own)
+    assert not {row.prompt for row in rows[:9]} & set(own)
+    further = {shop.samples[i].where for i in shop.judge}
+    assert not any("written" in where for where in further)
+    again = workshop(place, "a", "b", answers=2, written_prompts=40, response_tokens=3)
+    assert rows_of(again) == rows
+
+
+def test_further_prompts_need_a_template_that_ends_a_turn(zoo: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="no chat template"):
+        workshop(zoo, "a", written_prompts=4)
+    with pytest.raises(InputError, match="does not mark where"):
+        workshop(with_template(zoo, tmp_path, end=""), "a", written_prompts=4)
+    assert common_beginning(["w1 w2", "w1 w3"]) == ""
+    assert (
+        common_beginning(["Write a function.\n\ndef get", "Write a function.\n\ndef gone"])
+        == "Write a function.\n\ndef"
+    )
+    assert common_beginning(["Translate this: a", "Translate this: b"]) == "Translate this:"
+    assert common_beginning(["Translate this"]) == "Translate this"

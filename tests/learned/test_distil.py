@@ -22,7 +22,7 @@ from consilience.student.student import load_any
 
 QUICK: dict[str, Any] = {
     "preset": "default", "precision": "float32", "steps": 3, "learning_rate": 0.1, "response_tokens": 5,
-    "correction_rank": 3, "correction_steps": 6, "correction_rate": 0.01,
+    "correction_rank": 3, "correction_steps": 6, "correction_rate": 0.01, "written_prompts": 0,
 }  # fmt: skip
 WIDE = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
 

@@ -104,7 +104,7 @@ def expert_merging(
     optimizer: Annotated[
         Literal["adam", "adamw", "sgd", "spsa", "cma"], Default("adam"), "what moves the coefficients"
     ],
-    learning_rate: Annotated[float, Default(0.08), Range(0), "step size, in alpha (in logits for sigmoid)"],
+    learning_rate: Annotated[float, Default(0.2), Range(0), "step size, in alpha (in logits for sigmoid)"],
     weight_decay: Annotated[float, Default(0.0), Range(0), "decay towards zero of what the optimizer moves"],
     schedule: Annotated[
         Literal["constant", "linear", "cosine", "restarts"], Default("cosine"), "how the learning rate falls"

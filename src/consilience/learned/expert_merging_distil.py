@@ -16,10 +16,13 @@ def expert_merging_distil(
     run: Any,
     *,
     correction_rank: Annotated[int, Default(8), Range(1), "directions of each expert's update that are moved"],
-    correction_steps: Annotated[int, Default(60), Range(1), "optimizer steps of the correction"],
+    correction_steps: Annotated[int, Default(100), Range(1), "optimizer steps of the correction"],
     correction_batch: Annotated[int, Default(8), Range(0), "samples per step of the correction; 0: all"],
     correction_rate: Annotated[float, Default(3e-4), Range(0), "step size of the correction (AdamW)"],
     correction_decay: Annotated[float, Default(0.0), Range(0), "weight decay of the correction"],
+    written_prompts: Annotated[
+        int, Default(64), Range(0), "generate: further prompts that the base writes in the manner of an expert's rows"
+    ],
     **rest: Any,
 ) -> Coefficients:
     """Learn coefficients per tensor, then a low-rank correction of the merge by the same loss on the same answers.
@@ -39,4 +42,5 @@ def expert_merging_distil(
         "correction_decay": correction_decay,
     }  # fmt: skip
     distil = DistilSettings(correction_rank, correction_steps, correction_batch, correction_rate, correction_decay)
-    return learn_distilled(run, AlignmentSettings.of(rest), distil, {**rest, **own})
+    values = {**rest, "written_prompts": written_prompts}
+    return learn_distilled(run, AlignmentSettings.of(values), distil, {**values, **own})

@@ -1,7 +1,7 @@
 """Further prompts in the manner of a few that are given, written by the base model: more to learn from, no labels.
 
-The base is shown a conversation of a few of the prompts with their expert's answers, and opens the next turn of the
-user itself. What begins as all the given prompts do (where they do) and is none of them is kept.
+The base is shown a conversation of a few of the prompts with their expert's answers, and writes the user's next turn
+itself. Where all the given prompts begin alike, the turn is begun for it in that way.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,13 +35,13 @@ def write_prompts(
         tokenizer: with a chat template.
         given: prompts, at least two.
         answers: an answer to each.
-        count: how many to write; what is unfinished, a repetition or begins otherwise is dropped, so fewer come back.
+        count: how many to write; what is unfinished or a repetition is dropped, so fewer come back.
         batch_size: prompts written together.
         seed: of the choice of what is shown, and of the samples (temperature 1).
         advance: called with the number of every finished batch.
 
     Raises:
-        InputError: there is no chat template, or fewer than two prompts.
+        InputError: there is no chat template, it does not mark the end of a turn, or there are fewer than two prompts.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("written_prompts: prompts are written as turns, and the base has no chat template; leave it 0")
@@ -49,18 +49,33 @@ def write_prompts(
         raise InputError("written_prompts: needs at least two prompts to go by; give more, or leave it 0")
     generator = np.random.default_rng(seed)
     shots = min(SHOTS, len(given))
+    beginning = common_beginning(given)
     texts: list[str] = []
     end = ""
     for _ in range(count):
         chosen = generator.permutation(len(given))[:shots]
         text, end = _opened(tokenizer, [(given[i], answers[i]) for i in chosen])
-        texts.append(text)
+        texts.append(text + beginning)
     longest = max(len(tokenizer(text).input_ids) for text in given)
     found = continued(
         model, tokenizer, texts, min(TOKENS, 2 * longest + 8), batch_size=batch_size, temperature=1.0, seed=seed,
         special=False, advance=advance,
     )  # fmt: skip
-    return _kept([tokenizer.decode(ids) for ids in found], end, given)
+    written = [beginning + tokenizer.decode(ids) for ids in found]
+    finished = [text.partition(end)[0].strip() for text in written if end in text]
+    return [text for text in dict.fromkeys(finished) if text and text not in given and text != beginning.strip()]
+
+
+def common_beginning(given: Sequence[str]) -> str:
+    """Return what all texts begin with, in whole words, if it is long enough to be more than chance."""
+    # The first and the last in order differ as early as any two do.
+    first, last = min(given), max(given)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    shared = first[:same]
+    if any(text[same : same + 1].isalnum() for text in (first, last)):
+        shared = shared.rstrip("".join(set(filter(str.isalnum, shared))))
+    shared = shared.rstrip(" ")  # a tokenizer gives a space to the next word
+    return shared if len(shared) >= BEGINNING else ""
 
 
 def _opened(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:
@@ -73,19 +88,6 @@ def _opened(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[str, str]
     before, _, after = whole.partition(_MARK)
     special = [token for token in tokenizer.all_special_tokens if token in after]
     first = min(special, key=after.index) if special else after.strip()[:8]
+    if not first:
+        raise InputError("written_prompts: the chat template does not mark where a user's turn ends; leave it 0")
     return before, first
-
-
-def _kept(texts: Sequence[str], end: str, given: Sequence[str]) -> list[str]:
-    # The first and the last in order differ as early as any two do.
-    first, last = min(given), max(given)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    beginning = first[:same]
-    kept: dict[str, None] = {}
-    for text in texts:
-        own, closed, _ = text.partition(end)
-        own = own.strip()
-        alike = len(beginning) < BEGINNING or own.startswith(beginning)
-        if end and closed and own and alike and own not in given:
-            kept[own] = None
-    return list(kept)

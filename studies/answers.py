@@ -1,0 +1,173 @@
+"""Expert Merging aligned on what the experts answer, against joint training and the controls that critics ask for.
+
+Ten unlabelled prompts of each domain (three disjoint draws), answered by their expert; nothing else is known of the
+tasks. Every cell is one whole command, generation included, on two cores, and is measured on the same test rows as the
+other studies of the language suite.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import consilience as cs
+from consilience.api import build_recipe
+from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
+from consilience.tasks import Row, Task
+from consilience.training import fine_tune
+from studies.answers_tables import tables
+from studies.cells import Study
+from studies.expert_merging import experts, facts, loadable, losses
+from studies.language import scratch
+from suites.language import DOMAINS, calibration_path
+from suites.language.base import base_path
+from suites.language.train_mixture import LORA_PATH
+
+DRAWS = (0, 1, 2)
+PROMPTS = 10
+#: Prompts of a draw -> a file holds thirty, so that draws overlap above ten.
+_HELD = 30
+#: label -> (method, parameters): the command's own defaults unless they are named.
+LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "merge + distil": ("expert_merging_distil", {}),
+    "expert_merging": ("expert_merging", {}),
+    "expert_merging, one greedy answer": ("expert_merging", {"answers": 1, "answer_temperature": 0.0}),
+    "expert_merging, as published": ("expert_merging", {"preset": "paper"}),
+    "expert_merging_pp, uniform chunks": ("expert_merging_pp", {"kappa": 0.0, "budget": 4.0}),
+    "expert_merging_pp": ("expert_merging_pp", {"budget": 4.0}),
+    "expert_merging, hidden states too": ("expert_merging", {"hidden_weight": 1.0}),
+}
+#: Cells in the order in which they run: (label, experts, draws, prompts).
+PLAN: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
+    ("merge + distil", "lora", DRAWS, PROMPTS),
+    ("expert_merging, as published", "lora", (0,), PROMPTS),
+    ("expert_merging, one greedy answer", "lora", (0,), PROMPTS),
+    ("merge + distil", "lora", (0,), 5),
+    ("merge + distil", "lora", (0,), 2),
+    ("merge + distil", "lora", (0,), 30),
+    ("expert_merging, hidden states too", "lora", (0,), PROMPTS),
+    ("expert_merging_pp, uniform chunks", "lora", (0,), PROMPTS),
+    ("expert_merging_pp", "lora", (0,), PROMPTS),
+    ("merge + distil", "full", (0,), PROMPTS),
+)
+#: One fresh LoRA on the rows that the merge generated: rank, alpha, step size of the suite's own adapters, batch of 8.
+FRESH: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-3, "batch_size": 8}
+FRESH_STEPS = 150
+
+
+def identity(label: str) -> str:
+    """Return a label as part of a file's name."""
+    plain = "".join(c if c.isalnum() or c == "_" else "-" for c in label.replace(" + ", "-"))
+    return "-".join(part for part in plain.split("-") if part)
+
+
+def _cells() -> list[tuple[str, dict[str, Any]]]:
+    cells: list[tuple[str, dict[str, Any]]] = [
+        (name, {"kind": "model", "model": name, "seed": 0}) for name in ("base", "mixture")
+    ]
+    for domain in DOMAINS:
+        cells.append((f"expert-{domain}", {"kind": "expert", "domain": domain, "seed": 0}))
+    for label, kind, draws, prompts in PLAN:
+        method, parameters = LEARNED[label]
+        for number in draws:
+            name = f"{kind}-{identity(label)}-{prompts}-{number}"
+            setting = {"kind": "learned", "experts": kind, "label": label, "method": method, "parameters": parameters}
+            cells.append((name, setting | {"draw": number, "prompts": prompts, "seed": 0}))
+            if label == "merge + distil" and prompts == PROMPTS and kind == "lora":
+                setting = {"kind": "fresh", "label": "fresh LoRA on the same answers", "draw": number, "seed": 0}
+                cells.append((f"fresh-lora-{number}", setting | {"steps": FRESH_STEPS}))
+    return cells
+
+
+def draw(number: int, prompts: int, folder: Path) -> dict[str, str]:
+    """Write the prompts of one draw and return the files by expert; draws of ten or fewer are disjoint."""
+    out: dict[str, str] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in DOMAINS:
+        lines = calibration_path(domain).read_text(encoding="utf-8").splitlines()
+        chosen = [lines[(number * PROMPTS + i) % _HELD] for i in range(prompts)]
+        (folder / f"{domain}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        out[domain] = str(folder / f"{domain}.jsonl")
+    return out
+
+
+def run(setting: dict[str, Any]) -> dict[str, Any]:
+    """Make one model and measure it."""
+    out = scratch()
+    try:
+        return _run(setting, out)
+    finally:
+        shutil.rmtree(out.parent, ignore_errors=True)
+
+
+def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
+    if setting["kind"] == "model":
+        return {
+            "losses": losses(str(base_path()) if setting["model"] == "base" else f"{base_path()}+{LORA_PATH}", "test")
+        }
+    if setting["kind"] == "expert":
+        return {"losses": losses(loadable("lora", setting["domain"]), "test")}
+    files = draw(setting["draw"], setting.get("prompts", PROMPTS), out.parent / "prompts")
+    if setting["kind"] == "fresh":
+        return _fresh(setting, files, out)
+    recipe = build_recipe(
+        setting["method"], str(base_path()), experts(setting["experts"]), setting["parameters"],
+        data={name: {"calibration": path} for name, path in files.items()},
+    )  # fmt: skip
+    begun = time.perf_counter()
+    cs.merge_recipe(recipe, out)
+    seconds = time.perf_counter() - begun
+    found = load_coefficients(out)
+    result = {"losses": losses(str(out), "test"), "seconds": round(seconds, 1), "learned": facts(found)}
+    result |= {"compared": found.facts.get("compared"), "tokens": _tokens(found)}
+    if "stage_1" in found.facts and "correction" in found.experts:
+        result["coefficients alone"] = {"losses": _alone(found, setting["experts"], out.parent)}
+    return result
+
+
+def _tokens(found: Coefficients) -> dict[str, Any]:
+    """Return how many compared tokens every expert's rows have."""
+    return {name: told.get("tokens") for name, told in found.facts["calibration"].items()}
+
+
+def _alone(found: Coefficients, kind: str, folder: Path) -> dict[str, Any]:
+    """Measure the merge without its correction: Expert Merging proper, from the same run."""
+    save_coefficients(folder / "alone", replace(found, experts=found.experts[:-1], alpha=found.alpha[:-1]))
+    out = folder / "merged-alone"
+    cs.merge(str(base_path()), experts(kind), out, method="coefficients", coefficients=folder / "alone")
+    return losses(str(out), "test")
+
+
+def _answers(files: Mapping[str, str], folder: Path) -> list[Task]:
+    """Return the rows that the merge of a draw learned from: the same prompts and seed give the same answers."""
+    from consilience.api import plan_recipe
+    from consilience.learned.align import AlignmentSettings
+    from consilience.learned.run import Run, open_workshop
+
+    recipe = build_recipe(
+        "expert_merging", str(base_path()), experts("lora"), {},
+        data={name: {"calibration": path} for name, path in files.items()},
+    )  # fmt: skip
+    plan = plan_recipe(recipe)
+    settings = AlignmentSettings.of(plan.learning)
+    shop = open_workshop(Run(plan, folder=folder), settings.start(Run(plan)), settings.data, teachers=False)
+    shop.close()
+    plan.close()
+    rows: dict[int, list[Row]] = {}
+    for i in shop.learn:
+        if shop.samples[i].row.response is not None:
+            rows.setdefault(shop.samples[i].expert, []).append(shop.samples[i].row)
+    return [Task(domain, tuple(rows[k])) for k, domain in enumerate(DOMAINS)]
+
+
+def _fresh(setting: Mapping[str, Any], files: Mapping[str, str], out: Path) -> dict[str, Any]:
+    begun = time.perf_counter()
+    tasks = _answers(files, out.parent / "state")
+    fine_tune(base_path(), tasks, out, steps=setting["steps"], **FRESH)
+    seconds = time.perf_counter() - begun
+    return {"losses": losses(f"{base_path()}+{out}", "test"), "seconds": round(seconds, 1)}
+
+
+STUDY = Study("answers", _cells(), run, tables)
