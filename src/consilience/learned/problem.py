@@ -37,6 +37,8 @@ class Problem:
     ) -> None:
         self.student, self.reader, self.teachers = student, reader, teachers
         self.samples, self.objective, self.tokens = list(samples), objective, tokens
+        # What an expert's rows are compared with is its own; who reads them is the student in any case.
+        self.mixed = not objective.hidden and (teachers is None or teachers.one_head)
 
     def evaluate(self, alpha: Alpha, chosen: Sequence[int], *, gradient: bool) -> tuple[Terms, Alpha | None]:
         """Return the weighted terms on the chosen samples and, if asked for, dL/dalpha [K, N].
@@ -48,7 +50,7 @@ class Problem:
 
         self.student.set(alpha)
         weights = self._weights(chosen)
-        parts = batches(self.samples, chosen, self.tokens)
+        parts = batches(self.samples, chosen, self.tokens, mixed=self.mixed)
         total = np.zeros((len(self.student.bank.experts), self.student.bank.count))
         terms: Terms = {}
         with torch.set_grad_enabled(gradient):
@@ -82,7 +84,7 @@ class Problem:
             InputError: the loss is not finite.
         """
         weights, terms = self._weights(chosen), Terms()
-        for part in batches(self.samples, chosen, self.tokens):
+        for part in batches(self.samples, chosen, self.tokens, mixed=self.mixed):
             self._add(terms, self._batch(part, weights, gradient=True))
         if not np.isfinite(sum(terms.values())):
             raise InputError("the loss is not finite; lower the step size, or use precision=float32")

@@ -21,6 +21,8 @@ from consilience.tasks.load import load_tokenizer
 from consilience.tasks.rows import Row, Task
 
 Positions = Literal["all", "response"]
+#: Rows of several experts go together as long as none is shorter than this share of the longest.
+SHORT = 0.6
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one expert that go through the model together; ``indices`` number them among all samples."""
+    """Samples that go through the model together, of one expert unless they were mixed.
+
+    ``indices`` number them among all samples.
+    """
 
     expert: int
     samples: tuple[Sample, ...]
@@ -123,10 +128,17 @@ def _everywhere(one: Encoded) -> Encoded:
     return replace(one, positions=every, targets=tuple(known.get(p, -1) for p in every) if known else ())
 
 
-def batches(samples: Sequence[Sample], chosen: Sequence[int], tokens: int) -> list[Batch]:
-    """Return the chosen samples in batches of one expert and at most ``tokens`` padded tokens, in a fixed order."""
+def batches(samples: Sequence[Sample], chosen: Sequence[int], tokens: int, *, mixed: bool = False) -> list[Batch]:
+    """Return the chosen samples in batches of at most ``tokens`` padded tokens, in a fixed order.
+
+    Args:
+        samples: all of them.
+        chosen: indices of those wanted.
+        tokens: most padded tokens of a batch.
+        mixed: put samples of several experts together, longest first; a batch's ``expert`` is then its first sample's.
+    """
     out: list[Batch] = []
-    order = sorted(chosen, key=lambda i: (samples[i].expert, -_width(samples[i]), i))
+    order = sorted(chosen, key=lambda i: (0 if mixed else samples[i].expert, -_width(samples[i]), samples[i].expert, i))
     held: list[int] = []
 
     def close() -> None:
@@ -137,7 +149,13 @@ def batches(samples: Sequence[Sample], chosen: Sequence[int], tokens: int) -> li
     for i in order:
         wide = max((_width(samples[j]) for j in held), default=_width(samples[i]))
         alone = bool(samples[i].extra) or any(samples[j].extra for j in held)
-        if held and (samples[held[0]].expert != samples[i].expert or alone or wide * (len(held) + 1) > tokens):
+        if not held:
+            other = False
+        elif mixed:  # padding a short row to a long one's width costs more than a pass of its own
+            other = _width(samples[i]) < SHORT * wide
+        else:
+            other = samples[held[0]].expert != samples[i].expert
+        if held and (other or alone or wide * (len(held) + 1) > tokens):
             close()
         held.append(i)
     close()

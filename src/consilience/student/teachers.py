@@ -132,6 +132,18 @@ class Teachers:
             self._heads = {expert: head}  # one at a time: a head is a large part of a small model
         return head
 
+    @property
+    def one_head(self) -> bool:
+        """Whether all experts read their states through the head that the student has now and keeps."""
+        own = self.reader.head
+        if own.weight is None:
+            return True
+        plans = {tensor.name: tensor for tensor in self.student.plan.tensors}
+        names = list(self._head_names(own).values())
+        return not any(
+            name in self.student.bank.tensors or any(not row.untouched for row in plans[name].rows) for name in names
+        )
+
     def _head_names(self, own: Head) -> dict[str, str]:
         """Stored names of the head's weight and bias."""
         found: dict[str, str] = {}
