@@ -16,7 +16,7 @@ def expert_merging_distil(
     run: Any,
     *,
     correction_rank: Annotated[int, Default(8), Range(1), "directions of each expert's update that are moved"],
-    correction_steps: Annotated[int, Default(100), Range(1), "optimizer steps of the correction"],
+    correction_steps: Annotated[int, Default(80), Range(1), "optimizer steps of the correction"],
     correction_batch: Annotated[int, Default(8), Range(0), "samples per step of the correction; 0: all"],
     correction_rate: Annotated[float, Default(3e-4), Range(0), "step size of the correction (AdamW)"],
     correction_decay: Annotated[float, Default(0.0), Range(0), "weight decay of the correction"],

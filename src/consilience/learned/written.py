@@ -13,7 +13,7 @@ from consilience.errors import InputError
 from consilience.tasks.generate import continued
 
 #: Prompts that a conversation shows, most characters that a shared beginning must have, tokens of a written prompt.
-SHOTS, BEGINNING, TOKENS = 3, 10, 160
+SHOTS, BEGINNING, TOKENS = 2, 10, 160
 _MARK = "\u2063MARK\u2063"
 
 
