@@ -31,6 +31,8 @@ DRAWS = (0, 1, 2)
 SAMPLES = 10
 #: Prompts per domain on which divergences are measured.
 PROMPTS = 60
+#: This study is of the published objective: rows as they are, every token, hidden states, an anchor.
+PUBLISHED: dict[str, Any] = {"preset": "paper"}
 #: What every learned method here shares: eight samples a step keep a step to seconds on two cores.
 LEARNING: dict[str, Any] = {"steps": 40, "batch": 8, "learning_rate": 0.04}
 #: What the defaults were chosen among, on validation rows and the first draw.
@@ -168,7 +170,7 @@ def _cells() -> tuple[tuple[str, dict[str, Any]], ...]:
 def best_strength(kind: str, files: Mapping[str, str]) -> tuple[float, dict[str, float]]:
     """Choose Task Arithmetic's lambda by KL(expert || merge) on the calibration prompts; also return every trial."""
     recipe = build_recipe(
-        "expert_merging", str(base_path()), experts(kind), {"grouping": "global", "hidden_weight": 0.0},
+        "expert_merging", str(base_path()), experts(kind), PUBLISHED | {"grouping": "global", "hidden_weight": 0.0},
         data={name: {"calibration": path} for name, path in files.items()},
     )  # fmt: skip
     plan = plan_recipe(recipe)
@@ -191,8 +193,9 @@ def learned(setting: Mapping[str, Any], files: Mapping[str, str]) -> Coefficient
     from consilience.learned.learn import learn_state
 
     kept = CACHE / "expert-merging" / f"{setting['experts']}-{setting['draw']}"
+    published = PUBLISHED if setting["method"].startswith("expert_merging") else {}
     recipe = build_recipe(
-        setting["method"], str(base_path()), experts(setting["experts"]), setting["parameters"],
+        setting["method"], str(base_path()), experts(setting["experts"]), published | setting["parameters"],
         data={name: {"calibration": path} for name, path in files.items()},
     )  # fmt: skip
     plan = plan_recipe(recipe)
