@@ -1,8 +1,8 @@
 """How long the experts' answers take: prompts together against one at a time, by the same model in the same run.
 
 ``python -m benchmarks.answers [--prompts N] [--answers N] [--tokens N]`` prints seconds and their ratio as JSON. The
-model is the student of the language suite playing one of its experts, as a learned merge asks it; greedy answers of both
-ways must agree but for rounding, which is counted.
+model is the student of the language suite playing one of its experts, as a learned merge asks it; greedy answers of
+both ways must agree but for rounding, which is counted.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """What the experts answer: drawn from their own distribution, kept, divided by prompt, and compared with."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_experts import recipe_of, sentences, write_recipe, write_rows
+from tiny_experts import recipe_of, sentences, write_adapter, write_recipe, write_rows
 
 import consilience as cs
 from consilience.api import learn, plan_recipe
@@ -22,6 +23,7 @@ from consilience.learned.compare import STRENGTHS
 from consilience.learned.run import Run, Workshop, open_workshop
 from consilience.learned.written import common_beginning
 from consilience.recipe.schema import parse_recipe
+from consilience.student.calibration import batches
 from consilience.tasks import Row, Task, encode, sample
 
 QUICK: dict[str, Any] = {"preset": "default", "precision": "float32", "steps": 2, "response_tokens": 5, "answers": 2}
@@ -140,8 +142,6 @@ def test_kept_answers_are_not_asked_for_again(zoo: Path, tmp_path: Path, monkeyp
 
 def with_template(zoo: Path, tmp_path: Path, end: str = "{% if m.role == 'assistant' %}<eos>{% endif %}") -> Path:
     """The zoo's models with a chat template; ``end`` follows a turn."""
-    import shutil
-
     place = tmp_path / "chat"
     shutil.copytree(zoo, place)
     for folder in (place / "base",):
@@ -248,7 +248,7 @@ def test_held_weights_of_factored_layers_are_what_autocast_makes_of_them(zoo: Pa
             assert shop.student.factored
             held = {shop.student.parameters[name].dtype for name in shop.student.factored}
             shop.student.set(start.alpha)
-            return shop.reader.run(next(iter(_batches(shop))))[0].states.detach(), held
+            return shop.reader.run(batches(shop.samples, shop.learn, 4096)[0])[0].states.detach(), held
         finally:
             shop.close()
 
@@ -259,33 +259,33 @@ def test_held_weights_of_factored_layers_are_what_autocast_makes_of_them(zoo: Pa
     assert torch.equal(now, before)
 
 
-def _batches(shop: Workshop) -> Any:
-    from consilience.student.calibration import batches
-
-    return batches(shop.samples, shop.learn, 4096)
-
-
 def test_further_prompts_begin_as_the_given_ones_do(zoo: Path, tmp_path: Path):
     place = with_template(zoo, tmp_path, end="<eos>")
     write_rows(place / "rows" / "a.jsonl", ["w1 w2 w3 w4 w5", "w1 w2 w3 w4 w6", "w1 w2 w3 w4 w7 w8"])
-    shop = workshop(place, "a", "b", answers=2, written_prompts=40, response_tokens=3, folder=tmp_path / "state")
+    shop = workshop(place, "a", "b", answers=2, written_prompts=80, response_tokens=3, folder=tmp_path / "state")
     rows = rows_of(shop)
     own = [one.row.prompt or "" for one in shop.samples if one.expert == 0 and "written" in one.where]
     assert len(own) > 5
     assert len(set(own)) == len(own)
-    assert all(prompt.startswith("w1 w2 w3 w4") for prompt in own)
+    assert all(prompt.startswith("w1 w2 w3 w4 ") for prompt in own)
+    assert not any("<" in prompt for prompt in own)
     assert not {row.prompt for row in rows[:9]} & set(own)
     further = {shop.samples[i].where for i in shop.judge}
     assert not any("written" in where for where in further)
-    again = workshop(place, "a", "b", answers=2, written_prompts=40, response_tokens=3)
+    again = workshop(place, "a", "b", answers=2, written_prompts=80, response_tokens=3)
     assert rows_of(again) == rows
 
 
-def test_further_prompts_need_a_template_that_ends_a_turn(zoo: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="no chat template"):
-        workshop(zoo, "a", written_prompts=4)
-    with pytest.raises(InputError, match="does not mark where"):
-        workshop(with_template(zoo, tmp_path, end=""), "a", written_prompts=4)
+def test_further_prompts_that_cannot_be_written_are_noted(zoo: Path, tmp_path: Path):
+    for place, why in ((zoo, "no chat template"), (with_template(zoo, tmp_path, end=""), "does not mark where")):
+        shop = workshop(place, "a", "b", written_prompts=4)
+        assert len(rows_of(shop)) == 2 * 5 * 3
+        assert [why in note for note in shop.notes] == [True, True]
+    found = learn(recipe(zoo, "a", written_prompts=4))
+    assert sum("no further prompts" in line for line in summary(found)) == 1
+
+
+def test_common_beginnings_end_with_a_word():
     assert common_beginning(["w1 w2", "w1 w3"]) == ""
     assert (
         common_beginning(["Write a function.\n\ndef get", "Write a function.\n\ndef gone"])
@@ -293,3 +293,44 @@ def test_further_prompts_need_a_template_that_ends_a_turn(zoo: Path, tmp_path: P
     )
     assert common_beginning(["Translate this: a", "Translate this: b"]) == "Translate this:"
     assert common_beginning(["Translate this"]) == "Translate this"
+
+
+def test_silence_is_compared_where_it_begins(zoo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(asked, "_asked", lambda run, student, task, data, times: [[""] * times for _ in task.rows])
+    shop = workshop(zoo, "a", "b")
+    shop.close()
+    assert all(one.encoded.positions == (len(one.encoded.inputs) - 1,) for one in shop.samples)
+
+
+def test_rows_of_several_experts_in_one_pass_give_the_same_loss_and_gradient(zoo: Path, tmp_path: Path):
+    place = tmp_path / "two"
+    shutil.copytree(zoo, place)
+    write_adapter(place / "other", place / "base", 5)
+    write_rows(place / "rows" / "other.jsonl", sentences(4, 5))
+    plan = plan_recipe(recipe(place, "lora", "other"))
+    run = Run(plan)
+    settings = AlignmentSettings.of(plan.learning)
+    start = settings.start(run)
+    shop = open_workshop(run, start, settings.data, precision="float64")
+    try:
+        problem = shop.problem(settings.objective(()))
+        assert problem.mixed
+        together = problem.evaluate(start.alpha, shop.learn, gradient=True)
+        problem.mixed = False
+        apart = problem.evaluate(start.alpha, shop.learn, gradient=True)
+        passes = [len(batches(shop.samples, shop.learn, 4096, mixed=mixed)) for mixed in (True, False)]
+    finally:
+        shop.close()
+    assert passes[0] <= passes[1]
+    assert together[0]["logit"] == pytest.approx(apart[0]["logit"], rel=1e-10)
+    assert together[1] is not None
+    assert apart[1] is not None
+    assert np.allclose(together[1], apart[1], rtol=1e-8, atol=1e-12)
+
+
+def test_experts_with_heads_of_their_own_are_read_apart(zoo: Path):
+    shop = workshop(zoo, "a", "b")
+    try:
+        assert not shop.problem(AlignmentSettings.of(shop.run.plan.learning).objective(())).mixed
+    finally:
+        shop.close()

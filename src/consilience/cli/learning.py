@@ -25,6 +25,7 @@ def summary(found: Any) -> list[str]:
     if "sigma_max" in found.facts:
         told = "  sigma_max of the experts {sigma_max:.4g}, of the experts less their mean {sigma_max_centred:.4g}"
         lines.append(told.format(**found.facts))
+    lines += [f"  note: {note}" for note in found.facts.get("notes", ())]
     for name, row in zip(found.experts, found.alpha, strict=True):
         lines.append(f"  {name}: mean {row.mean():.3f}, from {row.min():.3f} to {row.max():.3f}")
     return lines

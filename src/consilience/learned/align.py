@@ -275,4 +275,4 @@ def facts_of(run: Run, shop: Workshop, parameters: Mapping[str, Any], data: Data
         "seconds": round(seconds, 2),
         "device": run.machine.device,
         "calibration": provenance(run, shop.samples, data),
-    }
+    } | ({"notes": shop.notes} if shop.notes else {})

@@ -35,13 +35,16 @@ class Answered:
     """One expert's rows to learn from and to judge by.
 
     ``origin`` says of every row of ``task`` which row of ``asked`` it answers (-1: a prompt that the model wrote);
-    ``further`` are the rows that nothing is learned from.
+    ``further`` are the rows that nothing is learned from, ``generated`` says whether the answers are the expert's, and
+    ``note`` is what whoever runs this should know.
     """
 
     task: Task
     asked: Task
     origin: tuple[int, ...]
     further: frozenset[int] = frozenset()
+    generated: bool = False
+    note: str = ""
 
     def where(self, index: int) -> str:
         """Name the file and line that a row comes from."""
@@ -68,17 +71,20 @@ def answered(run: "Run", student: "Student", expert: int, task: Task, data: "Dat
     texts = _answers(run, student, expert, bare, data, _times(data))
     rows = [(row, text, i) for i, (row, own) in enumerate(zip(bare.rows, texts, strict=True)) for text in own]
     further = frozenset(range(_times(data) - 1, len(rows), _times(data)) if data.further else ())
+    note = ""
     if data.written:
-        more = _written(run, student, expert, bare, [own[0] for own in texts], data)
+        more, note = _written(run, student, expert, bare, [own[0] for own in texts], data)
         rows += [
             (row, own[0], -1) for row, own in zip(more.rows, _answers(run, student, expert, more, data, 1), strict=True)
         ]
     filled = replace(task, rows=tuple(_with_answer(row, text) for row, text, _ in rows))
-    return Answered(filled, task, tuple(origin for *_, origin in rows), further)
+    return Answered(filled, task, tuple(origin for *_, origin in rows), further, generated=True, note=note)
 
 
-def _written(run: "Run", student: "Student", expert: int, task: Task, answers: Sequence[str], data: "Data") -> Task:
-    """Return further prompts that the base writes in the manner of an expert's: kept ones, or written now."""
+def _written(
+    run: "Run", student: "Student", expert: int, task: Task, answers: Sequence[str], data: "Data"
+) -> tuple[Task, str]:
+    """Return further prompts that the base writes in the manner of an expert's (kept or new), or none and why."""
     from consilience.learned.run import base_folder
     from consilience.learned.written import write_prompts
     from consilience.tasks.load import load_tokenizer
@@ -93,13 +99,16 @@ def _written(run: "Run", student: "Student", expert: int, task: Task, answers: S
         run.progress.phase(f"prompts in the manner of {task.name}'s", data.written, "prompts")
         student.set(np.zeros((len(student.bank.experts), student.bank.count)))
         tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
-        with student.compute():
-            found = write_prompts(
-                student.model, tokenizer, given, told, data.written, batch_size=_together(given, data, SHOTS + 1),
-                seed=run.seed, advance=run.progress.advance,
-            )  # fmt: skip
+        try:
+            with student.compute():
+                found = write_prompts(
+                    student.model, tokenizer, given, told, data.written, batch_size=_together(given, data, SHOTS + 1),
+                    seed=run.seed, advance=run.progress.advance,
+                )  # fmt: skip
+        except InputError as error:
+            return Task(task.name, ()), f"{task.name}: no further prompts were written: {error}"
         _write(path, found)
-    return Task(task.name, tuple(Row(prompt=text) for text in found))
+    return Task(task.name, tuple(Row(prompt=text) for text in found)), ""
 
 
 def questions(task: Task) -> Task:

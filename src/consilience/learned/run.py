@@ -237,6 +237,7 @@ class Workshop:
     further: list[int]
     tokens: int
     teachers: Teachers | None
+    notes: list[str] = field(default_factory=list[str])
 
     @property
     def judge(self) -> list[int]:
@@ -305,7 +306,10 @@ def open_workshop(
             run.progress.phase("answers of the experts", len(samples), "samples")
             held.prepare(data.tokens, run.progress.advance)
         undo.pop_all()
-    return Workshop(run, bank, student, reader, samples, learn, hold, further, data.tokens, held if teachers else None)
+    notes = [one.note for one in rows if one.note]
+    return Workshop(
+        run, bank, student, reader, samples, learn, hold, further, data.tokens, held if teachers else None, notes
+    )
 
 
 def _further(samples: Sequence[Sample], rows: Sequence[Answered]) -> tuple[list[int], list[int]]:
@@ -346,7 +350,14 @@ def _samples(run: Run, student: Student, tasks: Sequence[Answered], folder: Path
         replace(sample, where=one.where(sample.encoded.row))
         for expert, one in enumerate(tasks)
         for sample in encode_task(
-            one.task, expert, tokenizer, config, positions=data.positions, decoder_start=start, processor=processor
+            one.task,
+            expert,
+            tokenizer,
+            config,
+            positions=data.positions,
+            decoder_start=start,
+            processor=processor,
+            answered=one.generated,
         )
     ]
 

@@ -44,9 +44,11 @@ def write_prompts(
         InputError: there is no chat template, it does not mark the end of a turn, or there are fewer than two prompts.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError("written_prompts: prompts are written as turns, and the base has no chat template; leave it 0")
+        raise InputError(
+            "prompts are written as turns, and the base has no chat template (written_prompts=0 asks for none)"
+        )
     if len(given) < 2:
-        raise InputError("written_prompts: needs at least two prompts to go by; give more, or leave it 0")
+        raise InputError("there are not two text prompts to go by (written_prompts=0 asks for none)")
     generator = np.random.default_rng(seed)
     shots = min(SHOTS, len(given))
     beginning = common_beginning(given)
@@ -61,9 +63,12 @@ def write_prompts(
         model, tokenizer, texts, min(TOKENS, 2 * longest + 8), batch_size=batch_size, temperature=1.0, seed=seed,
         special=False, advance=advance,
     )  # fmt: skip
-    written = [beginning + tokenizer.decode(ids) for ids in found]
+    # Decoded together: many tokenizers drop the space before what they decode first.
+    before = list(tokenizer(beginning, add_special_tokens=False).input_ids) if beginning else []
+    written = [tokenizer.decode(before + ids) for ids in found]
     finished = [text.partition(end)[0].strip() for text in written if end in text]
-    return [text for text in dict.fromkeys(finished) if text and text not in given and text != beginning.strip()]
+    whole = [text for text in finished if not any(token in text for token in tokenizer.all_special_tokens)]
+    return [text for text in dict.fromkeys(whole) if text and text not in given and text != beginning.strip()]
 
 
 def common_beginning(given: Sequence[str]) -> str:
@@ -89,5 +94,5 @@ def _opened(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[str, str]
     special = [token for token in tokenizer.all_special_tokens if token in after]
     first = min(special, key=after.index) if special else after.strip()[:8]
     if not first:
-        raise InputError("written_prompts: the chat template does not mark where a user's turn ends; leave it 0")
+        raise InputError("the chat template does not mark where a user's turn ends (written_prompts=0 asks for none)")
     return before, first

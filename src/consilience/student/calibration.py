@@ -89,8 +89,11 @@ def encode_task(
     positions: Positions = "all",
     decoder_start: int | None = None,
     processor: Any = None,
+    answered: bool = False,
 ) -> list[Sample]:
     """Encode one expert's rows.
+
+    ``answered``: a row without a response was answered by silence, so that what counts is the end after its prompt.
 
     Raises:
         InputError: a row does not suit the model; the message names FILE:LINE.
@@ -117,6 +120,8 @@ def encode_task(
             (one,) = encode(plain, tokenizer, decoder_start=decoder_start, context=context)
         if positions == "all":
             one = _everywhere(one)
+        elif answered and not one.targets and not one.source:
+            one = replace(one, positions=one.positions[-1:])
         samples.append(Sample(expert, replace(one, row=index), where, row, extra))
     return samples
 
