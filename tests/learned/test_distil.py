@@ -70,7 +70,7 @@ def products(folder: Path) -> dict[str, torch.Tensor]:
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         rank = state[key].shape[0]
         pattern: Mapping[str, int] = config.get("alpha_pattern") or {}
-        scale = pattern.get(module, config["lora_alpha"]) / rank
+        scale = float(pattern[module] if module in pattern else config["lora_alpha"]) / rank
         found[f"{module}.weight"] = scale * state[key.replace("lora_A", "lora_B")] @ state[key]
     return found
 

@@ -55,7 +55,7 @@ def write_prompts(
     texts: list[str] = []
     end = ""
     for _ in range(count):
-        chosen = generator.permutation(len(given))[:shots]
+        chosen: list[int] = generator.permutation(len(given))[:shots].tolist()
         text, end = _opened(tokenizer, [(given[i], answers[i]) for i in chosen])
         texts.append(text + beginning)
     longest = max(len(tokenizer(text).input_ids) for text in given)
