@@ -213,7 +213,7 @@ def settings_of(**changes: Any) -> AlignmentSettings:
     from consilience.learned.expert_merging import expert_merging
 
     values = {name: parameter.default for name, parameter in expert_merging.parameters.items()}
-    return AlignmentSettings.of(values | changes)
+    return AlignmentSettings.of(values | {"hidden_weight": 1.0} | changes)
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
