@@ -17,7 +17,7 @@ from consilience.objectives.objective import Objective
 #: Strengths of Task Arithmetic that are tried.
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 #: Most rows of one expert.
-ROWS = 8
+ROWS = 5
 
 
 def compared(shop: Workshop, alpha: Alpha, correct: Callable[[bool], None] | None = None) -> dict[str, Any]:
