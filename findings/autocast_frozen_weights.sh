@@ -3,8 +3,8 @@
 #
 # Within one torch.autocast context a float32 weight that requires grad is converted to bfloat16 once, also under
 # no_grad. One with requires_grad=False is converted again at every call: generating n tokens with a frozen (or merely
-# evaluated, requires_grad_(False)) float32 model under autocast converts every weight n times, which on a CPU is most of
-# the time of a token at small batches. Holding such weights in bfloat16 gives the same products.
+# evaluated, requires_grad_(False)) float32 model under autocast converts every weight n times. Holding such weights in
+# bfloat16 gives the same products without it.
 #
 # Exit 0: as described. Exit 1: it has changed. Seen with torch 2.13.0 (CPU).
 set -eu

@@ -299,7 +299,7 @@ def _factor(student: Student) -> None:
 def _narrow(student: Student) -> None:
     """Hold the weights of factored layers, which nothing rewrites, in bfloat16: what autocast makes of them anyway.
 
-    The products are the same to the bit, without a conversion at every pass (most of the time of a generated token).
+    The products are the same to the bit, without a conversion at every pass, that is, at every generated token.
     """
     import torch
 
