@@ -15,7 +15,7 @@ MIXTURE, FRESH = "joint training (supervised)", "fresh LoRA on the same answers"
 INTRODUCTION = (
     "Expert Merging learned on what the experts answer to a few unlabelled prompts. A draw is ten prompts of each "
     "domain (three disjoint draws; files hold thirty); every expert answers each of its prompts four times at "
-    "temperature 1, and coefficients are learned where those answers are predicted. *merge + distil* adds a low- "
+    "temperature 1, and coefficients are learned where those answers are predicted. *merge + distil* adds a low-"
     "rank correction learned by the same loss; *coefficients alone* is the same run without it, that is, Expert "
     "Merging proper. Losses are nats per response token on 100 held-out test rows a domain, at most 60 tokens each, "
     "of the merged checkpoint in bfloat16. ± is the standard deviation over draws. *Gain kept* is (base - merge) / "
@@ -112,7 +112,12 @@ def _table(cells: Sequence[Cell], kind: str, title: str) -> list[str]:
 
 def tables(cells: Sequence[Cell]) -> Tables:
     """Return the page."""
-    lines = ["# Expert Merging on the experts' answers", "", *textwrap.wrap(INTRODUCTION, 118), ""]
+    lines = [
+        "# Expert Merging on the experts' answers",
+        "",
+        *textwrap.wrap(INTRODUCTION, 118, break_on_hyphens=False),
+        "",
+    ]
     lines += _table(cells, "lora", "Four LoRA adapters (rank 8)")
     lines += _table(cells, "full", "Two full fine-tunes (pronounce, sentiment) and two adapters (translate, code)")
     return Tables("\n".join(lines))
