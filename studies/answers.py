@@ -5,7 +5,6 @@ tasks. Every cell is one whole command, generation included, on two cores, and i
 other studies of the language suite.
 """
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from consilience.training import fine_tune
 from studies.answers_tables import tables
 from studies.cells import Study
 from studies.expert_merging import experts, facts, loadable, losses
-from studies.language import scratch
+from studies.language import in_scratch
 from suites.language import DOMAINS, calibration_path
 from suites.language.base import base_path
 from suites.language.train_mixture import LORA_PATH
@@ -95,11 +94,7 @@ def draw(number: int, prompts: int, folder: Path) -> dict[str, str]:
 
 def run(setting: dict[str, Any]) -> dict[str, Any]:
     """Make one model and measure it."""
-    out = scratch()
-    try:
-        return _run(setting, out)
-    finally:
-        shutil.rmtree(out.parent, ignore_errors=True)
+    return in_scratch(_run, setting)
 
 
 def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:

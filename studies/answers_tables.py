@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from studies.cells import Cell, Tables
+from studies.expert_merging_tables import bootstrap, spread
 from suites.language import DOMAINS
 
 Losses = Mapping[str, Mapping[str, Any]]
@@ -36,25 +37,6 @@ def mean_loss(losses: Losses) -> float:
 def gains(losses: Losses, base: Losses, own: Mapping[str, float]) -> list[float]:
     """Return (base - merge) / (base - own expert) of every domain."""
     return [(base[d]["loss"] - losses[d]["loss"]) / (base[d]["loss"] - own[d]) for d in DOMAINS]
-
-
-def paired(ours: Sequence[Losses], theirs: Losses) -> tuple[float, float, float]:
-    """Return the mean difference ours - theirs over domains, averaged over draws, and its 95% bootstrap interval."""
-    generator = np.random.default_rng(0)
-    differences = np.zeros(1001)
-    for domain in DOMAINS:
-        a = np.mean([one[domain]["sums"] for one in ours], 0)
-        b, count = np.asarray(theirs[domain]["sums"]), np.asarray(theirs[domain]["row_tokens"], float)
-        rows = generator.integers(0, len(count), (1000, len(count)))
-        drawn = (a - b)[rows].sum(1) / count[rows].sum(1)
-        differences += np.concatenate([[(a - b).sum() / count.sum()], drawn]) / len(DOMAINS)
-    low, high = np.quantile(differences[1:], [0.025, 0.975])
-    return float(differences[0]), float(low), float(high)
-
-
-def _spread(values: Sequence[float], digits: int = 3) -> str:
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def _runs(cells: Sequence[Cell], kind: str) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
@@ -96,10 +78,10 @@ def _table(cells: Sequence[Cell], kind: str, title: str) -> list[str]:
     ):
         losses = [result["losses"] for result in results]
         shares = np.mean([gains(one, base, own) for one in losses], 0)
-        value, low, high = paired(losses, mixture)
+        value, low, high = bootstrap(losses, [mixture])
         seconds = [result["seconds"] for result in results if "seconds" in result]
         cells_of_row = [
-            label, prompts or "", len(results), _spread([mean_loss(one) for one in losses]),
+            label, prompts or "", len(results), spread([mean_loss(one) for one in losses]),
             "" if label == MIXTURE else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]",
             f"{100 * np.mean(shares):.1f}% ({100 * min(shares):.1f}%)", f"{np.mean(seconds):.0f}" if seconds else "",
             *(f"{np.mean([one[d]['loss'] for one in losses]):.3f}" for d in DOMAINS),

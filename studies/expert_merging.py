@@ -6,7 +6,6 @@ prompts of each domain, disjoint between draws. Measured on held-out rows: KL(ex
 which is what Expert Merging minimises (on others), and the loss per response token.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from consilience.objectives.objective import Objective
 from consilience.tasks import Task, evaluate, load_task
 from studies.cells import Study
 from studies.expert_merging_tables import tables
-from studies.language import TOKENS, measure, scores, scratch
+from studies.language import TOKENS, in_scratch, measure, scores
 from suites.language import CACHE, DOMAINS, adapter_path, calibration_path, heldout_path
 from suites.language.base import base_path
 from suites.language.train_full import full_path
@@ -226,11 +225,7 @@ def facts(found: Coefficients) -> dict[str, Any]:
 
 def run(setting: dict[str, Any]) -> dict[str, Any]:
     """Make one model and measure it."""
-    out = scratch()
-    try:
-        return _run(setting, out)
-    finally:
-        shutil.rmtree(out.parent, ignore_errors=True)
+    return in_scratch(_run, setting)
 
 
 def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:

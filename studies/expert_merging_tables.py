@@ -67,12 +67,19 @@ def paired(
     Rows are drawn with replacement within each domain, the same rows for both methods and all draws.
     """
     part, tokens = ("divergences", "tokens") if what == "kl" else ("losses", "row_tokens")
+    return bootstrap([one["test"][part] for one in ours], [one["test"][part] for one in theirs], tokens)
+
+
+def bootstrap(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], tokens: str = "row_tokens"
+) -> tuple[float, float, float]:
+    """Return the same of figures by domain, whose rows have ``sums`` over so many ``tokens``."""
     generator = np.random.default_rng(0)
     differences = np.zeros(1001)
     for domain in DOMAINS:
-        a = np.mean([one["test"][part][domain]["sums"] for one in ours], 0)
-        b = np.mean([one["test"][part][domain]["sums"] for one in theirs], 0)
-        count = np.asarray(ours[0]["test"][part][domain][tokens], float)
+        a = np.mean([one[domain]["sums"] for one in ours], 0)
+        b = np.mean([one[domain]["sums"] for one in theirs], 0)
+        count = np.asarray(ours[0][domain][tokens], float)
         rows = generator.integers(0, len(count), (1000, len(count)))
         drawn = (a - b)[rows].sum(1) / count[rows].sum(1)
         differences += np.concatenate([[(a - b).sum() / count.sum()], drawn]) / len(DOMAINS)
@@ -80,7 +87,8 @@ def paired(
     return float(differences[0]), float(low), float(high)
 
 
-def _spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return a mean, and its standard deviation where there are several values."""
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
@@ -119,7 +127,7 @@ def _table(cells: Sequence[Cell], kind: str, by_id: Mapping[str, Cell]) -> list[
             differences.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
         each = " | ".join(f"{np.mean([r['test']['losses'][d]['loss'] for r in results]):.3f}" for d in DOMAINS)
         gain = f"{100 * np.mean(gains):.0f}%" if gains else ""
-        kl, loss = _spread([mean_kl(r) for r in results]), _spread([mean_loss(r) for r in results])
+        kl, loss = spread([mean_kl(r) for r in results]), spread([mean_loss(r) for r in results])
         lines.append(
             f"| {label} | {len(results)} | {kl} | {differences[0]} | {loss} | {differences[1]} | {gain} | {each} |"
         )

@@ -3,8 +3,9 @@
 Experts are the four committed LoRA adapters; the score of a merge is held-out loss per response token on every domain.
 """
 
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,12 @@ def scratch() -> Path:
     """Return a fresh folder for a merge that is thrown away after it was measured."""
     CACHE.mkdir(exist_ok=True)
     return Path(tempfile.mkdtemp(prefix="merge-", dir=CACHE)) / "merged"
+
+
+def in_scratch(make: Callable[[dict[str, Any], Path], dict[str, Any]], setting: dict[str, Any]) -> dict[str, Any]:
+    """Make and measure a merge of one setting in a fresh folder, which is thrown away in any case."""
+    out = scratch()
+    try:
+        return make(setting, out)
+    finally:
+        shutil.rmtree(out.parent, ignore_errors=True)

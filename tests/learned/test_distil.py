@@ -17,6 +17,7 @@ from consilience.errors import InputError
 from consilience.learned.align import AlignmentSettings
 from consilience.learned.correction import Correction
 from consilience.learned.run import Run, Workshop, open_workshop
+from consilience.progress import NullProgress
 from consilience.recipe.schema import parse_recipe
 from consilience.student.student import load_any
 
@@ -199,28 +200,26 @@ def test_adapters_and_their_correction_make_one_adapter(place: Path, tmp_path: P
         assert torch.allclose(merged[name].double(), base[name].double() + tau, atol=1e-5), name
 
 
-class Stop:
+class Stop(NullProgress):
     """Progress that interrupts at a step of the second stage."""
 
     def __init__(self, at: int) -> None:
         self.at, self.on = at, False
 
-    def phase(self, name: str, total: int = 0, unit: str = "") -> None:
-        self.on = name == "distilling"
+    def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
+        self.on = title == "distilling"
 
-    def advance(self, count: int = 1, **_: Any) -> None:
+    def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
         if self.on:
             self.at -= count
             if self.at < 0:
                 raise KeyboardInterrupt
 
-    def note(self, *_: Any) -> None: ...
-
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(place: Path, tmp_path: Path):
     cs.merge_recipe(recipe(place, "full", "small"), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        cs.merge_recipe(recipe(place, "full", "small"), tmp_path / "out", progress=Stop(3))  # type: ignore[arg-type]
+        cs.merge_recipe(recipe(place, "full", "small"), tmp_path / "out", progress=Stop(3))
     assert not (tmp_path / "out").exists()
     cs.merge_recipe(recipe(place, "full", "small"), tmp_path / "out")
     whole, again = read_state(tmp_path / "whole"), read_state(tmp_path / "out")
