@@ -15,7 +15,6 @@ from consilience.learned.align import AlignmentSettings, learn_alignment
 from consilience.learned.compare import compared
 from consilience.learned.correction import Correction, state_of
 from consilience.learned.loop import Learned, descend, schedule
-from consilience.learned.problem import Problem
 from consilience.learned.run import Run, Workshop, open_workshop
 from consilience.optimizers.gradient import Loss, Terms, rate_at
 
@@ -34,11 +33,10 @@ class DistilSettings:
 class Distiller:
     """Trains a correction by AdamW; an ``Optimizer`` whose coefficients stay as they are."""
 
-    def __init__(self, problem: Problem, correction: Correction, alpha: Alpha, settings: DistilSettings) -> None:
-        self.problem, self.correction, self._alpha, self.settings = problem, correction, alpha, settings
+    def __init__(self, correction: Correction, alpha: Alpha, settings: DistilSettings) -> None:
+        self.correction, self._alpha, self.settings = correction, alpha, settings
         values = list(correction.parameters.values())
         self._adam = torch.optim.AdamW(values, lr=settings.rate, weight_decay=settings.decay)
-        self._moments: dict[str, Any] = {}
 
     @property
     def alpha(self) -> Alpha:
@@ -119,13 +117,9 @@ def _train(
     for name in shop.student.merged:
         shop.student.parameters[name].requires_grad_(False)
     experts = [shop.samples[i].expert for i in shop.learn]
-    held = False
+    problem.hold(alpha)  # the weights stay as they are from here on
 
     def loss(alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
-        nonlocal held
-        if not held:  # the weights stay as they are: they are blended once
-            problem.hold(alpha)
-            held = True
         return problem.accumulate([shop.learn[i] for i in schedule(experts, distil.batch, shop.run.seed, step)]), None
 
     identity = [
@@ -133,7 +127,7 @@ def _train(
         [s.digest for s in shop.samples], alpha.tolist(),
     ]  # fmt: skip
     shop.run.progress.phase("distilling", distil.steps)
-    optimizer = Distiller(problem, correction, alpha, distil)
+    optimizer = Distiller(correction, alpha, distil)
     with shop.run.scalars("stage-2") as scalars:
         return descend(
             optimizer, loss, distil.steps, folder=shop.run.folder, identity=identity, progress=shop.run.progress,
