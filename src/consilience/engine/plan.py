@@ -27,9 +27,9 @@ from consilience.recipe.schema import Recipe
 SEGMENT = 1 << 22
 #: Buffers of running statistics (BatchNorm): averaged, never extrapolated, whatever the method.
 _RUNNING = (".running_mean", ".running_var")
-#: A merged checkpoint is cut into files of at most this many bytes unless told otherwise.
 #: Name of the expert that a learned method makes beside its coefficients, and of its folder.
 CORRECTION = "correction"
+#: A merged checkpoint is cut into files of at most this many bytes unless told otherwise.
 SHARD_SIZE = 5_000_000_000
 
 
