@@ -43,10 +43,15 @@ def test_logs_that_the_recipe_names_are_read(make: Make, tmp_path: Path) -> None
     assert found.evidence == ("checkpoints", "logs")
     assert [one.length for one in found.training] == pytest.approx([1.0, 3.0])
     assert [one.length_from for one in found.training] == ["logged", "logged"]
-    kinds = {(one.kind, one.experts): one for one in found.findings}
-    # The median of 1 and 3 is 2: b's task vector times 2/3, a's times 2.
-    assert "by 0.67" in kinds["unequal-length", ("b",)].mend
-    assert "by 2.00" in kinds["unequal-length", ("a",)].mend
+    assert not any(one.kind == "unequal-length" for one in found.findings)  # no optimizer is known
+    assert any("the optimizer of a, b" in one for one in found.unknown)
+    for model, optimizer in zip(recipe["models"], ("sgd", "SGD"), strict=True):
+        put = Path(model["data"]["logs"]) / "training_args.json"
+        put.write_text(json.dumps({"optim": optimizer, "learning_rate": 0.1 if optimizer == "sgd" else 0.3}))
+    (unequal,) = [one for one in _diagnose(recipe).findings if one.kind == "unequal-length"]
+    assert unequal.experts == ("a", "b")
+    assert "b 3, a 1" in unequal.what
+    assert "leave the task vectors as they are" in unequal.mend
     assert not any("training lengths" in one for one in found.unknown)
     assert "length H" in text(found)
 

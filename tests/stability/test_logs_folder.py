@@ -74,7 +74,7 @@ def test_real_arguments_complete_a_state(tmp_path: Path) -> None:
     assert found.conflicts == ()
 
 
-def test_a_pickle_of_the_trainers_class_is_left_unread_without_running_it(tmp_path: Path) -> None:
+def test_a_pickle_that_is_a_call_is_left_unread_without_running_it(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
 
     class Code:
@@ -310,5 +310,4 @@ def test_states_with_odd_logs_keep_what_is_sound(tmp_path: Path) -> None:
     assert found.curve.series["loss"].values.tolist() == [1.5]
     assert found.curve.series["learning_rate"].values.tolist() == [1e-3]
     assert found.curve.skipped == 3
-    assert found.length is not None
-    assert found.length.how == "peak"
+    assert (found.highest_rate, found.learning_rate, found.length) == (1e-3, None, None)  # one of 20 is not the peak

@@ -107,7 +107,7 @@ def _lengths(plan: Planned, others: Sequence[Training]) -> list[float]:
     """Return the lengths of those that were trained by the same optimizer, of either kind of training."""
     found = compare(others).lengths if others else ()
     family = _family(plan)
-    return [value for group in found if group.optimizer in (family, None) for value in group.values]
+    return [value for group in found if group.optimizer == family for value in group.values]
 
 
 def _family(plan: Planned) -> str | None:
@@ -124,7 +124,7 @@ def _said(plan: Planned, target: Maybe, count: int, others: Sequence[Training]) 
             f"the median of {count} other(s) trained by the same optimizer is H = {target:.3g}: this one would be "
             + ("about as long" if 1 / UNEQUAL <= times <= UNEQUAL else f"{times:.2g} times as long")
         )
-    known = [value for one in others if one.family in (_family(plan), None) and (value := one.temperature) is not None]
+    known = [value for one in others if one.family == _family(plan) and (value := one.temperature) is not None]
     if known:
         times = plan.temperature / median(known)
         said.append(
@@ -145,7 +145,10 @@ def _changes(plan: Planned, target: Maybe) -> list[Change]:
     if target is not None and not 1 / UNEQUAL <= plan.length / target <= UNEQUAL:
         rate = plan.learning_rate * target / plan.length
         steps = max(1, round(plan.steps * target / plan.length))
-        why = "as long a training as the others': displacement from unequal lengths goes"
+        why = (
+            "as long a training as the others': the bound's displacement from unequal lengths goes (in the project's "
+            "study equal lengths did not merge better)"
+        )
         found.append(_change(plan, replace(plan, learning_rate=rate), f"learning rate {rate:.2g}", why))
         found.append(_change(plan, replace(plan, steps=steps), f"{steps} steps", why))
     half, slow = max(1, plan.steps // 2), plan.learning_rate / 2

@@ -176,7 +176,7 @@ class TrainedExpert:
     Attributes:
         name: of the expert.
         steps: optimizer steps.
-        learning_rate: the peak.
+        learning_rate: the peak, where a file states it or it follows from the schedule and the log.
         schedule: of the learning rate.
         batch_size: rows a step.
         rows: of the training data.
@@ -189,6 +189,7 @@ class TrainedExpert:
         stability: the leading term of Lemma 1, of SGD alone: how far replacing one row would move it, for ranking.
         temperature: learning rate over batch, as the mean over the training weighs it.
         unread: files that were left unread, and why.
+        highest_rate: the highest rate that was logged: the peak is no less.
     """
 
     name: str
@@ -206,6 +207,7 @@ class TrainedExpert:
     stability: float | None
     temperature: float | None
     unread: tuple[str, ...]
+    highest_rate: float | None = None
 
 
 @dataclass(frozen=True)

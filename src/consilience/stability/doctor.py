@@ -22,6 +22,7 @@ from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe
 from consilience.stability.probing import ProbeSettings, has_probes
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
+from consilience.stability.training import Training, compare
 from consilience.stability.trying import Tried, check_methods, try_methods
 
 #: Methods whose ``weight`` is p itself.
@@ -98,7 +99,7 @@ def diagnose(
         pairs=tuple(_pairs(read.names, read.geometry, read.tensors)),
         blocks=tuple(_block(read.names, name, parts, p) for name, parts in blocks),
         findings=ranked(found),
-        unknown=tuple(_unknown(case.names, logged, facts)),
+        unknown=tuple(_unknown(trainings, logged, facts)),
         evidence=("checkpoints", *(["logs"] if any(logged) else []), *(["probes"] if facts else [])),
         seconds=time.perf_counter() - started,
         probes=facts,
@@ -107,14 +108,20 @@ def diagnose(
     )
 
 
-def _unknown(names: Sequence[str], logged: Sequence[bool], probes: ProbeFacts | None) -> list[str]:
+def _unknown(trainings: Sequence[Training], logged: Sequence[bool], probes: ProbeFacts | None) -> list[str]:
     """Return what could not be said, and what would tell."""
     found: list[str] = []
-    silent = [name for name, one in zip(names, logged, strict=True) if not one]
+    silent = [one.name for one, said in zip(trainings, logged, strict=True) if not said]
     if silent:
-        whose = "" if len(silent) == len(names) else f" of {', '.join(silent)}"
+        whose = "" if len(silent) == len(trainings) else f" of {', '.join(silent)}"
         found.append(
             f"training lengths, batches, data and optimizers{whose}: give each model data: {{logs: FILE or FOLDER}}"
+        )
+    apart = [trainings[group.experts[0]].name for group in compare(trainings).lengths if group.optimizer is None]
+    if apart:
+        found.append(
+            f"the optimizer of {', '.join(apart)}, so that its training length is compared with nobody's: add its "
+            "training_args.bin, training_args.json or YAML config to the logs"
         )
     if probes is None:
         found.append("the loss after merging: give each model data: {probe: FILE.jsonl} of 50 to 500 rows")

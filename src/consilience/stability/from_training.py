@@ -21,14 +21,12 @@ from consilience.stability.diagnosis import BoundFacts, TrainedExpert
 from consilience.stability.findings import Finding
 from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe
-from consilience.stability.training import Comparison, Training, compare
+from consilience.stability.training import Comparison, Lengths, Training, compare
 
 #: Passes over the data beyond which Lemma 1's T^2 / n^2 outweighs its T / (b n) by far.
 MANY_EPOCHS = 10.0
 #: Times the median temperature from which on an expert is called hot.
 HOT = 4.0
-#: Share of the mean by which the weights that even lengths out must differ to be worth a word.
-_WORTH = 0.1
 #: Fields whose differences make experts hard to compare, in words.
 _WORDS = {"family": "optimizers", "adapter": "kinds of training", "batch_size": "batch sizes",
           "weight_decay": "weight decays"}  # fmt: skip
@@ -41,6 +39,7 @@ def trained(trainings: Sequence[Training]) -> tuple[TrainedExpert, ...]:
             name=one.name,
             steps=one.steps,
             learning_rate=one.learning_rate,
+            highest_rate=one.highest_rate,
             schedule=one.schedule,
             batch_size=one.batch_size,
             rows=one.rows,
@@ -138,28 +137,26 @@ def findings(trainings: Sequence[Training]) -> list[Finding]:
 
 
 def _lengths(trainings: Sequence[Training], compared: Comparison) -> list[Finding]:
-    """Unequal training lengths, and the weights that make up for them."""
+    """Unequal training lengths, one finding for each optimizer and kind of training."""
     found: list[Finding] = []
     for group in compared.lengths:
         if not group.unequal or len(group.experts) < 2:
             continue
-        for k, value, scale in zip(group.experts, group.values, group.scales, strict=True):
-            if scale is None or abs(scale - 1) < _WORTH:
-                continue
-            name, longer = trainings[k].name, value > group.target
-            times = value / group.target if longer else group.target / value
-            found.append(Finding(
-                "warning" if longer and times > 2 else "note", "unequal-length", (name,),
-                f"{name} was trained {times:.1f} times as {'long' if longer else 'briefly'} as the median: H = "
-                f"sum of learning rates = {value:.3g} against {group.target:.3g}",
-                ("merge an earlier checkpoint of it" if longer else "train it longer")
-                + f"; to first order that is multiplying its task vector by {scale:.2f}: measure it before it is used",
-                "the part of the displacement that comes of unequal lengths falls; in the project's study, scaling all "
-                "task vectors so did worse than averaging them as they were in 27 of 30 sets"
-                + ("" if not group.approximate else f" (approximate: {', '.join(group.approximate)})"),
-                "possible" if group.approximate else "likely",
-            ))  # fmt: skip
+        listed = ", ".join(f"{trainings[k].name} {value:.3g}" for k, value in _longest_first(group))
+        found.append(Finding(
+            "note", "unequal-length", tuple(trainings[k].name for k in group.experts),
+            f"experts were trained for unequal lengths by {group.optimizer}: H = sum of learning rates = {listed}",
+            "leave the task vectors as they are; the lengths tell which expert's training to look at if one of them "
+            "dominates or is missing from the merge",
+            "in the project's study unequal lengths did not merge worse than equal ones of the same mean"
+            + ("" if not group.approximate else f"; H is approximate here: {', '.join(group.approximate)}"),
+            "possible" if group.approximate else "likely",
+        ))  # fmt: skip
     return found
+
+
+def _longest_first(group: Lengths) -> list[tuple[int, float]]:
+    return sorted(zip(group.experts, group.values, strict=True), key=lambda pair: -pair[1])
 
 
 def _hot(trainings: Sequence[Training], compared: Comparison) -> list[Finding]:
@@ -192,7 +189,7 @@ def _differences(trainings: Sequence[Training], compared: Comparison) -> list[Fi
             found.append(Finding(
                 "note", f"different-{one.field.replace('_', '-')}", tuple(t.name for t in trainings),
                 f"experts were trained with different {_WORDS[one.field]}: {values}",
-                "compare their lengths with care" if one.field in ("family", "adapter") else
+                "compare lengths only among those of one kind" if one.field in ("family", "adapter") else
                 "expect the smaller one to carry more gradient noise" if one.field == "batch_size" else
                 "expect lengths of task vectors to say less",
             ))  # fmt: skip

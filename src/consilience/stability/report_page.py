@@ -6,7 +6,7 @@ from consilience.pages.page import compose
 from consilience.stability import draw
 from consilience.stability.diagnosis import Diagnosis, ExpertFacts, TrainedExpert
 from consilience.stability.draw import number, percent, safe
-from consilience.stability.findings import ORDER, Finding, Severity
+from consilience.stability.findings import ORDER, Group, Severity, grouped
 from consilience.stability.report_pictures import agreement, depth, measured
 
 #: What a severity is called, for one and for several.
@@ -70,14 +70,17 @@ def _definitions(kind: str, facts: dict[str, str]) -> str:
 def _findings(diagnosis: Diagnosis) -> str:
     if not diagnosis.findings:
         return ""
-    items = "".join(_finding(diagnosis, one) for one in diagnosis.findings)
+    items = "".join(_group(diagnosis, group) for group in grouped(diagnosis.findings))
     return f'<section><h2>What to do, the most urgent first</h2><ol class="findings">{items}</ol></section>'
 
 
-def _finding(diagnosis: Diagnosis, finding: Finding) -> str:
+def _group(diagnosis: Diagnosis, group: Group) -> str:
+    """Return findings of one kind: the first in full, with whom the others concern and every different advice."""
+    finding = group.first
     facts = {
         "Who": _whom(diagnosis, finding.experts),
-        "Do": safe(finding.mend),
+        "Likewise": safe(", ".join(group.others)),
+        "Do": safe("; ".join(group.advice)),
         "Effect": safe(finding.effect),
         "How sure": safe(finding.confidence),
         "Where": safe(", ".join(finding.places)),
@@ -91,6 +94,12 @@ def _whom(diagnosis: Diagnosis, experts: Sequence[str]) -> str:
     if len(experts) > 2 and set(experts) >= {one.name for one in diagnosis.experts}:
         return "all experts"
     return ", ".join(map(draw.name, experts))
+
+
+def _peak(one: TrainedExpert) -> str:
+    """Return the peak rate, or the least that it can have been."""
+    least = one.learning_rate is None and one.highest_rate is not None
+    return f"≥ {number(one.highest_rate)}" if least else number(one.learning_rate)
 
 
 def _rank(one: ExpertFacts) -> str:
@@ -169,7 +178,7 @@ def _trained(training: Sequence[TrainedExpert]) -> str:
     longest = _largest(lengths)
     rows = [
         (draw.name(one.name), number(one.length) + draw.bar(one.length, longest), _said(one.length_from),
-         _said(one.optimizer), _said(one.schedule), number(one.steps), number(one.learning_rate),
+         _said(one.optimizer), _said(one.schedule), number(one.steps), _peak(one),
          number(one.batch_size), number(one.rows), number(one.epochs), number(one.final_loss), number(one.stability),
          number(one.temperature))
         for one in training

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 from consilience.errors import printable
-from consilience.stability.diagnosis import Diagnosis
+from consilience.stability.diagnosis import Diagnosis, TrainedExpert
+from consilience.stability.findings import Group, grouped
 
 _MARKS = {"stop": "STOP", "warning": "warning", "note": "note"}
 #: Pairs and blocks that are listed; the JSON has all.
 _MOST_PAIRS, _MOST_BLOCKS = 10, 8
+#: Findings of one kind that are named, and different advice on them that is given.
+_MOST_LIKE = 8
 
 
 def text(diagnosis: Diagnosis) -> str:
@@ -45,13 +48,22 @@ def _summary(diagnosis: Diagnosis) -> str:
 def _findings(diagnosis: Diagnosis) -> str:
     if not diagnosis.findings:
         return "Nothing is wrong with these experts as far as their weights tell."
-    lines: list[str] = []
-    for finding in diagnosis.findings:
-        lines.append(f"{_MARKS[finding.severity]}: {printable(finding.what)} [{finding.confidence}]")
-        lines.append(f"    do: {printable(finding.mend)}" + (f" ({finding.effect})" if finding.effect else ""))
-        if finding.places:
-            lines.append(f"    where: {printable(', '.join(finding.places))}")
-    return "\n".join(lines)
+    return "\n".join(line for group in grouped(diagnosis.findings) for line in _group(group))
+
+
+def _group(group: Group) -> list[str]:
+    """Return the lines of findings of one kind: the first of them, whom the others concern, what to do, and where."""
+    first, others = group.first, _some(group.others)
+    lines = [f"{_MARKS[first.severity]}: {printable(first.what)} [{first.confidence}]"]
+    lines += [f"    likewise: {printable(others)}"] if others else []
+    lines.append(f"    do: {printable(_some(group.advice, '; '))}" + (f" ({first.effect})" if first.effect else ""))
+    lines += [f"    where: {printable(', '.join(first.places))}"] if first.places else []
+    return lines
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    more = len(names) - _MOST_LIKE
+    return separator.join(names[:_MOST_LIKE]) + (f"{separator}{more} more (--json)" if more > 0 else "")
 
 
 def _experts(diagnosis: Diagnosis) -> str:
@@ -115,12 +127,19 @@ def _training(diagnosis: Diagnosis) -> str:
     )
     rows = [
         (printable(one.name), _number(one.length), one.length_from or "-", _number(one.steps),
-         _number(one.learning_rate), _number(one.batch_size), _number(one.rows), _number(one.epochs),
+         _peak(one), _number(one.batch_size), _number(one.rows), _number(one.epochs),
          printable(one.optimizer or "-"), _number(one.stability), _number(one.temperature))
         for one in diagnosis.training
     ]  # fmt: skip
     unread = [f"not read: {printable(line)}" for one in diagnosis.training for line in one.unread]
     return "\n".join([_columns(header, rows), *unread])
+
+
+def _peak(one: TrainedExpert) -> str:
+    """Return the peak rate, or the least that it can have been."""
+    if one.learning_rate is None and one.highest_rate is not None:
+        return f">= {_number(one.highest_rate)}"
+    return _number(one.learning_rate)
 
 
 def _number(value: float | None) -> str:

@@ -5,10 +5,12 @@
     scale_k = H_target / H_k                         tau_k scaled to what a training of length H_target would have moved
 
 H measures how far plain SGD goes. With Adam, weight decay or low-rank factors it says less, so lengths are compared
-among experts of one optimizer and one kind of training alone. Scaling tau_k is the first-order equivalent of training
-for longer or shorter, after the fact. What no file says is None.
+among experts of one optimizer and one kind of training alone, and not at all where the optimizer is not known. Scaling
+tau_k is the first-order equivalent of training for longer or shorter, after the fact; in the project's study it did
+harm. What no file says is None.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from consilience.errors import InputError, nearest
 from consilience.stability.bound import Maybe, gradient_power, temperature
 from consilience.stability.logs.combine import Conflict, combine
 from consilience.stability.logs.curve import Curve
-from consilience.stability.logs.facts import fold, read_facts, same
+from consilience.stability.logs.facts import fold, number, read_facts, same
 from consilience.stability.logs.folder import read_file, read_folder
 from consilience.stability.logs.lengths import Length
 from consilience.stability.logs.reading import Reading
@@ -32,21 +34,25 @@ UNEQUAL = 1.1
 _SAMPLES = 10_000
 #: Adam's relatives by name: the same rule with other storage.
 _FAMILIES = ("adamw", "adam", "sgd", "adafactor", "lion", "adagrad", "rmsprop", "muon", "lamb", "lars", "sophia")
+#: Words that make another rule of an optimizer: its steps are not what the plain one's are.
+_OTHER_RULES = ("schedule_free", "schedulefree", "galore", "apollo", "stable", "grok", "ademamix")
+_MOMENTUM = re.compile(r"momentum\W*([\d.]*\d)")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Training:
     """What is known of how an expert was trained; None where no file says it.
 
-    ``learning_rate`` is the peak, ``warmup_steps`` may be a fraction of one, ``adapter`` is ``lora``, ``full`` or
-    ``freeze``. ``sources`` has where each field was read from, by its name. ``unread`` holds a line for every file that
-    was left unread.
+    ``learning_rate`` is the peak, ``highest_rate`` the highest that was logged, which may be less. ``warmup_steps`` may
+    be a fraction of one, ``adapter`` is ``lora``, ``full`` or ``freeze``. ``sources`` has where each field was read
+    from, by its name. ``unread`` holds a line for every file that was left unread.
     """
 
     name: str
     steps: int | None = None
     planned_steps: int | None = None
     learning_rate: float | None = None
+    highest_rate: float | None = None
     schedule: str | None = None
     warmup_steps: float | None = None
     batch_size: int | None = None
@@ -76,6 +82,9 @@ class Training:
         if self.optimizer is None:
             return None
         words = fold(self.optimizer)
+        momentum = _MOMENTUM.search(self.optimizer.lower())
+        if any(other in words for other in _OTHER_RULES) or (momentum and number(momentum[1])):
+            return words
         return next((name for name in _FAMILIES if name in words), words)
 
     @property
@@ -157,7 +166,7 @@ def assemble(readings: Sequence[Reading], name: str) -> Training:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Experts of one optimizer and kind, by position, whose training lengths can be compared.
+    """Experts of one optimizer and kind, by position, whose training lengths can be compared, or one of none known.
 
     ``scales`` are H_target / H_k, what to multiply each tau_k by; ``target`` is the median. ``variation`` is the
     variance of H over its squared mean, at equal weights. ``unequal`` says whether the largest is beyond ``UNEQUAL``
@@ -208,19 +217,20 @@ COMPARED = (
 def compare(trainings: Sequence[Training]) -> Comparison:
     """Return how trainings differ; lengths within one optimizer and kind only, since H of another says something else.
 
-    Experts whose optimizer is not known are a group of their own, which assumes that it is the same.
+    Experts whose optimizer is not known are a group each: they are compared with nobody.
     """
-    groups: dict[tuple[str | None, str | None], list[int]] = {}
+    groups: dict[tuple[str | int, str | None], list[int]] = {}
     for k, training in enumerate(trainings):
         if training.length is not None:
-            groups.setdefault((training.family, training.adapter), []).append(k)
-    lengths = [_grouped(trainings, *key, members) for key, members in groups.items()]
+            groups.setdefault((training.family or k, training.adapter), []).append(k)
+    lengths = [_grouped(trainings, members) for members in groups.values()]
     unknown = tuple(k for k, training in enumerate(trainings) if training.length is None)
     columns = [Difference(name, tuple(getattr(training, name) for training in trainings)) for name in COMPARED]
     return Comparison(tuple(lengths), unknown, tuple(column for column in columns if _differs(column.values)))
 
 
-def _grouped(trainings: Sequence[Training], optimizer: str | None, adapter: str | None, members: list[int]) -> Lengths:
+def _grouped(trainings: Sequence[Training], members: list[int]) -> Lengths:
+    optimizer, adapter = trainings[members[0]].family, trainings[members[0]].adapter
     found = [(trainings[k], length) for k in members if (length := trainings[k].length) is not None]
     values = np.array([length.value for _, length in found])
     target, mean = float(np.median(values)), float(values.mean())

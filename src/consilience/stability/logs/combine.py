@@ -5,14 +5,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from consilience.stability.logs.curve import Curve, Series, join
-from consilience.stability.logs.facts import Fact, same
-from consilience.stability.logs.lengths import COVERED, Length, logged_length, peak_length, scheduled_length
+from consilience.stability.logs.facts import Fact, fold, same
+from consilience.stability.logs.lengths import (
+    COVERED,
+    Length,
+    Schedule,
+    fitted_peak,
+    logged_length,
+    peak_length,
+    scheduled_length,
+)
 from consilience.stability.logs.reading import Reading
 
 #: Steps, batch, rows and epochs that disagree by more than this share contradict each other.
 _AGREE = 0.1
+#: A peak that follows from schedule and log agrees with the stated one within this share.
+_SAME_PEAK = 0.03
 #: A highest logged rate is at most so many times a stated peak.
 _ABOVE = 1.01
+#: What a polynomial ends at in transformers, where nothing is said.
+_POLYNOMIAL_END = 1e-7
 #: Fewer logged learning rates than this do not show a schedule.
 _FEW = 3
 
@@ -39,8 +51,10 @@ class Said:
 def combine(readings: Sequence[Reading]) -> Said:
     """Return what files say together; the first value of a field counts, and others must agree with it.
 
-    From steps * batch_size = rows * epochs, the one that is missing is inferred; H comes from the log where it has the
-    learning rates, else from the schedule, else it is at most steps * peak.
+    From steps * batch_size = rows * epochs, the one that is missing is inferred. H comes from the log where it has
+    every step's learning rate, else from the schedule if the log agrees with it, else from the log, and is at most
+    steps * peak where only the peak is known. A peak that no file states follows from the schedule and the logged
+    rates, or is the highest of them where every step's is there: a log of some steps may not have it.
     """
     facts: dict[str, Fact] = {}
     conflicts: list[Conflict] = []
@@ -52,6 +66,7 @@ def combine(readings: Sequence[Reading]) -> Said:
     curve = join([reading.curve for reading in readings])
     conflicts += _from_curve(facts, curve)
     _infer(facts)
+    conflicts += _peak(facts, curve)
     conflicts += _contradictions(facts)
     length = _length(facts, curve)
     if length is not None:
@@ -60,16 +75,11 @@ def combine(readings: Sequence[Reading]) -> Said:
 
 
 def _from_curve(facts: dict[str, Fact], curve: Curve) -> list[Conflict]:
-    """Add what the log says best: the last step, the highest rate, the last losses and noise scales."""
+    """Add what the log says best: the last step, the last losses and noise scales."""
     found: list[Conflict] = []
     fact = _last_step(facts, curve)
     if fact is not None and facts.setdefault("steps", fact).value < fact.value:
         found.append(Conflict("steps", facts["steps"], fact))
-    rates = curve.series.get("learning_rate")
-    if rates is not None and rates.values.max() > 0:
-        fact = Fact(float(rates.values.max()), f"{rates.source}: highest logged rate")
-        if facts.setdefault("learning_rate", fact).value * _ABOVE < fact.value:
-            found.append(Conflict("learning_rate", facts["learning_rate"], fact))
     for column, name in (("loss", "final_loss"), ("noise_scale", "noise_scale")):
         if column in curve.series:
             series = curve.series[column]
@@ -99,7 +109,7 @@ def _infer(facts: dict[str, Fact]) -> None:
     if "warmup_steps" not in known or (known["warmup_steps"] == 0 and known.get("warmup_ratio")):
         steps = facts.get("planned_steps", facts.get("steps"))
         if "warmup_ratio" in facts and steps is not None:
-            facts["warmup_steps"] = Fact(known["warmup_ratio"] * steps.value, facts["warmup_ratio"].source)
+            facts["warmup_steps"] = Fact(math.ceil(known["warmup_ratio"] * steps.value), facts["warmup_ratio"].source)
     _quotient(facts, "rows", ("steps", "batch_size"), "epochs")
     _quotient(facts, "steps", ("rows", "epochs"), "batch_size")
     _quotient(facts, "epochs", ("steps", "batch_size"), "rows")
@@ -141,6 +151,30 @@ def _contradictions(facts: dict[str, Fact]) -> list[Conflict]:
     return found
 
 
+def _peak(facts: dict[str, Fact], curve: Curve) -> list[Conflict]:
+    """Add the peak if it follows from the log; return whether the log has been above the one that was stated."""
+    rates = curve.series.get("learning_rate")
+    if rates is None or not rates.values.max() > 0:
+        return []
+    highest = Fact(float(rates.values.max()), f"{rates.source}: highest logged rate")
+    facts["highest_rate"] = highest
+    schedule = _schedule(facts)
+    fitted = None if schedule is None else fitted_peak(schedule, rates)
+    stated = facts.get("learning_rate")
+    follows = highest
+    if fitted is not None:
+        follows = Fact(fitted, f"follows from {rates.source} and {facts['schedule'].source}")
+    if stated is not None:
+        over = stated.value * _ABOVE < highest.value
+        off = fitted is not None and not math.isclose(stated.value, fitted, rel_tol=_SAME_PEAK)
+        return [Conflict("learning_rate", stated, highest if over else follows)] if over or off else []
+    if fitted is not None:
+        facts["learning_rate"] = follows
+    elif "steps" in facts and len(rates) >= facts["steps"].value:
+        facts["learning_rate"] = highest
+    return []
+
+
 def _length(facts: Mapping[str, Fact], curve: Curve) -> Length | None:
     """Return H: as given, logged, from the schedule, from a sparse log, or at most, in this order."""
     if "length" in facts:
@@ -148,27 +182,36 @@ def _length(facts: Mapping[str, Fact], curve: Curve) -> Length | None:
     if "steps" not in facts:
         return None
     steps, rates = facts["steps"].value, _within(curve.series.get("learning_rate"), facts["steps"].value)
-    if rates is not None and rates.steps[-1] >= COVERED * steps and len(rates) >= min(steps, _FEW):
+    if rates is not None and len(rates) >= steps:
         return logged_length(rates, steps)
-    if "learning_rate" not in facts:
-        return None
-    peak = facts["learning_rate"]
-    scheduled = _scheduled(facts, peak.value, steps)
-    if scheduled is None and rates is not None and len(rates) >= _FEW:
+    schedule, peak = _schedule(facts), facts.get("learning_rate")
+    scheduled = None
+    if schedule is not None and peak is not None:
+        scheduled = scheduled_length(schedule, peak.value, steps, facts["schedule"].source)
+        fitted = None if rates is None else fitted_peak(schedule, rates)
+        agrees = rates is None or (fitted is not None and math.isclose(fitted, peak.value, rel_tol=_SAME_PEAK))
+        if scheduled is not None and agrees:
+            return scheduled
+    covers = rates is not None and len(rates) >= _FEW and rates.steps[-1] >= COVERED * steps
+    if rates is not None and (covers or (scheduled is None and len(rates) >= _FEW)):
         return logged_length(rates, steps)
-    return scheduled or peak_length(peak.value, steps, peak.source)
+    return scheduled or (None if peak is None else peak_length(peak.value, steps, peak.source))
 
 
 def _within(rates: Series | None, steps: int) -> Series | None:
     return rates if rates is not None and rates.steps[0] <= steps else None
 
 
-def _scheduled(facts: Mapping[str, Fact], peak: float, steps: int) -> Length | None:
-    if "schedule" not in facts:
+def _schedule(facts: Mapping[str, Fact]) -> Schedule | None:
+    """Return the schedule that the facts name."""
+    if "schedule" not in facts or "steps" not in facts:
         return None
     given = {name: fact.value for name, fact in facts.items()}
-    floor = given.get("least_share", given.get("least_rate", 0.0) / peak if peak else 0.0)
-    return scheduled_length(
-        given["schedule"], peak, steps, facts["schedule"].source, planned=max(steps, given.get("planned_steps", 0)),
-        warmup=float(given.get("warmup_steps", 0.0)), floor=min(1.0, float(floor)),
+    peak = given.get("learning_rate", 0.0)
+    least = given.get("least_rate", _POLYNOMIAL_END if fold(given["schedule"]) == "polynomial" else 0.0)
+    floor = given.get("least_share", least / peak if peak else 0.0)
+    return Schedule(
+        given["schedule"], max(given["steps"], given.get("planned_steps", 0)),
+        warmup=float(given.get("warmup_steps", 0.0)), floor=min(1.0, float(floor)), cycles=given.get("cycles"),
+        power=float(given.get("decay_power", 1.0)), timescale=given.get("timescale"),
     )  # fmt: skip

@@ -23,7 +23,7 @@ _OPEN = frozenset(["planned_steps", "planned_epochs"])
 _NUMBERS = {
     "learning_rate": 0.0, "warmup_steps": 0.0, "warmup_ratio": 0.0, "least_rate": 0.0, "least_share": 0.0,
     "epochs": 0.0, "planned_epochs": 0.0, "weight_decay": 0.0, "clip": 0.0, "lora_alpha": 0.0, "noise_scale": 0.0,
-    "length": 0.0, "final_loss": -LARGEST,
+    "length": 0.0, "final_loss": -LARGEST, "cycles": 0.0, "decay_power": 0.0, "timescale": 0.0,
 }  # fmt: skip
 _TEXTS = ("schedule", "optimizer")
 FIELDS = (*_COUNTS, *_NUMBERS, *_TEXTS, "adapter", "data")
@@ -45,6 +45,8 @@ _ALIASES = {
     "warmup_ratio": ("warmup", "warmup_share"),
     "least_rate": ("min_lr", "min_learning_rate", "lr_end"),
     "least_share": ("min_lr_rate", "min_lr_ratio", "cosine_min_lr_ratio"),
+    "cycles": ("num_cycles",),
+    "decay_power": ("power",),
     "epochs": ("epoch",),
     "planned_epochs": ("num_train_epochs", "num_epochs", "max_epochs"),
     "clip": ("max_grad_norm", "gradient_clip_val", "gradient_clipping"),

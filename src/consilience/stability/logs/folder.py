@@ -70,8 +70,7 @@ def _json_reader(path: Path) -> Reader:
 def read_folder(folder: Path) -> list[Reading]:
     """Return what the files of a run say, those first that say what was done and not what was planned.
 
-    A file that cannot be read is told in a reading's ``unread``. A pickle is looked at where nothing else has the
-    learning rate.
+    A file that cannot be read is told in a reading's ``unread``.
 
     Raises:
         InputError: the folder cannot be listed, or holds no log.
@@ -107,8 +106,6 @@ def _found(folder: Path) -> list[Reading]:
     events = sorted((path for path in files if _EVENTS in path.name), key=lambda path: (path.name, str(path)))
     if events:
         found.append(_tried(lambda _: read_events(*events), events[0]))
-    if not any("learning_rate" in reading.facts for reading in found):
-        found += [_tried(read_pickled_arguments, path) for path in files if path.name == _PICKLED][:1]
     return found
 
 
@@ -116,6 +113,7 @@ def _readers(files: Sequence[Path]) -> Iterator[tuple[Reader, list[Path]]]:
     """Return readers and their files: records, then arguments, configs, tables, results, the adapter's config."""
     yield _by_keys, [path for path in files if path.name == _OWN]
     yield read_arguments, [path for path in files if path.name in _ARGUMENTS]
+    yield read_pickled_arguments, [path for path in files if path.name == _PICKLED][:1]
     yield read_any_config, [path for path in files if path.suffix in _YAML][:_FILES]
     yield _table_or_none, [path for path in files if path.suffix in _TABLES][:_FILES]
     yield read_arguments, [path for path in files if path.name in _RESULTS]

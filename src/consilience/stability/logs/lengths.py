@@ -16,6 +16,8 @@ How = Literal["given", "logged", "interpolated", "schedule", "peak"]
 
 #: Schedules of more steps are summed at so many evenly spaced ones.
 _SAMPLES = 1_000_000
+#: Share of the peak by which logged rates may be off a schedule's.
+_FITS = 0.01
 #: A log must reach this share of the steps to stand for all of them.
 COVERED = 0.9
 
@@ -53,36 +55,78 @@ def logged_length(rates: Series, steps: int) -> Length:
     return Length(float(total[n > 0].sum()), float(squares[n > 0].sum()), "interpolated", rates.source)
 
 
-def scheduled_length(
-    schedule: str, peak: float, steps: int, source: str, *, planned: int, warmup: float, floor: float
-) -> Length | None:
-    """Return the sums over the first ``steps`` of a schedule that was made for ``planned`` steps.
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A schedule of learning rates, as shares of its peak.
+
+    Attributes:
+        name: as in transformers' ``lr_scheduler_type``.
+        planned: steps it is made for.
+        warmup: steps of linear rise from 0; ``constant`` has none whatever is asked for, as in transformers.
+        floor: the share of the peak it falls to, where the schedule has one.
+        cycles: of a cosine; None: its own default.
+        power: of a polynomial.
+        timescale: of an inverse root; None: its warm-up.
+    """
+
+    name: str
+    planned: int
+    warmup: float = 0.0
+    floor: float = 0.0
+    cycles: float | None = None
+    power: float = 1.0
+    timescale: float | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether its rates can be told beforehand, and how."""
+        return fold(self.name) in SHAPES
+
+    def shares(self, t: Array) -> Array:
+        """Return the shares of the peak at steps ``t``, counted from 0."""
+        name = fold(self.name)
+        warmup = 0.0 if name == "constant" else self.warmup
+        after = SHAPES[name](np.maximum(t - warmup, 0.0), max(1.0, self.planned - warmup), self)
+        rise = t + 1 if name == _OWN else t
+        return np.where(t < warmup, rise / max(1.0, warmup), np.clip(after, 0, None))
+
+
+def scheduled_length(schedule: Schedule, peak: float, steps: int, source: str) -> Length | None:
+    """Return the sums over the first ``steps`` of a schedule.
 
     Args:
-        schedule: its name, as in transformers' ``lr_scheduler_type``.
+        schedule: with the steps it was made for, which may be more.
         peak: the highest learning rate.
         steps: steps done.
         source: names the schedule's file.
-        planned: steps the schedule is made for.
-        warmup: steps of linear rise from 0; ``constant`` has none whatever is asked for, as in transformers.
-        floor: the share of the peak it falls to, where the schedule has one.
 
     Returns:
         None for a schedule whose rates cannot be told beforehand, or whose name is not known.
     """
-    name = fold(schedule)
-    shape = SHAPES.get(name)
-    if shape is None:
+    if not schedule.known:
         return None
-    warmup = 0.0 if name == "constant" else warmup
     samples = min(steps, _SAMPLES)
     t = np.arange(samples) if samples == steps else (np.arange(samples) + 0.5) * (steps / samples) - 0.5
-    after = shape(np.maximum(t - warmup, 0.0), max(1.0, planned - warmup), warmup, floor)
-    eta = peak * np.where(t < warmup, t / max(1.0, warmup), np.clip(after, 0, None))
-    if name == _OWN:
-        eta = np.where(t < warmup, peak * (t + 1) / max(1.0, warmup), eta)
+    eta = peak * schedule.shares(np.asarray(t, np.float64))
     share = steps / samples if samples else 0.0
     return Length(float(eta.sum()) * share, float((eta**2).sum()) * share, "schedule", source)
+
+
+def fitted_peak(schedule: Schedule, rates: Series) -> float | None:
+    """Return the peak with which a schedule has the logged rates; None where it has not, whatever its peak.
+
+    Frameworks log the rate that a step was done with, or the one that the next step will have.
+    """
+    if not schedule.known:
+        return None
+    s = rates.steps + (rates.steps[0] == 0)
+    for late in (0, 1):
+        shares = schedule.shares(s - 1 + late)
+        power = float(shares @ shares)
+        peak = float(shares @ rates.values) / power if power else 0.0
+        if peak > 0 and float(np.abs(peak * shares - rates.values).max()) <= _FITS * peak:
+            return peak
+    return None
 
 
 def peak_length(peak: float, steps: int, source: str) -> Length:
@@ -90,37 +134,43 @@ def peak_length(peak: float, steps: int, source: str) -> Length:
     return Length(peak * steps, peak**2 * steps, "peak", source)
 
 
-Shape = Callable[[Array, float, float, float], Array]
+Shape = Callable[[Array, float, Schedule], Array]
 
 
-def _constant(t: Array, falling: float, warmup: float, floor: float) -> Array:
+def _constant(t: Array, falling: float, schedule: Schedule) -> Array:
     return np.ones_like(t)
 
 
-def _linear(t: Array, falling: float, warmup: float, floor: float) -> Array:
+def _linear(t: Array, falling: float, schedule: Schedule) -> Array:
     return np.maximum(1 - t / falling, 0)
 
 
-def _polynomial(t: Array, falling: float, warmup: float, floor: float) -> Array:
-    return floor + (1 - floor) * _linear(t, falling, warmup, floor)
+def _polynomial(t: Array, falling: float, schedule: Schedule) -> Array:
+    return schedule.floor + (1 - schedule.floor) * _linear(t, falling, schedule) ** schedule.power
 
 
-def _cosine(t: Array, falling: float, warmup: float, floor: float) -> Array:
-    return (1 + np.cos(math.pi * np.minimum(t / falling, 1))) / 2
+def _cosine(t: Array, falling: float, schedule: Schedule) -> Array:
+    cycles = 0.5 if schedule.cycles is None else schedule.cycles
+    return (1 + np.cos(2 * math.pi * cycles * np.minimum(t / falling, 1))) / 2
 
 
-def _floored_cosine(t: Array, falling: float, warmup: float, floor: float) -> Array:
-    return floor + (1 - floor) * _cosine(t, falling, warmup, floor)
+def _floored_cosine(t: Array, falling: float, schedule: Schedule) -> Array:
+    return schedule.floor + (1 - schedule.floor) * _cosine(t, falling, schedule)
 
 
-def _inverse_root(t: Array, falling: float, warmup: float, floor: float) -> Array:
-    scale = warmup or 10_000
+def _restarts(t: Array, falling: float, schedule: Schedule) -> Array:
+    cycles = 1.0 if schedule.cycles is None else schedule.cycles
+    return np.where(t < falling, (1 + np.cos(math.pi * (cycles * t / falling % 1))) / 2, 0.0)
+
+
+def _inverse_root(t: Array, falling: float, schedule: Schedule) -> Array:
+    scale = schedule.timescale or schedule.warmup or 10_000
     return 1 / np.sqrt((t + scale) / scale)
 
 
 #: The schedule of ``consilience.training``, whose rise starts one step up.
 _OWN = "linear_warm_up_then_cosine_to_zero"
-#: By name, the share of the peak t steps after the warm-up (falling steps, warm-up steps and floor given).
+#: By name, the share of the peak t steps after the warm-up, of so many falling steps.
 SHAPES: dict[str, Shape] = {
     "constant": _constant,
     "constant_with_warmup": _constant,
@@ -128,6 +178,7 @@ SHAPES: dict[str, Shape] = {
     "polynomial": _polynomial,
     "cosine": _floored_cosine,
     "cosine_with_min_lr": _floored_cosine,
+    "cosine_with_restarts": _restarts,
     "inverse_sqrt": _inverse_root,
     _OWN: _cosine,
 }

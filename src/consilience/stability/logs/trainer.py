@@ -1,30 +1,21 @@
 """What transformers' Trainer leaves behind: its state, its arguments, its results."""
 
 import io
-import pickletools
-import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.json_files import read_object
-from consilience.checkpoints.torch_file import import_torch
 from consilience.errors import InputError
 from consilience.stability.logs.curve import collect
-from consilience.stability.logs.facts import read_facts
+from consilience.stability.logs.facts import number, read_facts
+from consilience.stability.logs.pickled import Named, plain_values, read_pickle
 from consilience.stability.logs.reading import LIMIT, Reading, read_bytes
 
 #: Keys that mean something else in files of settings than in a recipe.
 OTHERWISE = {"length": "", "r": "", "n": "", "steps": "", "epoch": ""}
 #: No pickle of arguments is larger, in bytes.
 _LARGEST = 1 << 20
-#: Opcodes that build plain values, and cannot ask for more memory than they take up.
-_SAFE = frozenset([
-    "PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "NONE", "NEWTRUE", "NEWFALSE",
-    "BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "SETITEM", "SETITEMS", "APPEND",
-    "APPENDS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BINPUT", "BINGET", "MEMOIZE",
-])  # fmt: skip
 _INSTEAD = "save args.to_dict() as training_args.json, or keep the run's YAML or trainer_state.json"
 
 
@@ -59,34 +50,40 @@ def read_arguments(path: Path) -> Reading:
 
 
 def read_pickled_arguments(path: Path) -> Reading:
-    """Read a ``training_args.bin`` if it holds nothing but plain values; else say in one line that it was left unread.
+    """Read a ``training_args.bin``: the settings in its pickle, as far as they are plain values; no code is run.
 
-    The Trainer pickles an object of its own class, which only code can restore, and no code is run: of a file like that
-    the opcodes are looked at, and nothing else happens.
+    The Trainer pickles an object of its own class, which is not restored: its settings are read off the opcodes.
 
     Raises:
         InputError: the file is no torch file, or a key's value is of the wrong kind.
     """
-    if not _plain(path):
-        return Reading(unread=(f"{path}: left unread, as only running its code would restore it; {_INSTEAD}",))
-    torch = import_torch(f"{path}: reading a torch file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about how the file was written; the user is told in one line
-            value: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a malformed pickle can make torch raise anything
-        raise InputError(f"{path}: not a readable torch file ({type(error).__name__}); {_INSTEAD}") from None
-    if not isinstance(value, Mapping):
+        root = read_pickle(_pickle(path))
+    except ValueError as error:
+        return Reading(unread=(f"{path}: left unread, as its pickle is none of settings ({error}); {_INSTEAD}",))
+    value: Any = root.state if isinstance(root, Named) else root
+    if not isinstance(value, dict) or not value:
         return Reading(unread=(f"{path}: left unread, as it holds no settings by name; {_INSTEAD}",))
-    return Reading(read_facts(cast(Mapping[Any, Any], value), str(path), known=OTHERWISE))
+    return Reading(read_facts(_settings(cast(dict[str, Any], value)), str(path), known=OTHERWISE))
 
 
-def _plain(path: Path) -> bool:
-    """Whether no opcode of the pickle in a torch file names a class or function, or takes up much memory."""
-    try:
-        return all(opcode.name in _SAFE for opcode, _, _ in pickletools.genops(_pickle(path)))
-    except ValueError:
-        return False
+def _settings(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state's plain values, with what decides the batch and the optimizer under one key each.
+
+    A process's batch is that of all its devices, as ``trainer_state.json`` has it too.
+    """
+    values = plain_values(state)
+    if (number(values.get("max_steps")) or 0) > 0:
+        values.pop("num_train_epochs", None)  # the Trainer goes by steps then
+    own, local = values.get("per_device_train_batch_size"), number(values.get("_n_gpu"))
+    if local is not None and local > 1 and isinstance(own, int):
+        values["per_device_train_batch_size"] = own * int(local)
+    processes = state.get("distributed_state")
+    if local is not None and isinstance(processes, Named):
+        values["num_processes"] = processes.state.get("num_processes")
+    if isinstance(values.get("optim"), str) and isinstance(values.get("optim_args"), str):
+        values["optim"] = f"{values['optim']}, {values['optim_args']}"
+    return values
 
 
 def _pickle(path: Path) -> bytes:
