@@ -16,7 +16,7 @@ from consilience.api import build_recipe
 from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
 from consilience.tasks import Row, Task
 from consilience.training import fine_tune
-from studies.answers_tables import tables
+from studies.answers_tables import FRESH, FRESH_GIVEN, tables
 from studies.cells import Study
 from studies.expert_merging import experts, facts, loadable, losses
 from studies.language import in_scratch
@@ -37,7 +37,12 @@ LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "expert_merging_pp, uniform chunks": ("expert_merging_pp", {"kappa": 0.0, "budget": 4.0}),
     "expert_merging_pp": ("expert_merging_pp", {"budget": 4.0}),
     "expert_merging, hidden states too": ("expert_merging", {"hidden_weight": 1.0}),
-}
+    "GLUE's mixture by the same loss": (
+        "expert_merging", {"optimizer": "spsa", "coefficients": "softmax", "grouping": "global", "alphabar": 0.25},
+    ),
+    "LoraHub's search by the same loss": ("expert_merging", {"optimizer": "cma", "grouping": "global", "steps": 10}),
+    "AdaMerging's coefficients by the same loss": ("expert_merging", {"coefficients": "box"}),
+}  # fmt: skip
 #: Cells in the order in which they run: (label, experts, draws, prompts).
 PLAN: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("merge + distil", "lora", DRAWS, PROMPTS),
@@ -49,10 +54,13 @@ PLAN: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("expert_merging, hidden states too", "lora", (0,), PROMPTS),
     ("expert_merging_pp, uniform chunks", "lora", (0,), PROMPTS),
     ("expert_merging_pp", "lora", (0,), PROMPTS),
+    ("AdaMerging's coefficients by the same loss", "lora", (0,), PROMPTS),
+    ("GLUE's mixture by the same loss", "lora", (0,), PROMPTS),
+    ("LoraHub's search by the same loss", "lora", (0,), PROMPTS),
     ("merge + distil", "full", (0,), PROMPTS),
 )
 #: One fresh LoRA on the rows that the merge generated: rank, alpha, step size of the suite's own adapters, batch of 8.
-FRESH: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-3, "batch_size": 8}
+FRESH_LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-3, "batch_size": 8}
 FRESH_STEPS = 150
 
 
@@ -75,8 +83,11 @@ def _cells() -> list[tuple[str, dict[str, Any]]]:
             setting = {"kind": "learned", "experts": kind, "label": label, "method": method, "parameters": parameters}
             cells.append((name, setting | {"draw": number, "prompts": prompts, "seed": 0}))
             if label == "merge + distil" and prompts == PROMPTS and kind == "lora":
-                setting = {"kind": "fresh", "label": "fresh LoRA on the same answers", "draw": number, "seed": 0}
-                cells.append((f"fresh-lora-{number}", setting | {"steps": FRESH_STEPS}))
+                setting = {"kind": "fresh", "draw": number, "prompts": prompts, "seed": 0, "steps": FRESH_STEPS}
+                cells.append((f"fresh-lora-written-{number}", setting | {"label": FRESH, "method": method}))
+                if number == 0:
+                    setting |= {"label": FRESH_GIVEN, "method": "expert_merging"}
+                    cells.append((f"fresh-lora-{number}", setting))
     return cells
 
 
@@ -135,14 +146,14 @@ def _alone(found: Coefficients, kind: str, folder: Path) -> dict[str, Any]:
     return losses(str(out), "test")
 
 
-def _answers(files: Mapping[str, str], folder: Path) -> list[Task]:
-    """Return the rows that the merge of a draw learned from: the same prompts and seed give the same answers."""
+def _answers(method: str, files: Mapping[str, str], folder: Path) -> list[Task]:
+    """Return the rows that a draw's merge learned from, written prompts included: seeds make the same answers."""
     from consilience.api import plan_recipe
     from consilience.learned.align import AlignmentSettings
     from consilience.learned.run import Run, open_workshop
 
     recipe = build_recipe(
-        "expert_merging", str(base_path()), experts("lora"), {},
+        method, str(base_path()), experts("lora"), {},
         data={name: {"calibration": path} for name, path in files.items()},
     )  # fmt: skip
     plan = plan_recipe(recipe)
@@ -159,8 +170,8 @@ def _answers(files: Mapping[str, str], folder: Path) -> list[Task]:
 
 def _fresh(setting: Mapping[str, Any], files: Mapping[str, str], out: Path) -> dict[str, Any]:
     begun = time.perf_counter()
-    tasks = _answers(files, out.parent / "state")
-    fine_tune(base_path(), tasks, out, steps=setting["steps"], **FRESH)
+    tasks = _answers(setting["method"], files, out.parent / "state")
+    fine_tune(base_path(), tasks, out, steps=setting["steps"], **FRESH_LORA)
     seconds = time.perf_counter() - begun
     return {"losses": losses(f"{base_path()}+{out}", "test"), "seconds": round(seconds, 1)}
 
