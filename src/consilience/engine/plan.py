@@ -16,7 +16,7 @@ from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter, tie_of
 from consilience.experts.model import Model, Source, open_model
-from consilience.experts.prefixes import follow_base
+from consilience.experts.names import follow_base
 from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
@@ -320,16 +320,11 @@ class _Context:
 
 
 def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple[Model | None, list[tuple[Model, int]]]:
-    """Let adapters call tensors what the base's files call them."""
-    donor = base or numbered[0][0]
-    if donor.checkpoint is None:
+    """Let all models call tensors what the base's files call them."""
+    donor = (base or numbered[0][0]).checkpoint
+    if donor is None:
         return base, numbered
-    tensors = donor.checkpoint.tensors
-
-    def renamed(model: Model) -> Model:
-        return model if model.adapter is None else replace(model, adapter=follow_base(model.adapter, tensors))
-
-    return base and renamed(base), [(renamed(model), number) for model, number in numbered]
+    return base and follow_base(base, donor), [(follow_base(model, donor), number) for model, number in numbered]
 
 
 def make_plan(

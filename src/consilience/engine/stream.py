@@ -264,12 +264,12 @@ def integer_notes(plan: Plan) -> list[str]:
             continue
         ours: Any = None
         for expert in plan.experts:
-            if expert.checkpoint is None or tensor.name not in expert.checkpoint.tensors:
+            theirs = expert.read(tensor.name)
+            if theirs is None:
                 continue
             if ours is None:
-                assert plan.alignment.donor.checkpoint is not None
-                ours = plan.alignment.donor.checkpoint.read(tensor.name)
-            if not np.array_equal(expert.checkpoint.read(tensor.name), ours):
+                ours = plan.alignment.donor.read(tensor.name)
+            if not np.array_equal(theirs, ours):
                 notes.append(
                     f"{tensor.name}: integer values of {expert.name} differ; copied from {plan.alignment.donor.name}"
                 )

@@ -88,7 +88,7 @@ def _same_values(plan: Plan, model: Model, before: Stamp, records: dict[Piece, R
     known = fingerprints(plan, records)[0].get(model.name, {})
     number = checkpoint.storage.stamps().index(before)
     return all(
-        known[name] == tensor_fingerprint(checkpoint, tensor)
-        for name, tensor in checkpoint.tensors.items()
-        if tensor.file == number and name in known
+        known[tensor.name] == tensor_fingerprint(checkpoint, tensor)
+        for tensor in checkpoint.tensors.values()
+        if tensor.file == number and tensor.name in known
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from consilience.checkpoints.checkpoint import Checkpoint, MemoryStorage, TensorInfo
-from consilience.errors import InputError, nearest
+from consilience.errors import InputError
+from consilience.experts.absent import why_extra, why_missing, why_untargeted
 from consilience.experts.model import Model
 
 #: (tensor that may be an alias, names it may be tied to): what transformers ties when the config says so.
@@ -77,9 +78,7 @@ def _check_dense(
         tied = tie_of(name, checkpoint.tensors)
         if tied is None or not says_tied(checkpoint.config) or checkpoint.tensors[tied].shape != tensors[name].shape:
             raise InputError(
-                f"{model.reference}: tensor {name!r} of {donor.reference} is missing"
-                f"{nearest(name, sorted(checkpoint.tensors.keys() - tensors.keys()))}; pass the complete model, or "
-                "name it under 'private:'"
+                f"{model.reference}: tensor {name!r} of {donor.reference} is missing{why_missing(model, name, donor)}"
             )
         found.notes.append(f"{model.name}: {name} is tied to {tied} there and was taken from it")
     for name in sorted(checkpoint.tensors.keys() - tensors.keys()):
@@ -94,8 +93,7 @@ def _check_dense(
             found.same_bytes.append((model, name, tied))
         else:
             raise InputError(
-                f"{model.reference}: tensor {name!r} is not in {donor.reference}{nearest(name, list(tensors))}; "
-                "nothing is dropped silently: name it under 'private:' to keep it with its expert"
+                f"{model.reference}: tensor {name!r} is not in {donor.reference}{why_extra(model, name, donor)}"
             )
     for name in sorted(tensors.keys() & checkpoint.tensors.keys()):
         _check_shape(model, donor, name, checkpoint.tensors[name], tensors[name])
@@ -151,7 +149,9 @@ def _check_target(model: Model, donor: Model, name: str, ties: dict[str, str], i
             f"{model.reference}: its update of {name!r} has shape {list(shape)} but the tensor has {list(target)} in "
             f"{donor.reference}; the adapter belongs to another base"
         )
-    if not info.dtype.mergeable or (whole is not None and not whole.dtype.mergeable):
+    # Counters of a saved module stay the base's, as those of any expert do.
+    integers = whole is not None and pair is None and not whole.dtype.mergeable
+    if info.dtype.mergeable == integers:
         found = info.dtype.name if whole is None else whole.dtype.name
         raise InputError(
             f"{model.reference}: its update of {name!r} is {found}, and {info.dtype.name} in {donor.reference}: not a "
@@ -176,8 +176,8 @@ def _check_adapter(
             own.append(name)
         elif name not in tensors:
             raise InputError(
-                f"{model.reference}: it adapts {name!r}, which is not in {donor.reference}"
-                f"{nearest(name, list(tensors))}; the adapter belongs to another base, or its layer is tied there"
+                f"{model.reference}: it adapts {name!r}, which {donor.reference} does not have"
+                f"{why_untargeted(model, name, donor)}"
             )
         else:
             _check_target(model, donor, name, ties, tensors[name])
@@ -185,11 +185,10 @@ def _check_adapter(
 
 
 def _renamed_note(model: Model) -> list[str]:
-    renamed = model.adapter.names if model.adapter is not None else {}
-    if not renamed:
+    if not model.names:
         return []
-    new, old = next(iter(renamed.items()))
-    return [f"{model.name}: {len(renamed)} of its targets go by the base's names, as {old} by {new}"]
+    new, old = next(iter(model.names.items()))
+    return [f"{model.name}: {len(model.names)} of its tensors go by the base's names, as {old} by {new}"]
 
 
 def _donor_ties(donor: Checkpoint) -> dict[str, str]:
@@ -237,7 +236,7 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
                     f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
                 )
             own += _check_adapter(model, donor, shared, ties, is_private)
-            notes += _renamed_note(model)
+        notes += _renamed_note(model)
         if own and model is not base:
             kept[model.name] = sorted(set(own))
     return Alignment(donor, tensors, ties, same_bytes, kept, notes)

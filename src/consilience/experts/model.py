@@ -4,11 +4,11 @@ A *task vector* is the difference between an expert and the base. It stays in th
 a subtraction, or low-rank factors, as long as the method allows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from consilience.checkpoints.adapter import Adapter, LoraPair, is_adapter, open_adapter
-from consilience.checkpoints.checkpoint import Checkpoint, Storage, TensorInfo
+from consilience.checkpoints.checkpoint import Bytes, Checkpoint, Storage, TensorInfo
 from consilience.checkpoints.files import Stamp
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.reference import resolve
@@ -41,12 +41,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """One participant of a merge. ``checkpoint`` is None for an adapter that stands on the recipe's base."""
+    """One participant of a merge. ``checkpoint`` is None for an adapter that stands on the recipe's base.
+
+    ``names`` has, for tensors that were renamed after the base's files, what the model itself calls them.
+    """
 
     name: str
     reference: str
     checkpoint: Checkpoint | None
     adapter: Adapter | None = None
+    names: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def folder(self) -> Path | None:
@@ -87,6 +91,14 @@ class Model:
                 dense, storage = self.adapter.whole[name], pair_storage
             pair = self.adapter.pairs.get(name)
         return Source(storage, dense, pair_storage if pair else None, pair)
+
+    def read(self, name: str) -> Bytes | None:
+        """Return the bytes of a small tensor as the model itself stores it; None: it stores none."""
+        if self.adapter is not None and name in self.adapter.whole:
+            return self.adapter.checkpoint.read(self.adapter.whole[name].name)
+        if self.checkpoint is not None and name in self.checkpoint.tensors:
+            return self.checkpoint.read(name)
+        return None
 
 
 def open_model(name: str, reference: str, root: Path | None = None) -> Model:
