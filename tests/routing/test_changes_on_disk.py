@@ -299,15 +299,19 @@ def test_a_folder_that_a_killed_merge_had_only_begun_is_taken_over(zoo: Path, tm
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_transposed_factors_are_refused(zoo: Path, tmp_path: Path) -> None:
-    """PEFT reads them as those of a linear layer, a merge as those of a Conv1D: what was meant is not known."""
+def test_a_flag_of_another_layout_changes_nothing(zoo: Path, tmp_path: Path) -> None:
+    """PEFT sets ``fan_in_fan_out`` by each layer's class, and routed layers are linear."""
     place = write_adapter(make_expert(make_llama(), "square", 4, targets=("q_proj",)), tmp_path / "square")
-    config = json.loads((place / "adapter_config.json").read_text())
-    (place / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": True}))
     recipe = recipe_of(zoo, ("e0",))
     recipe["models"].append({"model": str(place), "name": "square"})
-    with pytest.raises(InputError, match=r"set fan_in_fan_out: false in adapter_config\.json"):
-        cs.build_routed(recipe, tmp_path / "out")
+    cs.build_routed(recipe, tmp_path / "plain")
+    config = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": True}))
+    cs.build_routed(recipe, tmp_path / "out")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        one, two = (cs.load_routed(tmp_path / name)(input_ids=ids).logits for name in ("plain", "out"))
+    assert torch.equal(one, two)
 
 
 def test_others_may_read_what_was_built(routed: Path) -> None:

@@ -7,6 +7,7 @@ name, or is refused by name: an unknown key that is switched on is never guessed
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
+from consilience.checkpoints.patterns import matching_keys
 from consilience.errors import InputError
 
 #: Config keys that do not change what a trained adapter computes, or that are read below.
@@ -35,7 +37,8 @@ class LoraPair:
     """Two factors that add ``scale * B @ A`` (or its transpose) to the base tensor ``target``.
 
     ``a`` is [r, in], ``b`` is [out, r] as PEFT stores them; trailing convolution dimensions are flattened.
-    ``transposed`` marks targets stored [in, out] (Conv1D) and embeddings, whose update is ``(B @ A).T``.
+    ``transposed`` marks targets stored [in, out] (Conv1D) and embeddings, whose update is ``(B @ A).T``; which linear
+    targets these are only their base shows (``experts/conv1d.py``).
     """
 
     target: str
@@ -43,6 +46,7 @@ class LoraPair:
     b: TensorInfo
     scale: float
     transposed: bool
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -55,13 +59,19 @@ class LoraPair:
         out, into = self.b.shape[0], math.prod(self.a.shape[1:])
         return (into, out) if self.transposed else (out, into)
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the update could be of a tensor of this shape, turned as that may need."""
+        flat = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+        return self.delta_shape == flat or (not self.embedding and self.delta_shape[::-1] == flat)
+
 
 @dataclass(frozen=True)
 class Adapter:
     """An opened LoRA adapter: its pairs and whole tensors by target name, and the checkpoint that holds their bytes.
 
     A target may have both: PEFT saves an adapted embedding's own weight beside its factors, and both count. ``names``
-    has, for targets that were renamed after the base's files, what the adapter itself calls them.
+    has, for targets that were renamed after the base's files, what the adapter itself calls them; ``notes`` are what a
+    user is told of how it was read.
     """
 
     path: Path
@@ -70,6 +80,7 @@ class Adapter:
     pairs: dict[str, LoraPair]
     whole: dict[str, TensorInfo]
     names: dict[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
 
 
 def is_adapter(path: Path) -> bool:
@@ -102,45 +113,81 @@ def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
             raise InputError(f"{where}: {key} must map module names to numbers; restore the config")
 
 
-def _pattern(patterns: Any, module: str, default: Any, where: str) -> Any:
-    """Look a module up in rank_pattern or alpha_pattern, as PEFT does: the first key that matches the name's end."""
-    for key, value in cast(dict[str, Any], patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(
-                f"{where}: pattern {key!r} is not a regular expression ({error}); restore the config"
-            ) from None
-    return default
-
-
-_PREFIX = re.compile(r"^base_model\.model\.")
+#: Parts of a name that training wrappers add, wherever they stand.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+#: What PEFT and DDP put before every name.
+_BEFORE = re.compile(r"^(base_model\.model\.|module\.)+")
 _PAIR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.(?!weight$|bias$)[^.]+)?(\.weight)?$"
 )
 
 
+def unwrapped(name: str) -> str:
+    """Return a tensor's or module's name without what PEFT, ``torch.compile``, DDP and FSDP put into it.
+
+    That is the name PEFT saw when it looked up the module in its patterns.
+    """
+    return _BEFORE.sub("", WRAPPERS.sub("", name))
+
+
 def _strip(name: str) -> str:
-    return _PREFIX.sub("", name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+    return unwrapped(name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
-def _scale(config: dict[str, Any], module: str, rank: int, where: str) -> float:
-    r = _pattern(config.get("rank_pattern"), module, config.get("r"), where)
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"), where)
-    if not _is_number(r) or not _is_number(alpha) or r <= 0:
-        raise InputError(
-            f"{where}: {module}: r {r!r} or lora_alpha {alpha!r} is not a number to use; restore the config"
-        )
-    if rank != r:
-        raise InputError(
-            f"{where}: {module}: config says rank {r} but the factors have rank {rank}; restore the config"
-        )
-    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+@dataclass(frozen=True, slots=True)
+class _Patterns:
+    """An adapter's ranks and alphas: by default, and by module the keys of its patterns that apply, in order."""
+
+    config: dict[str, Any]
+    where: str
+    ranks: dict[str, list[str]]
+    alphas: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, config: dict[str, Any], modules: Iterable[str], where: str) -> "_Patterns":
+        modules = list(modules)
+
+        def of(name: str) -> dict[str, list[str]]:
+            return matching_keys(list(cast(dict[str, Any], config.get(name) or {})), modules, f"{where}: {name}")
+
+        return cls(config, where, of("rank_pattern"), of("alpha_pattern"))
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return what multiplies B A. Of several keys for one module, the factors show which rank was meant."""
+        by_rank = {key: self.config["rank_pattern"][key] for key in self.ranks[module]}
+        ranks = list(by_rank.values()) or [self.config.get("r")]
+        keys = self._alphas(module, by_rank, rank)
+        alpha: Any = self.config["alpha_pattern"][keys[0]] if keys else self.config.get("lora_alpha")
+        if not all(_is_number(r) and r > 0 for r in ranks) or not _is_number(alpha):
+            raise InputError(
+                f"{self.where}: {module}: r {ranks[0]!r} or lora_alpha {alpha!r} is not a number to use; restore the "
+                "config"
+            )
+        if rank not in ranks:
+            raise InputError(
+                f"{self.where}: {module}: config says rank {ranks[0]} but the factors have rank {rank}; restore the "
+                "config"
+            )
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def _alphas(self, module: str, by_rank: dict[str, Any], rank: int) -> list[str]:
+        """Return a module's alpha keys, a key that also gives its factors' rank before the others."""
+        return sorted(self.alphas[module], key=lambda key: by_rank.get(key) != rank and len(by_rank) > 1)
+
+    def note(self, modules: Iterable[str]) -> str | None:
+        """Return what to say where more than one alpha speaks of a module."""
+        for module in modules:
+            keys = self.alphas[module]
+            if len({repr(self.config["alpha_pattern"][key]) for key in keys}) > 1:
+                return (
+                    f"{self.where}: {module}: alpha_pattern's {' and '.join(map(repr, keys[:2]))} both apply; PEFT "
+                    "takes the first in the file, which need not be the one it was trained with"
+                )
+        return None
 
 
 def open_adapter(path: str | Path, label: str | None = None) -> Adapter:
@@ -158,13 +205,15 @@ def open_adapter(path: str | Path, label: str | None = None) -> Adapter:
         raise InputError(f"{path}: holds no adapter_model.safetensors or adapter_model.bin; download it again")
     checkpoint = open_checkpoint(files[0], label)
     sides, whole = _sorted_tensors(checkpoint.tensors, str(files[0]))
+    patterns = _Patterns.of(config, [module for module, _ in sides], str(config_path))
     pairs: dict[str, LoraPair] = {}
     for (module, embedding), found in sides.items():
-        pair = _pair(config, module, embedding, found, (str(config_path), str(files[0])))
+        pair = _pair(patterns, module, embedding, found, str(files[0]))
         if pair.target in pairs:
             raise InputError(f"{files[0]}: {module} has both linear and embedding factors; restore the file")
         pairs[pair.target] = pair
-    return Adapter(path, checkpoint, config, pairs, whole)
+    note = patterns.note(module for module, _ in sides)
+    return Adapter(path, checkpoint, config, pairs, whole, notes=() if note is None else (note,))
 
 
 _Sides = dict[tuple[str, bool], dict[str, TensorInfo]]
@@ -192,11 +241,8 @@ def _sorted_tensors(tensors: dict[str, TensorInfo], where: str) -> tuple[_Sides,
     return sides, whole
 
 
-def _pair(
-    config: dict[str, Any], module: str, embedding: bool, found: dict[str, TensorInfo], where: tuple[str, str]
-) -> LoraPair:
-    """Return one module's pair; ``where`` names the config and the weights in errors."""
-    config_path, file = where
+def _pair(patterns: _Patterns, module: str, embedding: bool, found: dict[str, TensorInfo], file: str) -> LoraPair:
+    """Return one module's pair; ``file`` names the weights in errors."""
     if set(found) != {"A", "B"}:
         missing = "AB".replace(next(iter(found)), "")
         raise InputError(f"{file}: {module} has no lora_{missing} factor; download it again")
@@ -210,5 +256,5 @@ def _pair(
             f"{file}: {module}: factors A {list(a.shape)} {a.dtype.name} and B {list(b.shape)} {b.dtype.name} "
             "do not multiply; download it again"
         )
-    transposed = embedding or bool(config.get("fan_in_fan_out"))
-    return LoraPair(f"{module}.weight", a, b, _scale(config, module, rank, config_path), transposed)
+    turned = embedding or bool(patterns.config.get("fan_in_fan_out"))
+    return LoraPair(f"{module}.weight", a, b, patterns.scale(module, rank), turned, embedding)

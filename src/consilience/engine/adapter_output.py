@@ -130,7 +130,6 @@ def dense_update(plan: Plan, tensor: TensorPlan, threads: int | None) -> Array:
 
 def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int | None) -> _Factors:
     pair = next(source.pair for source in tensor.rows if source.pair is not None)
-    embedding = "lora_embedding_" in pair.a.name
     program = tensor.program
     assert program is not None
     if isinstance(program.combine, WeightedSum) and not program.stages and program.statistics == "none":
@@ -143,7 +142,7 @@ def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int
     else:
         found = sketch(dense_update(plan, tensor, threads), rank)
     a, b = (found.b.T, found.a.T) if pair.transposed else (found.a, found.b)
-    return _Factors(tensor.name, a, b, found.kept, found.total, embedding)
+    return _Factors(tensor.name, a, b, found.kept, found.total, pair.embedding)
 
 
 def _write_weights(plan: Plan, path: Path, found: list[_Factors], dtype: DType) -> None:
@@ -162,7 +161,8 @@ def called(plan: Plan, target: str) -> str:
 
 def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
     """Return the merged adapter's PEFT config: the experts' own where they agree, ``alpha = r`` so that scale = 1."""
-    configs = [e.adapter.config for e in plan.experts if e.adapter is not None]
+    adapters = [e.adapter for e in plan.experts if e.adapter is not None]
+    configs = [adapter.config for adapter in adapters]
     named = [c.get("base_model_name_or_path") for c in configs]
     weights = [called(plan, t.name).removesuffix(".weight") for t in plan.tensors if t.name.endswith(".weight")]
     return lora_config(
@@ -170,7 +170,7 @@ def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
         weights,
         base=named[0] if len(set(named)) == 1 else plan.recipe.base_model,
         task_type=configs[0].get("task_type"),
-        fan_in_fan_out=bool(configs[0].get("fan_in_fan_out")),
+        fan_in_fan_out=any(pair.transposed and not pair.embedding for a in adapters for pair in a.pairs.values()),
     )
 
 

@@ -15,6 +15,7 @@ from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter, tie_of
+from consilience.experts.conv1d import orient
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
 from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
@@ -320,11 +321,16 @@ class _Context:
 
 
 def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple[Model | None, list[tuple[Model, int]]]:
-    """Let all models call tensors what the base's files call them."""
+    """Let all models call tensors what the base's files call them, and turn adapters' updates as these store them."""
     donor = (base or numbered[0][0]).checkpoint
     if donor is None:
         return base, numbered
-    return base and follow_base(base, donor), [(follow_base(model, donor), number) for model, number in numbered]
+
+    def followed(model: Model) -> Model:
+        model = follow_base(model, donor)
+        return model if model.adapter is None else replace(model, adapter=orient(model.adapter, donor))
+
+    return base and followed(base), [(followed(model), number) for model, number in numbered]
 
 
 def make_plan(

@@ -184,11 +184,13 @@ def _check_adapter(
     return own
 
 
-def _renamed_note(model: Model) -> list[str]:
+def _reading_notes(model: Model) -> list[str]:
+    """Return what to say of how a model was read: choices that its files left open, and tensors that were renamed."""
+    said = [f"{model.name}: {note}" for note in model.adapter.notes] if model.adapter is not None else []
     if not model.names:
-        return []
+        return said
     new, old = next(iter(model.names.items()))
-    return [f"{model.name}: {len(model.names)} of its tensors go by the base's names, as {old} by {new}"]
+    return [*said, f"{model.name}: {len(model.names)} of its tensors go by the base's names, as {old} by {new}"]
 
 
 def _donor_ties(donor: Checkpoint) -> dict[str, str]:
@@ -236,7 +238,7 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
                     f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
                 )
             own += _check_adapter(model, donor, shared, ties, is_private)
-        notes += _renamed_note(model)
+        notes += _reading_notes(model)
         if own and model is not base:
             kept[model.name] = sorted(set(own))
     return Alignment(donor, tensors, ties, same_bytes, kept, notes)

@@ -11,9 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from math import prod
 
-from consilience.checkpoints.adapter import Adapter
+from consilience.checkpoints.adapter import WRAPPERS, Adapter
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
 from consilience.experts.conversions import Rules, rules_for
 from consilience.experts.model import Model
@@ -22,8 +21,6 @@ Tensors = Mapping[str, TensorInfo]
 #: Whether what goes by a name could be, or update, a tensor of the base.
 Fits = Callable[[TensorInfo], bool]
 Exchange = tuple[str, str]
-#: Parts of a name that training wrappers add, wherever they stand.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 #: The weight of queries, keys and values of an ``nn.MultiheadAttention`` X, which PEFT adapts as X's own weight.
 _IN_PROJ = "in_proj_weight"
 #: Least parts that two names must end in together ("0.self_attn.q_proj.weight"), unless one is the end of the other.
@@ -73,15 +70,7 @@ def adapter_fits(adapter: Adapter) -> dict[str, Fits]:
     """Return, by target, whether an adapter's update could be that of a tensor of the base."""
     fits: dict[str, Fits] = {name: same_shape(info) for name, info in adapter.whole.items()}
     for name, pair in adapter.pairs.items():
-        shape = pair.delta_shape
-        fits[name] = lambda tensor, shape=shape: (
-            bool(tensor.shape)
-            and shape
-            == (
-                tensor.shape[0],
-                prod(tensor.shape[1:]),
-            )
-        )
+        fits[name] = lambda tensor, pair=pair: pair.fits(tensor.shape)
     return fits
 
 
@@ -127,7 +116,7 @@ def _related(
     """Return the renames under one set of rules: of names that become equal, then by exchanged beginnings."""
 
     def key(name: str) -> str:
-        return rules(_WRAPPERS.sub("", name))
+        return rules(WRAPPERS.sub("", name))
 
     ours, theirs = _by_key(lost, key), _by_key(free, key)
     for name in [name for name in theirs if name.endswith(f".{_IN_PROJ}")]:

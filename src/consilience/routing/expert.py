@@ -103,11 +103,8 @@ def read_factors(path: Path) -> dict[str, StoredFactors]:
     for module, one in found.items():
         if len(one.pair.a.shape) != 2 or len(one.pair.b.shape) != 2:
             raise InputError(f"{path}: {module}: adapts a convolution; only linear layers are routed")
-        if one.pair.transposed:
-            raise InputError(
-                f"{path}: {module}: its weight would be stored [in, out], and that of a linear layer is not; set "
-                "fan_in_fan_out: false in adapter_config.json, as PEFT does with linear layers"
-            )
+        if one.pair.embedding:
+            raise InputError(f"{path}: {module}: adapts an embedding; only linear layers are routed")
         one.check()
     return found
 

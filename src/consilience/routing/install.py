@@ -100,8 +100,8 @@ def check_fit(model: nn.Module, expert: Expert) -> None:
             )
         if type(module) not in (nn.Linear, RoutedLinear):
             raise InputError(
-                f"expert {expert.name!r}: adapts {name!r}, a {type(module).__name__}; only linear layers are routed, "
-                "so train the adapter without it"
+                f"expert {expert.name!r}: adapts {name!r}, a {type(module).__name__}, and only torch's Linear is "
+                "routed; merge the adapters instead (consilience merge), or train them without it"
             )
         assert isinstance(module, nn.Linear)
         height, width = one.shape
