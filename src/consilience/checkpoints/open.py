@@ -61,7 +61,8 @@ def _open_safetensors(label: str, folder: Path | None, files: list[Path]) -> Che
         regular_size(file)
     storage = FileStorage(files)  # before the headers are read, so that a file that is replaced meanwhile is noticed
     for number, file in enumerate(files):
-        entries, metadata = read_header(file)
+        entries, own = read_header(file)
+        metadata |= own
         _refuse_twice(file, tensors, entries)
         tensors |= from_entries(entries, number)
     return Checkpoint(label, tensors, storage, files[0], folder, None, metadata)

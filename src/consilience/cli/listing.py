@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.json_files import read_object
+from consilience.checkpoints.packed import packing
 from consilience.errors import InputError, printable
 from consilience.methods.registry import load, names
 
@@ -76,6 +77,9 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
             "scales": scales,
             "whole": sorted(model.adapter.whole),
         }
+    packed = packing(model.checkpoint)
+    if packed.weights:
+        facts["quantised"] = {"weights": len(packed.weights), "format": packed.formats}
     config = model.checkpoint.config if model.checkpoint else None
     if config:
         from consilience.experts.align import says_tied
@@ -148,7 +152,7 @@ def inspect_lines(facts: dict[str, Any]) -> list[str]:
         f"  {facts['tensors']} tensors, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:.1f} MB, "
         + ", ".join(f"{count} {name}" for name, count in facts["dtypes"].items()),
     ]
-    for key in ("architectures", "tied_embeddings", "adapter", "lineage", "coefficients", "fingerprint"):
+    for key in ("architectures", "tied_embeddings", "adapter", "quantised", "lineage", "coefficients", "fingerprint"):
         if facts.get(key) is not None:
             lines.append(f"  {key.replace('_', ' ')}: {_text(facts[key])}")
     lines += [f"  file {entry['file']}  {entry['bytes'] / 1e6:.1f} MB" for entry in facts["files"]]

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Streamer, check_ties
+from consilience.engine.stream import Streamer, check_packed, check_ties
 from consilience.experts.state_dict import StateDict, to_like
 from consilience.progress import Progress
 
@@ -26,6 +26,7 @@ def merge_in_memory(
 ) -> dict[str, Any]:
     """Run a plan over state dicts and return the merged one, in the same library as ``like``."""
     check_ties(plan)
+    check_packed(plan)
     sink = MemorySink(plan)
     Streamer(plan, sink, threads=threads, progress=progress).run()
     return {t.name: to_like(sink.arrays[t.name], t.out_dtype, t.shape, like[t.name]) for t in plan.tensors}

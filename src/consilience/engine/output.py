@@ -13,6 +13,7 @@ from consilience.checkpoints.dtypes import TORCH_NAMES
 from consilience.checkpoints.files import Descriptors, check_link, copy_file
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
+from consilience.checkpoints.packed import CONFIG_KEYS, quantises_when_run, without_quantization
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError, MachineError
 from consilience.workdir import OURS, write_json
@@ -199,17 +200,18 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = name
-    for value in config.values():
-        if isinstance(value, dict):
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in CONFIG_KEYS:
             _set_dtype(cast(dict[str, Any], value), name)
 
 
 def output_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the base's config made true of the output: its dtype, and no stale quantisation entries."""
+    """Return the base's config made true of the output: its dtype, and what it says of quantisation if that holds."""
+    packed = plan.alignment.packed
     config = cast(dict[str, Any], json.loads(json.dumps(config)))
-    for key in ("quantization_config", "compression_config"):
-        config.pop(key, None)
-    kinds = {t.out_dtype.name for t in plan.tensors if t.out_dtype.mergeable}
+    if not packed.weights and not quantises_when_run(config):
+        config = without_quantization(config)
+    kinds = {t.out_dtype.name for t in plan.tensors if t.out_dtype.mergeable and t.name not in packed.parts}
     if plan.recipe.output_dtype and len(kinds) == 1:
         name = TORCH_NAMES[next(iter(kinds))]
         if "dtype" not in config and "torch_dtype" not in config:

@@ -278,7 +278,8 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     target = ties.get(name, name)
     info = context.alignment.tensors[name]
     base = donor.source(target)
-    merged = info.dtype.mergeable and name not in context.private
+    packed = name in context.alignment.packed.parts
+    merged = info.dtype.mergeable and name not in context.private and not packed
     rows: tuple[Source, ...] = ()
     program: Program | None = None
     parameters: dict[str, Any] = {}
@@ -291,7 +292,8 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
         program, parameters = _program(context, spec, parameters, running)
         if program is None or (program.space == "task_vectors" and all(row.untouched for row in rows)):
             program, rows = None, ()
-    out_dtype = context.out_dtype if context.out_dtype is not None and info.dtype.mergeable else info.dtype
+    converted = context.out_dtype is not None and info.dtype.mergeable and not packed
+    out_dtype = context.out_dtype if converted and context.out_dtype is not None else info.dtype
     dtypes = [s.dense.dtype for s in (base, *rows) if s.dense is not None]
     wide = out_dtype.bits > 16 if program is not None else out_dtype.bits > 32
     wide = wide or any(dtype.bits > 32 for dtype in dtypes)
@@ -391,7 +393,8 @@ def make_plan(
             )
         coefficients = load_coefficients(resolve_file(recipe.coefficients, root))
     if coefficients is not None:
-        sizes = {name: info.numel for name, info in alignment.tensors.items() if info.dtype.mergeable}
+        parts = alignment.packed.parts
+        sizes = {n: info.numel for n, info in alignment.tensors.items() if info.dtype.mergeable and n not in parts}
         named = recipe.coefficients or "coefficients"
         coefficients = fit(coefficients, [m.name for m in experts], sizes, named, frozen=private)
     elif method.name == "coefficients":
@@ -402,7 +405,7 @@ def make_plan(
     metadata = {"format": "pt"} | {
         k: v
         for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()
-        if k == "format"
+        if k == "format" or alignment.packed.weights  # some quantisers say there how they packed
     }
     largest = shard_size if alignment.donor.folder is not None else sys.maxsize  # a flat file has no index
     layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], largest, metadata, single)

@@ -10,10 +10,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
 
 import numpy as np
 
+from consilience.checkpoints.checkpoint import Storage, TensorInfo
 from consilience.engine.block import Marks, NonFinite, Stopped, count_tensor
 from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan, TensorPlan
@@ -21,6 +21,7 @@ from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Worker
 from consilience.errors import InputError, MachineError
+from consilience.experts.quantised import changed
 from consilience.methods.program import Program
 from consilience.progress import NullProgress, Progress
 
@@ -257,23 +258,48 @@ class Streamer:
 
 def integer_notes(plan: Plan) -> list[str]:
     """Compare the experts' integer buffers with the base's and say which differ (they are copied from the base)."""
+    donor = plan.alignment.donor
     notes: list[str] = []
     for tensor in plan.tensors:
         info = tensor.base.dense
-        if info is None or info.dtype.mergeable or tensor.numel > 1 << 24:
+        if info is None or info.dtype.mergeable or tensor.name in plan.alignment.packed.parts:
             continue
-        ours: Any = None
+        ours = donor.stored(tensor.name)
         for expert in plan.experts:
-            theirs = expert.read(tensor.name)
-            if theirs is None:
-                continue
-            if ours is None:
-                ours = plan.alignment.donor.read(tensor.name)
-            if not np.array_equal(theirs, ours):
-                notes.append(
-                    f"{tensor.name}: integer values of {expert.name} differ; copied from {plan.alignment.donor.name}"
-                )
+            theirs = None if expert is donor else expert.stored(tensor.name)
+            if ours is not None and theirs is not None and not _same_bytes(ours, theirs):
+                notes.append(f"{tensor.name}: integer values of {expert.name} differ; copied from {donor.name}")
     return notes
+
+
+def _same_bytes(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorInfo]) -> bool:
+    """Whether two tensors are equal bit by bit."""
+    (storage, a), (other_storage, b) = one, other
+    step = 1 << 24
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    for start in range(0, a.nbytes, step):
+        left = np.empty(min(step, a.nbytes - start), np.uint8)
+        right = np.empty_like(left)
+        storage.read(a, start, left)
+        other_storage.read(b, start, right)
+        if not (left == right).all():
+            return False
+    return True
+
+
+def check_packed(plan: Plan) -> None:
+    """Read the experts' packed weights, and refuse one that differs from the donor's: it cannot be merged.
+
+    Raises:
+        InputError: names the weight, its format and what to pass instead.
+    """
+    donor = plan.alignment.donor
+    for model, weight in plan.alignment.same_parts:
+        for part in weight.parts:
+            ours, theirs = donor.stored(part), model.stored(part)
+            if ours is None or theirs is None or not _same_bytes(ours, theirs):
+                raise changed(model, donor, weight)
 
 
 def check_ties(plan: Plan) -> None:
@@ -281,16 +307,8 @@ def check_ties(plan: Plan) -> None:
     for model, alias, target in plan.alignment.same_bytes:
         checkpoint = model.checkpoint
         assert checkpoint is not None
-        a, b = checkpoint.tensors[alias], checkpoint.tensors[target]
-        step = 1 << 24
-        equal = a.shape == b.shape and a.dtype == b.dtype
-        for start in range(0, a.nbytes if equal else 0, step):
-            left = np.empty(min(step, a.nbytes - start), np.uint8)
-            right = np.empty_like(left)
-            checkpoint.storage.read(a, start, left)
-            checkpoint.storage.read(b, start, right)
-            equal = equal and bool((left == right).all())
-        if not equal:
+        storage, tensors = checkpoint.storage, checkpoint.tensors
+        if not _same_bytes((storage, tensors[alias]), (storage, tensors[target])):
             raise InputError(
                 f"{model.reference}: tensor {alias!r} differs from {target!r}, which {plan.alignment.donor.reference} "
                 "ties to it; untie the base (write both tensors, tie_word_embeddings: false) or drop the expert's copy"

@@ -124,7 +124,8 @@ class Worker:
             low, high = mix(raw, at * width)
             record.inputs[0] = [record.inputs[0][0] + low, record.inputs[0][1] + high]
             record.output = list(record.inputs[0])
-            if info.dtype.mergeable and not self.plan.allow_nonfinite:
+            packed = tensor.name in self.plan.alignment.packed.parts  # of which a float type may be a disguise
+            if info.dtype.mergeable and not packed and not self.plan.allow_nonfinite:
                 values = self.scratch.array("check", (end - at,), np.float64 if tensor.wide else np.float32)
                 dec.decode(raw, info.dtype, values)
                 if dec.count_nonfinite(values, values.dtype.type(np.finfo(values.dtype).max)):

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from consilience.checkpoints.checkpoint import Checkpoint, MemoryStorage, TensorInfo
+from consilience.checkpoints.packed import PackedWeight, Packing, packing
 from consilience.errors import InputError
 from consilience.experts.absent import why_extra, why_missing, why_untargeted
 from consilience.experts.model import Model
+from consilience.experts.quantised import packed_alike, packed_notes, refuse_packed_target
 
 #: (tensor that may be an alias, names it may be tied to): what transformers ties when the config says so.
 _TIES = (
@@ -18,7 +20,6 @@ _TIES = (
     ("encoder.embed_tokens.weight", ("shared.weight",)),
     ("decoder.embed_tokens.weight", ("shared.weight",)),
 )  # fmt: skip
-_QUANTISED = (".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax", ".quant_state")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Alignment:
 
     ``tensors`` are the donor's (the base, or the first model where a method needs no base), ``ties`` maps an alias to
     the tensor whose value it must share, ``same_bytes`` lists (model, alias, tensor) whose equality must be read from
-    the data before anything is merged, ``private`` maps expert name to its own unmerged tensors.
+    the data before anything is merged, ``private`` maps expert name to its own unmerged tensors. ``packed`` are the
+    donor's quantised weights, which are copied; ``same_parts`` lists (expert, weight) that must be the same in it.
     """
 
     donor: Model
@@ -36,6 +38,8 @@ class Alignment:
     same_bytes: list[tuple[Model, str, str]]
     private: dict[str, list[str]]
     notes: list[str]
+    packed: Packing
+    same_parts: list[tuple[Model, PackedWeight]]
 
 
 def says_tied(config: dict[str, Any] | None) -> bool:
@@ -59,20 +63,11 @@ def private_filter(globs: Iterable[str]) -> Callable[[str], bool]:
     return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _refuse_quantised(model: Model, checkpoint: Checkpoint) -> None:
-    for name, tensor in checkpoint.tensors.items():
-        if (tensor.dtype.floating and not tensor.dtype.mergeable) or name.endswith(_QUANTISED):
-            raise InputError(
-                f"{model.reference}: tensor {name!r} ({tensor.dtype.name}) is quantised; pass the unquantised model"
-            )
-
-
 def _check_dense(
-    model: Model, donor: Model, tensors: dict[str, TensorInfo], private: Callable[[str], bool]
+    model: Model, donor: Model, tensors: dict[str, TensorInfo], private: Callable[[str], bool], packed: Packing
 ) -> "_Dense":
     checkpoint = model.checkpoint
     assert checkpoint is not None
-    _refuse_quantised(model, checkpoint)
     found = _Dense([], [], [])
     for name in sorted(tensors.keys() - checkpoint.tensors.keys()):
         tied = tie_of(name, checkpoint.tensors)
@@ -81,7 +76,7 @@ def _check_dense(
                 f"{model.reference}: tensor {name!r} of {donor.reference} is missing{why_missing(model, name, donor)}"
             )
         found.notes.append(f"{model.name}: {name} is tied to {tied} there and was taken from it")
-    for name in sorted(checkpoint.tensors.keys() - tensors.keys()):
+    for name in sorted(checkpoint.tensors.keys() - tensors.keys() - packed.parts.keys()):
         tied = tie_of(name, tensors)
         if private(name):
             found.private.append(name)
@@ -213,18 +208,21 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     donor = base or experts[0]
     if donor.checkpoint is None:
         raise InputError(f"{donor.reference}: is an adapter, and an adapter needs its base; name one as base_model")
-    _refuse_quantised(donor, donor.checkpoint)
     is_private = private_filter(private)
     tensors = donor.checkpoint.tensors
-    shared = {name: tensor for name, tensor in tensors.items() if not is_private(name)}
+    packed = packing(donor.checkpoint)
+    shared = {name: tensor for name, tensor in tensors.items() if not is_private(name) and name not in packed.parts}
     ties = _donor_ties(donor.checkpoint)
     same_bytes: list[tuple[Model, str, str]] = [(donor, alias, target) for alias, target in ties.items()]
     kept: dict[str, list[str]] = {}
+    same_parts: list[tuple[Model, PackedWeight]] = []
     notes: list[str] = []
     for model in [donor, *(e for e in experts if e is not donor)]:
         own: list[str] = []
         if model.checkpoint is not None and model is not donor:
-            found = _check_dense(model, donor, shared, is_private)
+            alike = packed_alike(model, donor, packed, is_private)
+            same_parts += [(model, weight) for weight in alike.weights.values()]
+            found = _check_dense(model, donor, shared, is_private, alike)
             own += found.private
             held = model.checkpoint.tensors
             same_bytes += found.same_bytes
@@ -237,8 +235,10 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
                 raise InputError(
                     f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
                 )
+            refuse_packed_target(model, donor, packed)
             own += _check_adapter(model, donor, shared, ties, is_private)
         notes += _reading_notes(model)
         if own and model is not base:
             kept[model.name] = sorted(set(own))
-    return Alignment(donor, tensors, ties, same_bytes, kept, notes)
+    notes += packed_notes(donor, packed)
+    return Alignment(donor, tensors, ties, same_bytes, kept, notes, packed, same_parts)

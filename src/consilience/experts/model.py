@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from consilience.checkpoints.adapter import Adapter, LoraPair, is_adapter, open_adapter
-from consilience.checkpoints.checkpoint import Bytes, Checkpoint, Storage, TensorInfo
+from consilience.checkpoints.checkpoint import Checkpoint, Storage, TensorInfo
 from consilience.checkpoints.files import Stamp
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.reference import resolve
@@ -92,12 +92,12 @@ class Model:
             pair = self.adapter.pairs.get(name)
         return Source(storage, dense, pair_storage if pair else None, pair)
 
-    def read(self, name: str) -> Bytes | None:
-        """Return the bytes of a small tensor as the model itself stores it; None: it stores none."""
+    def stored(self, name: str) -> tuple[Storage, TensorInfo] | None:
+        """Return a tensor as the model itself stores it, and where; None: it stores none."""
         if self.adapter is not None and name in self.adapter.whole:
-            return self.adapter.checkpoint.read(self.adapter.whole[name].name)
+            return self.adapter.checkpoint.storage, self.adapter.whole[name]
         if self.checkpoint is not None and name in self.checkpoint.tensors:
-            return self.checkpoint.read(name)
+            return self.checkpoint.storage, self.checkpoint.tensors[name]
         return None
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consilience.engine.plan import Plan, expert_names, make_plan
+from consilience.engine.stream import check_packed
 from consilience.errors import InputError
 from consilience.recipe.schema import ModelEntry, Recipe
 
@@ -81,4 +82,10 @@ def _planned(recipe: Recipe, entries: list[ModelEntry], where: str, root: Path |
     """Plan the plain sum of task vectors: what is opened, checked and aligned is what every merge needs."""
     kept = {"base_model": recipe.base_model, "private": recipe.private, "seed": recipe.seed}
     plain = Recipe.model_validate({"merge_method": "task_arithmetic", "models": [{"model": "x"}], **kept})
-    return make_plan(plain.model_copy(update={"models": entries}), where=where, root=root)
+    plan = make_plan(plain.model_copy(update={"models": entries}), where=where, root=root)
+    try:
+        check_packed(plan)
+    except InputError:
+        plan.close()
+        raise
+    return plan

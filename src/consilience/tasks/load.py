@@ -1,11 +1,14 @@
 """Load a transformers model and its tokenizer from a local folder, strictly: nothing is initialised at random."""
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from consilience.checkpoints.checkpoint import Checkpoint
+from consilience.checkpoints.open import open_checkpoint
+from consilience.checkpoints.packed import packing, quantization_of
 from consilience.errors import InputError, MachineError
 
 
@@ -131,6 +134,7 @@ def load_model(
     import torch
     from transformers import AutoConfig
 
+    _check_quantised(folder)
     with quiet(), explained(str(folder), "does not load as a language model"):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         model, report = loader_of(config).from_pretrained(
@@ -147,8 +151,54 @@ def load_model(
         raise InputError(f"{folder}: tensor {absent[0]}{more} missing or misshapen in the weights; restore the files")
     if adapter is not None:
         model = _with_adapter(model, Path(adapter))
+    if not getattr(model, "is_quantized", False) or model.device != torch.device(device):
+        model = model.to(device)
     # Autocast keeps the bfloat16 copy of a weight between batches only for parameters that require gradients.
-    return model.to(device).requires_grad_(True).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    return model.eval()
+
+
+def _check_quantised(folder: Path) -> None:
+    """Refuse quantised weights that transformers would read wrongly without a word.
+
+    Raises:
+        InputError: names the weight, its format and what to do.
+    """
+    import torch
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError:
+        return  # what cannot be opened here is for the library to name
+    try:
+        with quiet():
+            problem = _misread(checkpoint, AutoHfQuantizer.supports_quant_method, gpu=torch.cuda.is_available())
+    finally:
+        checkpoint.storage.close()
+    if problem is not None:
+        raise InputError(f"{folder}: {problem}")
+
+
+def _misread(checkpoint: Checkpoint, supported: Callable[[dict[str, Any]], bool], *, gpu: bool) -> str | None:
+    """Return what transformers would read wrongly of quantised weights, and what to do; None: nothing."""
+    said = quantization_of(checkpoint.config) or {}
+    for weight in packing(checkpoint).weights.values():
+        stored = f"weight {weight.name!r} is stored as {weight.format}"
+        if not said:
+            return f"{stored}, and config.json has no quantization_config to say so; restore it, or {weight.advice}"
+        if not supported(said):
+            method = said.get("quant_method")
+            return f"{stored}, by quant_method {method!r}, which transformers does not know; pass the unquantised model"
+        block, info = said.get("weight_block_size"), checkpoint.tensors.get(weight.name)
+        cut = info is not None and block and any(n % b for n, b in zip(info.shape[-2:], block, strict=False))
+        if cut and info is not None and not gpu:
+            return (
+                f"{stored}, and its sizes {list(info.shape)} are no multiple of weight_block_size {block}, which "
+                "transformers reads wrongly without a GPU; use one, or pass the unquantised model"
+            )
+    return None
 
 
 def check_device(device: str) -> None:
@@ -181,5 +231,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         raise InputError(f"{adapter}: does not fit the model ({missing[:300]}); check which base it was trained on")
     if any(config.is_prompt_learning for config in adapted.peft_config.values()):
         return adapted  # virtual tokens are not weights
+    if getattr(model, "is_quantized", False):
+        return adapted  # folded in, the update would be rounded to what the packed weight can hold
     with explained(str(adapter), "cannot be folded into the model's weights"):
         return adapted.merge_and_unload(safe_merge=False)
