@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,12 @@ def lora_config(
 
     Args:
         ranks: rank of every adapted module, by its name.
-        modules: names of the model's modules that could be adapted: targets are named by their last part alone where
-            that hits no other one.
+        modules: names of the model's modules that could be adapted: targets are named so that no other one is hit.
         base: what the adapter calls its base.
         task_type: PEFT's name of the task, such as CAUSAL_LM.
         fan_in_fan_out: weights are stored [in, out].
     """
     most = max(set(ranks.values()), key=list(ranks.values()).count)
-    suffixes = {module.rsplit(".", 1)[-1] for module in ranks}
-    suffice = all(module in ranks for module in modules if module.rsplit(".", 1)[-1] in suffixes)
     # PEFT takes the first pattern that a name ends in: longer names go first, and those of the common rank with them.
     longest = sorted(ranks, key=lambda module: (-len(module), module))
     pattern = {module: ranks[module] for module in longest} if len(set(ranks.values())) > 1 else {}
@@ -88,9 +86,25 @@ def lora_config(
         "lora_alpha": most,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(suffixes if suffice else ranks),
+        "target_modules": _targets(ranks, list(modules)),
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
     }
+
+
+def _targets(adapted: Iterable[str], modules: Sequence[str]) -> list[str] | str:
+    """Return what PEFT finds exactly the adapted modules by: endings of names, whole names, or a pattern of these."""
+    names = set(adapted)
+    endings = {name.rsplit(".", 1)[-1] for name in names}
+    for words in (endings, names):
+        if not any(_hits(words, module) for module in modules if module not in names):
+            return sorted(words)
+    return f"^({'|'.join(map(re.escape, sorted(names)))})$"
+
+
+def _hits(words: set[str], module: str) -> bool:
+    """Whether one of the words is a module's name or its end, from some dot on."""
+    parts = module.split(".")
+    return any(".".join(parts[start:]) in words for start in range(len(parts)))

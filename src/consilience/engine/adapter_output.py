@@ -24,9 +24,10 @@ from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import check_learned, merge_workdir, recipe_text
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Streamer
+from consilience.engine.stream import Streamer, same_bytes
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError
+from consilience.experts.model import Model
 from consilience.methods.program import WeightedSum
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, digest_of, write_json
@@ -70,10 +71,21 @@ def check_low_rank(plan: Plan) -> None:
     if plan.base is None:
         raise InputError("--as-adapter: needs the base the adapters stand on; name a base_model")
     for expert in plan.experts:
-        if not expert.low_rank:
+        # PEFT saves an adapted embedding's own weight beside its factors: the base's, that is.
+        whole = (
+            [] if expert.adapter is None else [n for n in expert.adapter.whole if not _is_base(plan.base, expert, n)]
+        )
+        if expert.checkpoint is not None or expert.adapter is None or whole:
+            why = f" (it holds {whole[0]!r} whole, unlike the base's)" if whole else ""
             raise InputError(
-                f"{expert.reference}: is not a plain LoRA adapter, so the merge is not one; leave --as-adapter out"
+                f"{expert.reference}: is not a plain LoRA adapter{why}, so the merge is not one; leave --as-adapter out"
             )
+
+
+def _is_base(base: Model, expert: Model, name: str) -> bool:
+    """Whether a tensor that an adapter holds whole is the base's own."""
+    ours, theirs = base.stored(name), expert.stored(name)
+    return ours is not None and theirs is not None and same_bytes(ours, theirs)
 
 
 def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None:
@@ -142,6 +154,9 @@ def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int
     else:
         found = sketch(dense_update(plan, tensor, threads), rank)
     a, b = (found.b.T, found.a.T) if pair.transposed else (found.a, found.b)
+    if len(tensor.shape) > 2:  # a convolution: A has its kernel, B one of size 1
+        a = a.reshape(len(a), *tensor.shape[1:])
+        b = b.reshape(*b.shape, *(1 for _ in tensor.shape[2:]))
     return _Factors(tensor.name, a, b, found.kept, found.total, pair.embedding)
 
 

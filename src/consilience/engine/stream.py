@@ -267,12 +267,12 @@ def integer_notes(plan: Plan) -> list[str]:
         ours = donor.stored(tensor.name)
         for expert in plan.experts:
             theirs = None if expert is donor else expert.stored(tensor.name)
-            if ours is not None and theirs is not None and not _same_bytes(ours, theirs):
+            if ours is not None and theirs is not None and not same_bytes(ours, theirs):
                 notes.append(f"{tensor.name}: integer values of {expert.name} differ; copied from {donor.name}")
     return notes
 
 
-def _same_bytes(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorInfo]) -> bool:
+def same_bytes(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorInfo]) -> bool:
     """Whether two tensors are equal bit by bit."""
     (storage, a), (other_storage, b) = one, other
     step = 1 << 24
@@ -298,7 +298,7 @@ def check_packed(plan: Plan) -> None:
     for model, weight in plan.alignment.same_parts:
         for part in weight.parts:
             ours, theirs = donor.stored(part), model.stored(part)
-            if ours is None or theirs is None or not _same_bytes(ours, theirs):
+            if ours is None or theirs is None or not same_bytes(ours, theirs):
                 raise changed(model, donor, weight)
 
 
@@ -308,7 +308,7 @@ def check_ties(plan: Plan) -> None:
         checkpoint = model.checkpoint
         assert checkpoint is not None
         storage, tensors = checkpoint.storage, checkpoint.tensors
-        if not _same_bytes((storage, tensors[alias]), (storage, tensors[target])):
+        if not same_bytes((storage, tensors[alias]), (storage, tensors[target])):
             raise InputError(
                 f"{model.reference}: tensor {alias!r} differs from {target!r}, which {plan.alignment.donor.reference} "
                 "ties to it; untie the base (write both tensors, tie_word_embeddings: false) or drop the expert's copy"
