@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from consilience.cli.app import app
-    from consilience.errors import ConsilienceError
+    from consilience.errors import ConsilienceError, command_line
     from consilience.workdir import whole_command
 
     # Newer typers carry their own click, older ones use the package: BadParameter's parents are right in both.
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
         for argument in arguments:
             if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are not UTF-8 arrive as surrogates
                 raise usage_error(f"argument {argument!r} is not UTF-8 text; rename the file")
-        with whole_command():
+        with whole_command(), command_line():
             result: Any = app(arguments, prog_name="consilience", standalone_mode=False)
         return (_interrupted() if result == 130 else result) if isinstance(result, int) else 0
     except usage_error as error:

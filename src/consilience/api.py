@@ -1,11 +1,12 @@
 """The library's front door: everything the command line does, a function does."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from consilience.errors import InputError, nearest
+from consilience.errors import InputError, nearest, option
+from consilience.numbers import check_threads
 
 if TYPE_CHECKING:
     from consilience.coefficients import Coefficients
@@ -21,15 +22,73 @@ if TYPE_CHECKING:
 PathLike = str | Path
 
 
-def _named(experts: "Mapping[str, Any] | Sequence[Any]") -> dict[str, Any]:
+def _named(experts: Any) -> dict[str, Any]:
+    """Return experts by name.
+
+    Raises:
+        InputError: they are not a mapping or a list of paths or state dicts.
+    """
+    if isinstance(experts, str | Path) or not isinstance(experts, Iterable):
+        raise InputError(f"experts: is a {type(experts).__name__}; give a list of experts, or a mapping by name")
+    if isinstance(experts, set | frozenset):
+        raise InputError("experts: a set has no order; give a list of experts, or a mapping by name")
     if isinstance(experts, Mapping):
-        return dict(experts)
-    values = list(experts)
+        mapping = cast(Mapping[Any, Any], experts)
+        odd = next((name for name in mapping if not isinstance(name, str)), None)
+        if odd is not None:
+            raise InputError(f"experts: the name {odd!r} is no text; give one such as 'math'")
+        if mapping and all(_is_tensor(value) for value in mapping.values()):
+            raise InputError("experts: is one state dict; give a list of state dicts, or a mapping of them by name")
+        return dict(mapping)
+    values = list(cast(Iterable[Any], experts))
     if all(isinstance(value, str | Path) for value in values):
         from consilience.engine.plan import expert_names
 
         return dict(zip(expert_names([(str(v), None) for v in values], "experts"), values, strict=True))
     return {f"expert-{i + 1}": value for i, value in enumerate(values)}
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def _check_model(value: Any, name: str) -> None:
+    """Refuse what is neither a path nor a state dict.
+
+    Raises:
+        InputError: names the argument.
+    """
+    if isinstance(value, str | Path | Mapping):
+        return
+    hint = "pass its state_dict()" if hasattr(value, "state_dict") else "give a path, a hub reference or a state dict"
+    raise InputError(f"{name}: is a {type(value).__name__}; {hint}")
+
+
+def path_of(value: Any, name: str) -> Path:
+    """Return a path that was given as text or as a path.
+
+    Raises:
+        InputError: it is neither; ``name`` names the argument.
+    """
+    if isinstance(value, str | Path):
+        return Path(value)
+    raise InputError(f"{name}: {value!r} is no path; give one as text")
+
+
+def _recipe_of(recipe: Any) -> "tuple[Recipe, str, Path | None]":
+    """Return a recipe given as such, as plain values or by its file; what errors call it; where its paths start.
+
+    Raises:
+        InputError: it is none of these, or is wrong.
+    """
+    from consilience.recipe.schema import Recipe, parse_recipe, read_recipe
+
+    if isinstance(recipe, Recipe):
+        return recipe, recipe.where, None
+    if isinstance(recipe, Mapping):
+        return parse_recipe(dict(cast(Mapping[str, Any], recipe)), "recipe"), "recipe", None
+    path = path_of(recipe, "recipe")
+    return read_recipe(path), str(path), path.parent
 
 
 def build_recipe(
@@ -64,13 +123,30 @@ def build_recipe(
     for name in data or {}:
         if name not in own:
             raise InputError(f"calibration: there is no expert {name!r}{nearest(name, list(own))}")
+    _check_read(method, {"calibration": bool(data), "target": "target" in extra})
     models: list[dict[str, Any]] = [
         {"model": path, "name": name, "parameters": own[name]} for name, path in experts.items()
     ]
     for model in models:
         model |= {"data": dict(data[model["name"]])} if data and model["name"] in data else {}
-    value = {"merge_method": method, "models": models, "parameters": shared} | extra
+    value = {"method": method, "models": models, "parameters": shared} | extra
     return parse_recipe(value | ({"base_model": base} if base is not None else {}), "arguments")
+
+
+def _check_read(method: str, given: Mapping[str, bool]) -> None:
+    """Refuse files that a method does not read.
+
+    Raises:
+        InputError: names the argument; or there is no such method.
+    """
+    from consilience.methods.registry import load
+
+    if not any(given.values()):
+        return
+    known = load(method)
+    read = {"calibration": known.reads_calibration, "target": known.reads_target}
+    for name in (name for name, there in given.items() if there and not read[name]):
+        raise InputError(f"{option(name, 'FILE')}: method {method!r} reads no {name} rows; leave it out")
 
 
 def merge(
@@ -79,11 +155,11 @@ def merge(
     out: PathLike | None = None,
     *,
     method: str = "task_arithmetic",
-    out_dtype: str | None = None,
+    out_dtype: "str | Any | None" = None,
     as_adapter: "Kind | None" = None,
     rank: int | None = None,
     seed: int = 0,
-    private: Sequence[str] = (),
+    private: Sequence[str] | str = (),
     force: bool = False,
     threads: int | None = None,
     stochastic_rounding: bool = False,
@@ -105,7 +181,8 @@ def merge(
         experts: paths, hub references, adapters, or state dicts; a mapping names them.
         out: the folder (or file) to write; required for paths, not allowed for state dicts.
         method: a name ``consilience methods`` lists.
-        out_dtype: float32, float16, bfloat16 or float64; by default every tensor keeps the base's.
+        out_dtype: float32, float16, bfloat16 or float64, or torch's or numpy's; by default every tensor keeps the
+            base's.
         as_adapter: write LoRA experts as one PEFT adapter: "cat" (exact) or "svd" (truncated to ``rank``).
         rank: of "svd".
         seed: of the random methods and of stochastic rounding.
@@ -130,9 +207,13 @@ def merge(
         MachineError: the disk or another part of the machine failed; the same call continues where it stopped.
     """
     named = _named(experts)
+    check_threads(threads)
+    for name, value in {"base": base, **{f"expert {name!r}": value for name, value in named.items()}}.items():
+        if value is not None or name != "base":
+            _check_model(value, name)
     in_memory = isinstance(base, Mapping) or any(isinstance(value, Mapping) for value in named.values())
-    extra: dict[str, Any] = {"seed": seed, "private": list(private)}
-    extra |= {"out_dtype": out_dtype} if out_dtype else {}
+    extra: dict[str, Any] = {"seed": seed, "private": [private] if isinstance(private, str) else list(private)}
+    extra |= {"out_dtype": out_dtype} if out_dtype is not None else {}
     extra |= {"coefficients": str(coefficients)} if coefficients is not None else {}
     extra |= {"target": {key: str(path) for key, path in target.items()}} if target is not None else {}
     if in_memory:
@@ -141,6 +222,7 @@ def merge(
         return _merge_state_dicts(base, named, method, parameters, extra, threads, stochastic_rounding, allow_nonfinite)
     if out is None:
         raise InputError("out: name the folder to write")
+    path_of(out, "out")
     paths = {name: str(value) for name, value in named.items()}
     data = {name: {"calibration": str(path)} for name, path in (calibration or {}).items()}
     recipe = build_recipe(method, None if base is None else str(base), paths, parameters, data=data, **extra)
@@ -188,7 +270,7 @@ def _merge_state_dicts(
 
 
 def diagnose(
-    recipe: "Recipe | PathLike",
+    recipe: "Recipe | Mapping[str, Any] | PathLike",
     *,
     exact: bool = False,
     threads: int | None = None,
@@ -202,7 +284,7 @@ def diagnose(
     """Examine a recipe's experts before they are merged: their checkpoints, and losses on probe rows if there are any.
 
     Args:
-        recipe: a recipe with a base, or its file.
+        recipe: a recipe with a base, the same as plain values, or its file.
         exact: compute ranks and overlaps from whole matrices instead of sketches.
         threads: number of workers (default: the cores this process may use); changes no figure beyond rounding.
         seed: of the sketches.
@@ -217,15 +299,12 @@ def diagnose(
         InputError: the recipe has no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
     """
     from consilience.progress import open_progress
-    from consilience.recipe.schema import Recipe, read_recipe
     from consilience.stability.doctor import diagnose
     from consilience.stability.probing import ProbeSettings
     from consilience.stability.trying import wanted
 
-    where, root = "recipe", None
-    if not isinstance(recipe, Recipe):
-        path = Path(recipe)
-        recipe, where, root = read_recipe(path), str(path), path.parent
+    check_threads(threads)
+    recipe, where, root = _recipe_of(recipe)
     tried = tuple(wanted(text) for text in methods)
     if tried and probe_rows is None:
         raise InputError("methods: are tried on probe rows, and probes are left out; give probe_rows")
@@ -244,7 +323,7 @@ def diagnose(
 
 
 def plan_recipe(
-    recipe: "Recipe | PathLike",
+    recipe: "Recipe | Mapping[str, Any] | PathLike",
     out: PathLike | None = None,
     *,
     shard_size: int | None = None,
@@ -257,15 +336,15 @@ def plan_recipe(
     Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder.
     """
     from consilience.engine.plan import SHARD_SIZE, make_plan
-    from consilience.recipe.schema import Recipe, read_recipe
 
-    where, root = "recipe", None
-    if not isinstance(recipe, Recipe):
-        path = Path(recipe)
-        if out is not None and Path(out).resolve() in path.resolve().parents:
-            raise InputError(f"{path}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
-        recipe, where, root = read_recipe(path), str(path), path.parent
-    single = Path(out).name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
+    if shard_size is not None and (isinstance(shard_size, bool) or shard_size < 1):
+        raise InputError(f"shard_size: {shard_size!r} must be a number of bytes of at least 1")
+    given = recipe
+    recipe, where, root = _recipe_of(recipe)
+    place = None if out is None else path_of(out, "out").resolve()
+    if isinstance(given, str | Path) and place in Path(given).resolve().parents:
+        raise InputError(f"{given}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
+    single = path_of(out, "out").name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
     plan = make_plan(
         recipe,
         where=where,
@@ -284,7 +363,7 @@ def plan_recipe(
 
 
 def learn(
-    recipe: "Recipe | PathLike",
+    recipe: "Recipe | Mapping[str, Any] | PathLike",
     out: PathLike | None = None,
     *,
     force: bool = False,
@@ -360,7 +439,7 @@ def _work_digest(plan: "Plan", as_adapter: str | None, rank: int | None) -> str:
 
 
 def merge_recipe(
-    recipe: "Recipe | PathLike",
+    recipe: "Recipe | Mapping[str, Any] | PathLike",
     out: PathLike,
     *,
     as_adapter: "Kind | None" = None,
@@ -377,7 +456,7 @@ def merge_recipe(
     progress: "ProgressOption" = False,
     learned: "Callable[[Coefficients], None] | None" = None,
 ) -> "Summary | AdapterSummary":
-    """Carry out a recipe (a ``Recipe`` or the path of its YAML file) and write OUT; see ``merge`` and ``learn``.
+    """Carry out a recipe (a ``Recipe``, plain values or a YAML file) and write OUT; see ``merge`` and ``learn``.
 
     The models are opened once. A learned method learns first, unless its ``coefficients`` are given, in the folder
     that the merge then works in, so that the same call continues wherever it was stopped.
@@ -407,6 +486,8 @@ def merge_recipe(
     from consilience.engine.merge import merge_in, merge_workdir
     from consilience.progress import open_progress
 
+    check_threads(threads)
+    path_of(out, "out")
     plan = plan_recipe(
         recipe,
         out,
@@ -417,6 +498,9 @@ def merge_recipe(
     )
     try:
         kind = check_adapter(plan, as_adapter, rank)
+        if kind is not None:
+            check_adapter_options(shard_size, stochastic=stochastic_rounding, allow_nonfinite=allow_nonfinite)
+        plan = check_options(plan, device, tensorboard, trust_remote_code=trust_remote_code)
         digest, folder = _work_digest(plan, kind, rank), True if kind is not None else None
         with (
             open_progress(progress) as shown,
@@ -431,6 +515,40 @@ def merge_recipe(
             return merge_in(plan, work, threads=threads, progress=shown)
     finally:
         plan.close()
+
+
+def check_adapter_options(shard_size: int | None, *, stochastic: bool, allow_nonfinite: bool) -> None:
+    """Refuse settings that mean nothing for an adapter.
+
+    Raises:
+        InputError: names the setting.
+    """
+    given = {"stochastic_rounding": stochastic, "allow_nonfinite": allow_nonfinite}
+    named = [option(name) for name, there in given.items() if there]
+    named += [option("shard_size", str(shard_size))] if shard_size is not None else []
+    if named:
+        raise InputError(f"{named[0]}: has no effect on an adapter, which is one small file; leave it out")
+
+
+def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, trust_remote_code: bool) -> "Plan":
+    """Refuse what only a method that runs the model uses, where none is run; return the plan, with a note if need be.
+
+    Raises:
+        InputError: names the option.
+    """
+    if plan.unlearned:
+        return plan
+    for name, value in (("device", None if device == "cpu" else device), ("tensorboard", tensorboard)):
+        if value is not None:
+            raise InputError(
+                f"{option(name, str(value))}: has no effect, since nothing is learned here (method "
+                f"{plan.method.name!r}); leave it out"
+            )
+    folder = plan.alignment.donor.folder
+    if not trust_remote_code or (folder is not None and any(folder.glob("*.py"))):
+        return plan
+    note = f"{option('trust_remote_code')}: has no effect, since no code comes with the base"
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":

@@ -3,6 +3,12 @@
 Every message is one line that names the file, the tensor or key, and the mend.
 """
 
+import contextlib
+import re
+from collections.abc import Generator, Sequence
+
+#: What stands between a scheme and a host: a user's name and password, or a token.
+_SECRET = re.compile(r"(?<=://)[^/\s'\"]*@")
 #: Longer messages lose their middle: a name inside a stranger's file may be megabytes long.
 _LONGEST = 1200
 
@@ -16,10 +22,35 @@ def printable(text: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return ``message`` as one printable line: spaces collapsed, control characters escaped, a long middle cut out."""
+    """Return ``message`` as one printable line without passwords.
+
+    Spaces are collapsed, control characters escaped, a long middle cut out, what a URL has before its ``@`` hidden.
+    """
+    message = _SECRET.sub("***@", message)
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
     return printable(" ".join(message.split()))
+
+
+_spoken_to = "Python"
+
+
+@contextlib.contextmanager
+def command_line() -> Generator[None]:
+    """Let messages name options as the command line has them, as long as one is run."""
+    global _spoken_to  # of the process, as its arguments are; workers' threads must see it too
+    before, _spoken_to = _spoken_to, "command line"
+    try:
+        yield
+    finally:
+        _spoken_to = before
+
+
+def option(name: str, value: str = "") -> str:
+    """Return how a user gives an option: ``--dry-run`` on the command line, ``dry_run=True`` in Python."""
+    if _spoken_to == "command line":
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+    return f"{name}={value or 'True'}"
 
 
 class ConsilienceError(Exception):
@@ -43,9 +74,13 @@ class MachineError(ConsilienceError):
     exit_status = 1
 
 
-def nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
-    """Return ``; did you mean 'x'?`` for the known word nearest to ``word``, or an empty string."""
+def nearest(word: str, known: Sequence[str], *, cutoff: float = 0.6) -> str:
+    """Return ``; did you mean 'x'?`` for the known word nearest to ``word``, or an empty string.
+
+    Capitals do not count. ``cutoff`` is the least share of characters that must agree; the word itself is none.
+    """
     import difflib
 
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    by_lower = {other.lower(): other for other in known if other != word}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""

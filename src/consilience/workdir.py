@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.contents import is_still, known_by, tensor_fingerprints
-from consilience.errors import InputError, MachineError
+from consilience.errors import InputError, MachineError, option
 
 #: The folder of an output that holds what Consilience has to say about it, and in it the list of the output's files.
 OURS, LINEAGE, MANIFEST = "consilience", "lineage.json", "files.json"
@@ -340,7 +340,7 @@ def _refuse_occupied(out: Path, folder: bool, force: bool) -> None:
             raise InputError(f"{out}: is a folder, and this command writes a file; choose another OUT")
         return
     if not force:
-        raise InputError(f"{out}: exists and is not empty; choose another OUT, or pass --force to replace it")
+        raise InputError(f"{out}: exists and is not empty; choose another OUT, or pass {option('force')} to replace it")
     if not (out.is_dir() if folder else out.is_file()):
         kind = "folder" if folder else "file"
         raise InputError(f"{out}: exists and is not a {kind}, which this command writes; choose another OUT")

@@ -600,7 +600,7 @@ def test_force_without_an_exchange_of_folders_keeps_the_old_model_too(
             assert command("--force") == 1
         complaint(capsys)
         assert not Path("out").exists()
-        assert command("--set", "density=0.4") == 2  # another command puts the old model back before it refuses
+        assert command("--set", "lambda=0.4") == 2  # another command puts the old model back before it refuses
         assert "--force" in complaint(capsys)
         assert {n: v.tobytes() for n, v in load_file("out/model.safetensors").items()} == old
         assert command("--force") == 0

@@ -85,8 +85,12 @@ def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, An
 
     shared: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
+    given: set[str] = set()
     for text in settings:
         key, raw = parse_assignment(text, "--set")
+        if key in given:
+            raise InputError(f"--set {key}: is given twice; keep one")
+        given.add(key)
         value = parse_yaml(raw, f"--set {key}")
         name, dot, parameter = key.partition(".")
         if dot and name not in experts:
@@ -122,10 +126,15 @@ def read_input(
             raise InputError(f"{recipe}: is a folder; name experts with -e NAME=PATH, or pass a recipe file")
         options = (("--method", method), ("--set", settings), ("--calibration", calibration), ("--target", target))
         options = (*options, *extra.items())
-        given = [name for name, value in options if value]
+        given = [name for name, value in options if value is not None and value != []]
         if given:
             raise InputError(f"{given[0]}: only goes with -e; write it in the recipe {recipe}")
         return path
+    if Path(recipe).suffix in (".yaml", ".yml") and not Path(recipe).is_dir():
+        raise InputError(
+            f"{recipe}: is a recipe, which names its experts, and -e names experts of a base; pass the recipe alone, "
+            "or the base with -e"
+        )
     named: dict[str, str] = {}
     for text in experts:
         name, path = parse_assignment(text, "-e")
@@ -166,7 +175,7 @@ def merge(
     force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and touch nothing.")] = False,
     threads: Threads = None,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file, e.g. 2GB.")] = "5GB",
+    shard_size: Annotated[str | None, typer.Option(help="Largest weight file, such as 2GB (default: 5GB).")] = None,
     stochastic_rounding: Annotated[bool, typer.Option(help="Round at random with the right expectation.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option(help="Let NaN, Inf and overflow through.")] = False,
     device: Annotated[str, typer.Option(help="Where a learned method runs the model: cpu, cuda, ...")] = "cpu",
@@ -180,12 +189,13 @@ def merge(
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
     source = read_input(recipe, expert, method, set_, extra, calibration, target)
     settings = {
-        "shard_size": parse_size(shard_size),
+        "shard_size": None if shard_size is None else parse_size(shard_size),
         "stochastic_rounding": stochastic_rounding,
         "allow_nonfinite": allow_nonfinite,
     }
+    learning = {"device": device, "tensorboard": tensorboard, "trust_remote_code": trust_remote_code}
     if dry_run:
-        show_plan(source, out, as_adapter, rank, force=force, threads=threads, **settings)
+        show_plan(source, out, as_adapter, rank, force=force, threads=threads, learning=learning, **settings)
         return
     merge_command(
         source,
@@ -195,9 +205,7 @@ def merge(
         rank=rank,
         force=force,
         threads=threads,
-        device=device,
-        tensorboard=tensorboard,
-        trust_remote_code=trust_remote_code,
+        **learning,
         **settings,
     )
 
@@ -245,7 +253,7 @@ def check(
     from consilience.engine.stream import thread_count
 
     cost = estimate(plan, thread_count(None))
-    facts = {
+    facts: dict[str, Any] = {
         "ok": True,
         "method": plan.method.name,
         "experts": [e.name for e in plan.experts],
@@ -254,13 +262,15 @@ def check(
         "parameters": sum(t.numel for t in plan.tensors),
         "bytes_read": cost.read,
         "bytes_written": cost.written,
-        "notes": plan.alignment.notes,
+        "notes": [*plan.alignment.notes, *plan.notes],
     }
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
         merged = f"{facts['merged']} of {facts['tensors']} tensors merged"
         typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
+        for note in facts["notes"]:
+            typer.echo(f"  note: {printable(note)}")
 
 
 @app.command()

@@ -18,10 +18,11 @@ def show_plan(
     *,
     force: bool,
     threads: int | None,
+    learning: dict[str, Any],
     **settings: Any,
 ) -> None:
     """Print the plan of a merge (``--dry-run``); nothing is touched."""
-    from consilience.api import plan_recipe
+    from consilience.api import check_adapter_options, check_options, plan_recipe
     from consilience.cli.learning import learning_lines
     from consilience.engine.adapter_output import check_adapter
     from consilience.engine.describe import describe
@@ -31,7 +32,14 @@ def show_plan(
 
     plan = plan_recipe(source, out, **settings)
     try:
-        folder = check_adapter(plan, as_adapter, rank) is not None or plan.alignment.donor.folder is not None
+        if check_adapter(plan, as_adapter, rank) is not None:
+            check_adapter_options(
+                settings["shard_size"],
+                stochastic=settings["stochastic_rounding"],
+                allow_nonfinite=settings["allow_nonfinite"],
+            )
+        plan = check_options(plan, **learning)
+        folder = as_adapter is not None or plan.alignment.donor.folder is not None
         check_plan(out, plan, folder=folder)
         check_out(out, folder=folder, force=force, inputs=inputs(plan))
         lines = [*describe(plan, thread_count(threads)), *(learning_lines(plan) if plan.unlearned else [])]

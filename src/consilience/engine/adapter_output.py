@@ -19,14 +19,15 @@ from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora_config, write_tensors
 from consilience.engine.block import Loader, Scratch
 from consilience.engine.card import licences, render_card
+from consilience.engine.effect import effect_notes
 from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint, versions
 from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
-from consilience.engine.merge import check_learned, merge_workdir, recipe_text
+from consilience.engine.merge import check_learned, merge_workdir, recipe_text, recipe_value
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import Streamer, same_bytes
 from consilience.engine.unchanged import check_unchanged
-from consilience.errors import InputError
+from consilience.errors import InputError, option
 from consilience.experts.model import Model
 from consilience.methods.program import WeightedSum
 from consilience.progress import NullProgress, Progress
@@ -69,7 +70,7 @@ def check_low_rank(plan: Plan) -> None:
         InputError: there is no base, or an expert is more than LoRA pairs on it.
     """
     if plan.base is None:
-        raise InputError("--as-adapter: needs the base the adapters stand on; name a base_model")
+        raise InputError(f"{option('as_adapter', 'cat')}: needs the base the adapters stand on; name a base_model")
     for expert in plan.experts:
         # PEFT saves an adapted embedding's own weight beside its factors: the base's, that is.
         whole = (
@@ -78,7 +79,8 @@ def check_low_rank(plan: Plan) -> None:
         if expert.checkpoint is not None or expert.adapter is None or whole:
             why = f" (it holds {whole[0]!r} whole, unlike the base's)" if whole else ""
             raise InputError(
-                f"{expert.reference}: is not a plain LoRA adapter{why}, so the merge is not one; leave --as-adapter out"
+                f"{expert.reference}: is not a plain LoRA adapter{why}, so the merge is not one; leave "
+                f"{option('as_adapter', 'cat')} out"
             )
 
 
@@ -96,16 +98,16 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
     """
     if kind is None:
         if rank is not None:
-            raise InputError("--rank: only goes with --as-adapter svd")
+            raise InputError(f"{option('rank', str(rank))}: only goes with {option('as_adapter', 'svd')}")
         return None
     if kind not in ("cat", "svd"):
-        raise InputError(f"--as-adapter {kind!r}: choose cat (exact) or svd (with --rank)")
+        raise InputError(f"{option('as_adapter', repr(kind))}: choose cat (exact) or svd (with a rank)")
     if (kind == "svd") != (rank is not None):
-        raise InputError("--rank: goes with --as-adapter svd, which needs it")
+        raise InputError(f"{option('rank', 'R')}: goes with {option('as_adapter', 'svd')}, which needs it")
     if kind == "cat" and plan.method.name == "expert_merging_pp":
         raise InputError(
-            "--as-adapter cat: chunks of a tensor have coefficients of their own, which factors cannot hold; use svd "
-            "with --rank"
+            f"{option('as_adapter', 'cat')}: chunks of a tensor have coefficients of their own, which factors cannot "
+            f"hold; use svd with {option('rank', 'R')}"
         )
     check_low_rank(plan)
     return kind
@@ -149,7 +151,8 @@ def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int
         found = truncate(left, right, rank) if kind == "svd" else LowRank(left, right, 1.0, 1.0)
     elif kind == "cat":
         raise InputError(
-            f"--as-adapter cat: method {plan.method.name!r} is not a weighted sum of the adapters; use svd with --rank"
+            f"{option('as_adapter', 'cat')}: method {plan.method.name!r} is not a weighted sum of the adapters; use "
+            f"svd with {option('rank', 'R')}"
         )
     else:
         found = sketch(dense_update(plan, tensor, threads), rank)
@@ -241,6 +244,8 @@ def adapter_in(
     found: list[_Factors] = []
     progress = progress or NullProgress()
     adapted = [t for t in plan.tensors if t.program is not None and any(source.pair for source in t.rows)]
+    if not adapted:
+        raise InputError(f"{plan.where}: no tensor is merged, so there is no adapter to write; look at 'private'")
     progress.phase(f"merging ({plan.method.name})", len(adapted), "tensors")
     for tensor in adapted:
         found.append(_factors(plan, tensor, kind, rank, threads))
@@ -249,7 +254,9 @@ def adapter_in(
     result = work.new_result()
     _write_weights(plan, result / WEIGHTS, found, DTYPES[plan.recipe.output_dtype or "F32"])
     write_json(result / CONFIG, adapter_config(plan, ranks))
-    notes = [*plan.alignment.notes, *licences(plan)[1]]
+    notes = [*plan.alignment.notes, *plan.notes, *licences(plan)[1], *effect_notes(plan, {})]
+    if not any(f.a.any() and f.b.any() for f in found):
+        notes.append("the result changes nothing: every factor is 0; look at weights, densities and lora_alpha")
     _write_papers(result, plan, work.out.name, kind, notes)
     check_unchanged(plan, {}, {})
     kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
@@ -279,6 +286,8 @@ def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[
         "versions": versions(),
         "models": models,
         "output": {"fingerprint": whole, "tensors": own},
+        "recipe": recipe_value(plan),
+        "defaults": plan.defaults,
         "notes": notes,
     }
     (result / OURS).mkdir()

@@ -13,7 +13,7 @@ from consilience.engine.kernels.ingest import ingest
 from consilience.engine.kernels.lowrank import add_product
 from consilience.engine.kernels.reduce import LEAF
 from consilience.engine.plan import TensorPlan
-from consilience.errors import ConsilienceError, InputError
+from consilience.errors import ConsilienceError, InputError, option
 from consilience.experts.model import Source
 
 #: Bytes a block's stack may take. Measured: smaller blocks fit a second-level cache but hand the GIL over more often,
@@ -159,5 +159,5 @@ def count_tensor(error: NonFinite) -> InputError:
             count += int(dec.count_nonfinite(values, np.finfo(np.float64).max))
     where = f"{count} of its {info.numel} values are" if count and info else "its LoRA factors hold or produce"
     return InputError(
-        f"{error.who}: tensor {error.name!r}: {where} NaN or Inf; repair the model, or pass --allow-nonfinite"
+        f"{error.who}: tensor {error.name!r}: {where} NaN or Inf; repair the model, or pass {option('allow_nonfinite')}"
     )

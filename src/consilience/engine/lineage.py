@@ -99,6 +99,8 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         "source": plan.method.source,
         "seed": plan.recipe.seed,
         "stochastic_rounding": plan.stochastic,
+        "allow_nonfinite": plan.allow_nonfinite,
+        "shard_size": plan.shard_size,
         "versions": versions(),
         "models": [_model_entry(model, inputs.get(model.name, {})) for model in plan.models],
         "output": {"fingerprint": whole, "tensors": output},

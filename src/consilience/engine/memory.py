@@ -1,11 +1,13 @@
 """Merging state dicts in memory, with the same plan, kernels and bytes as a merge of files."""
 
+import logging
 from typing import Any
 
 import numpy as np
 
+from consilience.engine.effect import effect_notes
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Streamer, check_packed, check_ties
+from consilience.engine.stream import Streamer, check_packed, check_ties, integer_notes
 from consilience.experts.state_dict import StateDict, to_like
 from consilience.progress import Progress
 
@@ -24,9 +26,14 @@ class MemorySink:
 def merge_in_memory(
     plan: Plan, like: StateDict, threads: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Run a plan over state dicts and return the merged one, in the same library as ``like``."""
+    """Run a plan over state dicts and return the merged one, in the same library as ``like``.
+
+    What a merge of files notes in its summary is logged here.
+    """
     check_ties(plan)
     check_packed(plan)
     sink = MemorySink(plan)
-    Streamer(plan, sink, threads=threads, progress=progress).run()
+    records = Streamer(plan, sink, threads=threads, progress=progress).run()
+    for note in [*plan.alignment.notes, *plan.notes, *integer_notes(plan), *effect_notes(plan, records)]:
+        logging.getLogger("consilience").warning(note)
     return {t.name: to_like(sink.arrays[t.name], t.out_dtype, t.shape, like[t.name]) for t in plan.tensors}

@@ -17,6 +17,7 @@ from consilience.checkpoints.safetensors_file import encode_header
 from consilience.coefficients import save_coefficients
 from consilience.engine import output
 from consilience.engine.card import licences, render_card
+from consilience.engine.effect import effect_notes
 from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
 from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
@@ -31,8 +32,8 @@ from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, json_text, workdir, write_file, write_json
 
 
-def recipe_text(plan: Plan) -> str:
-    """Return the resolved recipe as YAML: what was given, with every model's name and the seed spelled out."""
+def recipe_value(plan: Plan) -> dict[str, Any]:
+    """Return the resolved recipe: what was given, with names, seed and every default that counts spelled out."""
     value: dict[str, Any] = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     value = {"merge_method": plan.recipe.merge_method} | value | {"seed": plan.recipe.seed}
     names = iter([expert.name for expert in plan.experts])
@@ -43,7 +44,12 @@ def recipe_text(plan: Plan) -> str:
     for entry in value["models"]:
         if plan.method.base == "unused" or entry["model"] != plan.recipe.base_model:
             entry["name"] = next(names)
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return value
+
+
+def recipe_text(plan: Plan) -> str:
+    """Return the resolved recipe as YAML."""
+    return yaml.safe_dump(recipe_value(plan), sort_keys=False, allow_unicode=True)
 
 
 def _resume(work: Workdir, plan: Plan) -> dict[Piece, Record]:
@@ -216,9 +222,10 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         except MachineError:
             (work.path / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
             raise
-        notes = [*plan.alignment.notes, *integer_notes(plan), *licences(plan)[1], *_policy_notes(plan)]
+        notes = [*plan.alignment.notes, *plan.notes, *integer_notes(plan), *licences(plan)[1], *_policy_notes(plan)]
+        notes += effect_notes(plan, records)
         document, fingerprint = lineage(plan, records)
-        document["notes"] = notes
+        document |= {"recipe": recipe_value(plan), "defaults": plan.defaults, "notes": notes}
         text = recipe_text(plan)
         if work.folder:
             card = render_card(plan, work.out.name, fingerprint, text, notes)

@@ -98,9 +98,10 @@ class TensorPlan:
 class Plan:
     """A whole merge, ready to run.
 
-    ``learning`` are a learned method's parameters; ``where`` and ``root`` say how errors name the recipe and where its
-    relative paths start; ``numbers`` are the experts' places in ``recipe.models``; ``shard_size`` and ``single`` are as
-    ``make_plan`` was given them.
+    ``recipe`` has every default that counts written out, which ``defaults`` lists; ``notes`` say what of the recipe has
+    no effect. ``learning`` are a learned method's parameters; ``where`` and ``root`` say how errors name the recipe and
+    where its relative paths start; ``numbers`` are the experts' places in ``recipe.models``; ``shard_size`` and
+    ``single`` are as ``make_plan`` was given them.
     """
 
     recipe: Recipe
@@ -119,6 +120,8 @@ class Plan:
     numbers: tuple[int, ...] = ()
     shard_size: int = SHARD_SIZE
     single: str = "model.safetensors"
+    defaults: dict[str, Any] = field(default_factory=dict[str, Any])
+    notes: tuple[str, ...] = ()
 
     @property
     def unlearned(self) -> bool:
@@ -247,7 +250,10 @@ def _program(
     if coefficients is None:
         learned = context.method.learn is not None  # then the other parameters are of the learning, not of the tensor
         shown = {"alphabar": parameters["alphabar"]} if learned else parameters
-        return context.method.plan(spec, **parameters), shown
+        try:
+            return context.method.plan(spec, **parameters), shown
+        except InputError as error:
+            raise InputError(f"{context.where}: {error}") from None
     pieces = coefficients.pieces.get(spec.name)
     if pieces is None:
         return None, {}
@@ -314,6 +320,7 @@ class _Context:
     private: set[str]
     out_dtype: DType | None
     coefficients: Coefficients | None
+    where: str
 
     def stand_in(self, model: Model, name: str) -> str | None:
         """The tied tensor that holds ``name``'s value in a model that does not store it."""
@@ -364,10 +371,15 @@ def make_plan(
     Raises:
         InputError: anything in the recipe or the models does not fit; nothing has been written.
     """
-    method = load(recipe.merge_method)
+    try:
+        method = load(recipe.merge_method)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     if models is None and method.base == "required" and recipe.base_model is None:
         check_count(method, None, len(recipe.models), where)
     base, numbered = models or open_models(recipe, method, where, root)
+    if not numbered:
+        raise InputError(f"{where}: the only model it names is the base itself, {recipe.base_model}; name its experts")
     check_count(method, base, len(numbered), where)
     base, numbered = _named_alike(base, numbered)
     experts = [model for model, _ in numbered]
@@ -399,22 +411,49 @@ def make_plan(
         coefficients = fit(coefficients, [m.name for m in experts], sizes, named, frozen=private)
     elif method.name == "coefficients":
         raise InputError(f"{where}: method 'coefficients' needs a coefficients file; name one as coefficients: PATH")
-    context = _Context(method, alignment, experts, settings, depths(names), private, out_dtype, coefficients)
+    context = _Context(method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where)
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
+    merged = [t.name for t in planned if t.parameters or t.program is not None]
+    notes = [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
     metadata = {"format": "pt"} | {
         k: v
         for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()
         if k == "format" or alignment.packed.weights  # some quantisers say there how they packed
     }
+    notes += _too_small(shard_size, planned, alignment)
     largest = shard_size if alignment.donor.folder is not None else sys.maxsize  # a flat file has no index
     layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], largest, metadata, single)
     placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
     _check_model_trim(placed, where)
     return Plan(
-        recipe, method, base, tuple(experts), alignment, placed, layout, stochastic, allow_nonfinite,
-        coefficients, learning, where, root, tuple(number for _, number in numbered), shard_size, single,
+        settings.spelled_out(recipe), method, base, tuple(experts), alignment, placed, layout, stochastic,
+        allow_nonfinite, coefficients, learning, where, root, tuple(number for _, number in numbered), shard_size,
+        single, settings.used_defaults, tuple(notes),
     )  # fmt: skip
+
+
+def _unread(recipe: Recipe, method: Method, where: str) -> list[str]:
+    """Say which files the recipe names for a method that does not read them."""
+    notes: list[str] = []
+    if recipe.target is not None and not method.reads_target:
+        notes.append(f"{where}: target: has no effect, since method {method.name!r} reads none")
+    entries = [entry for entry in recipe.models if entry.data is not None and entry.data.calibration is not None]
+    if entries and not method.reads_calibration:
+        notes.append(f"{where}: data.calibration: has no effect, since method {method.name!r} reads none")
+    return notes
+
+
+def _too_small(shard_size: int, tensors: list[TensorPlan], alignment: Alignment) -> list[str]:
+    """Say where a tensor, which is never cut, makes a file larger than was asked for."""
+    larger = [t for t in tensors if t.nbytes > shard_size] if alignment.donor.folder is not None else []
+    if not larger:
+        return []
+    largest = max(larger, key=lambda tensor: tensor.nbytes)
+    return [
+        f"the shard size of {shard_size} bytes is less than {len(larger)} tensors take, up to {largest.name} with "
+        f"{largest.nbytes} bytes; they have a file each, as no tensor is cut"
+    ]
 
 
 def with_coefficients(plan: Plan, coefficients: Coefficients, learned: Path | None = None) -> Plan:

@@ -23,11 +23,17 @@ from consilience.engine.worker import Record, Sink, Worker
 from consilience.errors import InputError, MachineError
 from consilience.experts.quantised import changed
 from consilience.methods.program import Program
+from consilience.numbers import check_threads
 from consilience.progress import NullProgress, Progress
 
 
 def thread_count(threads: int | None) -> int:
-    """Return the number of workers: as asked, else the cores this process may use."""
+    """Return the number of workers: as asked, else the cores this process may use.
+
+    Raises:
+        InputError: what was asked for is no count.
+    """
+    check_threads(threads)
     return max(1, threads if threads is not None else len(os.sched_getaffinity(0)))
 
 
@@ -252,7 +258,7 @@ class Streamer:
                 f"{place}{error.strerror or error}; free space or fix the disk, then run the same command again"
             )
         if isinstance(error, MemoryError):
-            return MachineError("out of memory; use fewer --threads, then run the same command again")
+            return MachineError("out of memory; use fewer threads, then run the same command again")
         return error
 
 
@@ -268,7 +274,8 @@ def integer_notes(plan: Plan) -> list[str]:
         for expert in plan.experts:
             theirs = None if expert is donor else expert.stored(tensor.name)
             if ours is not None and theirs is not None and not same_bytes(ours, theirs):
-                notes.append(f"{tensor.name}: integer values of {expert.name} differ; copied from {donor.name}")
+                kind = "complex" if info.dtype.name == "C64" else "integer"
+                notes.append(f"{tensor.name}: {kind} values of {expert.name} differ; copied from {donor.name}")
     return notes
 
 

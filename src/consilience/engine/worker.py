@@ -16,7 +16,7 @@ from consilience.engine.kernels.select import trim
 from consilience.engine.kernels.settle import audit
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Selection
-from consilience.errors import InputError
+from consilience.errors import InputError, option
 from consilience.methods.program import Drop, Elect, PiecewiseSum, Program, SignedSum, WeightedSum
 
 
@@ -104,7 +104,7 @@ class Worker:
         if bad and not self.plan.allow_nonfinite:
             raise InputError(
                 f"tensor {tensor.name!r}: {bad} merged values near element {start} overflow {dtype.name} (largest "
-                f"{dtype.largest:g}); choose a wider out_dtype, smaller weights, or pass --allow-nonfinite"
+                f"{dtype.largest:g}); choose a wider out_dtype, smaller weights, or pass {option('allow_nonfinite')}"
             )
         record.rounding = [record.rounding[0] + error, record.rounding[1] + change]
         record.output = [record.output[0] + low, record.output[1] + high]

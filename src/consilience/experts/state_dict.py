@@ -44,7 +44,9 @@ def from_state_dict(name: str, state: StateDict) -> Model:
     """
     tensors: dict[str, TensorInfo] = {}
     arrays: dict[str, Bytes] = {}
-    for key, value in state.items():
+    for key, value in cast(Mapping[Any, Any], state).items():
+        if not isinstance(key, str):
+            raise InputError(f"{name}: the key {key!r} is a {type(key).__name__}; a state dict has tensors by name")
         if is_torch(value):
             from consilience.checkpoints.torch_file import tensor_bytes, torch_info
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
 from consilience.engine.plan import Plan, resolve_file
-from consilience.errors import InputError
+from consilience.errors import InputError, option
 from consilience.learned.answers import Answered, answered, as_given, shown
 from consilience.learned.problem import Problem
 from consilience.learned.settings import PATTERNS
@@ -92,10 +92,11 @@ class Run:
         """
         path = self.path_of(expert, key)
         if path is None:
-            option = f" (--calibration {expert}=FILE.jsonl)" if key == "calibration" else ""
+            calibration = option("calibration", f"{expert}=FILE.jsonl")
+            how = f" ({calibration})" if key == "calibration" else ""
             raise InputError(
                 f"{self.where}: {expert}: method {self.plan.method.name!r} needs {key} rows; give the expert "
-                f"data: {{{key}: FILE.jsonl}}{option}"
+                f"data: {{{key}: FILE.jsonl}}{how}"
             )
         task = Task(expert, read_rows(path)[: rows or None], path)
         test = self.path_of(expert, "validation")
@@ -118,7 +119,7 @@ class Run:
         if paths is None or paths.train is None:
             raise InputError(
                 f"{self.where}: method {self.plan.method.name!r} needs labelled rows of the target; give it as target: "
-                "{train: FILE.jsonl, validation: FILE.jsonl} (--target train=FILE.jsonl)"
+                f"{{train: FILE.jsonl, validation: FILE.jsonl}} ({option('target', 'train=FILE.jsonl')})"
             )
         path = resolve_file(paths.train, self.root)
         train = Task("target", read_rows(path)[: rows or None], path)
@@ -160,7 +161,8 @@ def require_tensorboard() -> None:
 
     if find_spec("tensorboard") is None:
         raise InputError(
-            "--tensorboard: needs the tensorboard package; install it with: pip install 'consilience[tensorboard]'"
+            f"{option('tensorboard', 'FOLDER')}: needs the tensorboard package; install it with: pip install "
+            "'consilience[tensorboard]'"
         )
 
 

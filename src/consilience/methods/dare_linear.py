@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from consilience.methods.linear import normalised
+from consilience.methods.mergekit import Int8Mask
 from consilience.methods.program import Combine, Drop, Program, Sums, WeightedSum
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, method
 
@@ -32,7 +33,7 @@ def dropped(combine: Combine, density: PerExpert, rescale: "Rescale", scale: flo
     return Program("task_vectors", combine, (Drop(density, factor),) if min(density) < 1 else (), scale)
 
 
-@method(source="Yu et al. 2024, Language Models are Super Mario, arXiv:2311.03099")
+@method(source="Yu et al. 2024, Language Models are Super Mario, arXiv:2311.03099", mergekit={"rescale": "l1"})
 def dare_linear(
     tensor: TensorSpec,
     *,
@@ -41,7 +42,7 @@ def dare_linear(
     rescale: Annotated[Rescale, Default("exact"), "exact or true: 1/density; l1: mergekit's norm ratio; false: none"],
     lambda_: Annotated[float, Default(1.0), "multiplier of the sum"],
     normalize: Annotated[bool, Default(False), "divide by the sum of the weights"],
-    int8_mask: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect"],
+    int8_mask: Int8Mask,
 ) -> Program:
     """Drop entries of each task vector at random, rescale the rest, add the weighted sum to the base.
 

@@ -3,11 +3,15 @@
 from typing import Annotated
 
 from consilience.methods.dare_linear import Rescale, dropped
+from consilience.methods.mergekit import Int8Mask
 from consilience.methods.program import Program, SignedSum
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, method
 
 
-@method(source="Yu et al. 2024, arXiv:2311.03099, with the sign election of Yadav et al. 2023, arXiv:2306.01708")
+@method(
+    source="Yu et al. 2024, arXiv:2311.03099, with the sign election of Yadav et al. 2023, arXiv:2306.01708",
+    mergekit={"rescale": "l1"},
+)
 def dare_ties(
     tensor: TensorSpec,
     *,
@@ -16,7 +20,7 @@ def dare_ties(
     rescale: Annotated[Rescale, Default("exact"), "exact or true: 1/density; l1: mergekit's norm ratio; false: none"],
     lambda_: Annotated[float, Default(1.0), "multiplier of the merged task vector"],
     normalize: Annotated[bool, Default(False), "true: mean of the agreeing entries; false: their sum"],
-    int8_mask: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect"],
+    int8_mask: Int8Mask,
 ) -> Program:
     """Drop entries at random and rescale, then elect a sign per element and merge the entries that agree.
 

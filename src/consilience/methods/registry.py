@@ -32,6 +32,13 @@ BUILT_IN: dict[str, str] = {
 }
 
 
+#: mergekit's methods that are not here.
+_MERGEKIT = (
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp",
+    "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce",
+)  # fmt: skip
+
+
 def names() -> list[str]:
     """Return the names of all methods, built in first."""
     return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - BUILT_IN.keys())]
@@ -52,4 +59,6 @@ def load(name: str) -> Method:
                 raise InputError(f"method {name!r}: entry point {point.value} is not a consilience Method")
             return loaded
     known = names()
+    if name in _MERGEKIT:
+        raise InputError(f"merge_method {name!r} is mergekit's and not in this version (known: {', '.join(known)})")
     raise InputError(f"merge_method {name!r} is unknown{nearest(name, known)} (known: {', '.join(known)})")

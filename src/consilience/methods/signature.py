@@ -11,6 +11,7 @@ A *learned* method is a function of the whole merge: it returns Coefficients, fo
 """
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class NoEffect:
+    """Marks a parameter that is accepted, so that a recipe of mergekit's is read, and changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """What a method may know of a tensor without its data."""
 
@@ -57,6 +63,7 @@ class Parameter:
     range: Range
     choices: tuple[Any, ...]
     help: str
+    effective: bool = True
 
     def check(self, value: Any) -> str | None:
         """Return what is wrong with ``value``, or None."""
@@ -70,18 +77,27 @@ class Parameter:
             many = self.kind == "texts" and isinstance(texts, list | tuple)
             valid = all(isinstance(text, str) for text in texts) if many else isinstance(value, str)
             return None if valid else "must be text" + (", or a list of texts" if self.kind == "texts" else "")
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value != value
-            or abs(value) == float("inf")
-        ):
-            return "must be a finite number"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return "must be a finite number" + _number_meant(value)
         if self.kind == "integer" and value != int(value):
             return "must be a whole number"
         if not self.range.low <= value <= self.range.high:
             return f"must lie in [{self.range.low:g}, {self.range.high:g}]"
         return None
+
+
+def _number_meant(value: Any) -> str:
+    """Say how to write the number that a text or a flag seems to stand for."""
+    if isinstance(value, bool):
+        return "; YAML reads yes and on as true, no and off as false: write 1 or 0"
+    if not isinstance(value, str):
+        return ""
+    share = value.strip().endswith("%")
+    try:
+        number = float(value.strip().removesuffix("%")) / (100 if share else 1)
+    except ValueError:
+        return ", not a word"
+    return f"; write {number:g}" + ("" if share else " without quotes")
 
 
 class MethodFunction(Protocol):
@@ -100,6 +116,7 @@ class Method:
     """A merge method: its name, what it needs, its parameters and the function that plans a tensor.
 
     ``learn`` is set for learned methods: it finds the coefficients that ``plan`` alone would take from the anchor.
+    ``mergekit`` has the defaults of mergekit's method of this name that differ from ours.
     """
 
     name: str
@@ -113,11 +130,17 @@ class Method:
     counts_base: bool
     learn: Callable[..., Any] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    mergekit: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def reads_target(self) -> bool:
         """Whether it learns from the recipe's ``target`` instead of every expert's own rows."""
         return self.data.startswith("target")
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether it learns from every expert's ``data.calibration``."""
+        return self.data.startswith("calibration")
 
     @property
     def rows_key(self) -> Literal["calibration", "probe"]:
@@ -148,6 +171,7 @@ def _parameter(name: str, annotation: Any) -> Parameter:
         range=next((e for e in extras if isinstance(e, Range)), Range()),
         choices=choices,
         help=next((e for e in extras if isinstance(e, str)), ""),
+        effective=not any(isinstance(e, NoEffect) for e in extras),
     )
 
 
@@ -164,6 +188,7 @@ def method(
     experts: tuple[int, int | None] = (1, None),
     data: str = "none",
     counts_base: bool = False,
+    mergekit: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Program]], Method]:
     """Make a method of a planning function.
 
@@ -174,6 +199,8 @@ def method(
         experts: least and greatest number of stack rows.
         data: the data it needs.
         counts_base: the base is row 0 of the stack (SLERP's first end point).
+        mergekit: defaults of mergekit's method of this name, where they differ: recipes in its form take them. A text
+            is also what a plain ``true`` means there.
     """
 
     def decorate(function: Callable[..., Program]) -> Method:
@@ -187,6 +214,7 @@ def method(
             data=data,
             source=source,
             counts_base=counts_base,
+            mergekit=mergekit or {},
         )
 
     return decorate

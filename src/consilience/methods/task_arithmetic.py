@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from consilience.methods.linear import normalised
+from consilience.methods.mergekit import Int8Mask, UnusedDensity, UnusedRescale
 from consilience.methods.program import Program, WeightedSum
 from consilience.methods.signature import Default, PerExpert, TensorSpec, method
 
@@ -14,9 +15,9 @@ def task_arithmetic(
     weight: Annotated[PerExpert, Default(1.0), "multiplier of each task vector; negative values negate a task"],
     lambda_: Annotated[float, Default(1.0), "multiplier of the sum"],
     normalize: Annotated[bool, Default(False), "divide by the sum of the weights"],
-    density: Annotated[PerExpert, Default(1.0), "accepted from mergekit recipes; has no effect, there as here"],
-    rescale: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect, there as here"],
-    int8_mask: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect"],
+    density: UnusedDensity,
+    rescale: UnusedRescale,
+    int8_mask: Int8Mask,
 ) -> Program:
     """Add the weighted task vectors to the base.
 

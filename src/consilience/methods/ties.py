@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+from consilience.methods.mergekit import Int8Mask
 from consilience.methods.program import Program, SignedSum, Trim
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, method
 
@@ -11,7 +12,7 @@ def kept(numel: int, density: float) -> int:
     return min(numel, max(int(density * numel), 1 if density > 0 and numel else 0))
 
 
-@method(source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708")
+@method(source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", mergekit={"density": 1.0})
 def ties(
     tensor: TensorSpec,
     *,
@@ -23,7 +24,7 @@ def ties(
         Literal["tensor", "model"], Default("tensor"), "rank magnitudes within each tensor or over the model"
     ],
     rescale: Annotated[Literal[False], Default(False), "accepted from mergekit recipes; only false is supported"],
-    int8_mask: Annotated[bool, Default(False), "accepted from mergekit recipes; has no effect"],
+    int8_mask: Int8Mask,
 ) -> Program:
     """Trim each task vector to its largest entries, elect a sign per element, merge the entries that agree.
 

@@ -1,13 +1,15 @@
 """From a recipe's settings to one value per tensor, expert and parameter.
 
-Precedence as in mergekit: the model's own ``parameters``, then the recipe's, then the method's default. A list of
-numbers is a gradient over depth: linear interpolation at ``t = layer / (layers - 1)``, 0 outside layers.
+Precedence as in mergekit: the model's own ``parameters``, then the recipe's, then the method's default (mergekit's, if
+the recipe spells the method ``merge_method``). A list of numbers is a gradient over depth: linear interpolation at
+``t = layer / (layers - 1)``, 1 in the only layer of a model, 0 outside layers.
 A list of ``filter``/``value`` takes the first entry that matches the tensor's name.
 """
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from consilience.errors import InputError, nearest
@@ -17,14 +19,23 @@ from consilience.recipe.schema import Filtered, Recipe, Setting
 #: The first number in a name, with what precedes it; longer runs of digits are not layer numbers.
 _LAYER = re.compile(r"^((?:.*?\.)?)(\d{1,9})\.")
 
+#: What a model's stack of layers is called, just before the layer's number.
+_STACKS = (["layers"], ["layer"], ["h"], ["block"], ["blocks"])
+
 
 def depths(names: Iterable[str]) -> dict[str, float]:
-    """Return each tensor's relative depth: the first number in its name over the largest under the same prefix."""
+    """Return each tensor's relative depth: the first number in its name over the largest under the same prefix.
+
+    The only layer of a stack is at depth 1, as in mergekit. What has a single number without being a stack by its name
+    or the only one of its model, such as a connector's first module, is at depth 0.
+    """
     found = {name: match for name in names if (match := _LAYER.match(name))}
     last: dict[str, int] = {}
     for match in found.values():
         last[match[1]] = max(last.get(match[1], 0), int(match[2]))
-    return {name: int(m[2]) / last[m[1]] if last[m[1]] else 0.0 for name, m in found.items()}
+    shallow = not any(last.values())
+    single = {stack: float(shallow or stack.split(".")[-2:-1] in _STACKS) for stack in last}
+    return {name: int(m[2]) / last[m[1]] if last[m[1]] else single[m[1]] for name, m in found.items()}
 
 
 def matcher(pattern: str | None, where: str) -> Callable[[str], bool]:
@@ -50,37 +61,86 @@ def gradient(values: list[float], t: float) -> float:
     return (1 - (scaled - low)) * values[low] + (scaled - low) * values[high]
 
 
+@dataclass
+class _Choice:
+    """A value and the tensors it is for; ``depths`` are those of the tensors that took it."""
+
+    matches: Callable[[str], bool]
+    pattern: str | None
+    value: Any
+    depths: set[float] = field(default_factory=set[float])
+
+    @property
+    def graded(self) -> bool:
+        """Whether it is a gradient whose ends differ."""
+        return isinstance(self.value, list) and not isinstance(self.value[0], str) and len(set(self.value)) > 1
+
+
 class _Resolved:
     """One setting, ready to be asked for any tensor's value."""
 
-    def __init__(self, setting: Setting, where: str) -> None:
+    def __init__(self, setting: Any, where: str) -> None:
         self.where = where
-        self.filters: list[tuple[Callable[[str], bool], str | None, Any]] = []
-        self.used: set[str | None] = set()
-        self.plain: Any = None
-        if isinstance(setting, list) and isinstance(setting[0], Filtered):
-            for entry in cast(list[Filtered], setting):
-                self.filters.append((matcher(entry.filter, where), entry.filter, entry.value))
-        else:
-            self.plain = setting
+        filtered = isinstance(setting, list) and isinstance(setting[0], Filtered)
+        entries = cast(list[Filtered], setting) if filtered else [Filtered.model_construct(filter=None, value=setting)]
+        self.choices = [_Choice(matcher(entry.filter, where), entry.filter, entry.value) for entry in entries]
+        #: Whether any tensor's value was asked for; it is not where every model has its own.
+        self.reached = False
+
+    @property
+    def plain(self) -> Any:
+        """The value, if it is the same for all tensors; None where there are filters."""
+        return self.choices[0].value if not self.filtered else None
+
+    @property
+    def filtered(self) -> bool:
+        """Whether it has filters."""
+        return len(self.choices) > 1 or self.choices[0].pattern is not None
+
+    @property
+    def covers(self) -> bool:
+        """Whether every tensor gets a value."""
+        return any(choice.pattern in (None, "*") for choice in self.choices)
 
     def at(self, name: str, t: float) -> Any:
-        value = self.plain
-        for matches, pattern, candidate in self.filters:
-            if matches(name):
-                value = candidate
-                self.used.add(pattern)
-                break
+        self.reached = True
+        choice = next((choice for choice in self.choices if choice.matches(name)), None)
+        if choice is None:
+            return None
+        choice.depths.add(t)
+        value = choice.value
         numeric = isinstance(value, list) and not isinstance(value[0], str)
         return gradient(cast(list[float], value), t) if numeric else value
 
     def check_used(self, names: Iterable[str]) -> None:
         """Refuse a filter that matches no tensor at all: it is a typo."""
         names = list(names)
-        for matches, pattern, _ in self.filters:
-            if pattern not in self.used and not any(map(matches, names)):
+        for choice in self.choices:
+            if not choice.depths and not any(map(choice.matches, names)):
                 parts = sorted({part for name in names[:500] for part in name.split(".")})
-                raise InputError(f"{self.where}: filter {pattern!r} matches no tensor{nearest(pattern or '', parts)}")
+                raise InputError(
+                    f"{self.where}: filter {choice.pattern!r} matches no tensor{nearest(choice.pattern or '', parts)}"
+                )
+
+    def without_effect(self, names: Iterable[str]) -> list[str]:
+        """Say of what was given that no tensor's value comes from it."""
+        if not self.reached:
+            return [f"{self.where}: has no effect, since every model has its own"]
+        notes: list[str] = []
+        for number, choice in enumerate(self.choices):
+            if not choice.depths and choice.pattern is not None:
+                name = next(filter(choice.matches, names), "")
+                first = next((other for other in self.choices[:number] if other.matches(name)), None)
+                before = "the value without a filter" if first and first.pattern is None else "the filter"
+                before += f" {first.pattern!r}" if first and first.pattern is not None else ""
+                why = f"{before} before it takes its tensors" if first else f"{name!r} is not merged by itself"
+                notes.append(f"{self.where}: filter {choice.pattern!r} has no effect: {why}")
+            if choice.graded and choice.depths == {0.0}:
+                notes.append(
+                    f"{self.where}: a gradient over depth, but no tensor it is for lies in a numbered layer: all take "
+                    f"its first value, {choice.value[0]:g}"
+                )
+        return notes
 
 
 def _texts(setting: Setting) -> Setting:
@@ -99,7 +159,11 @@ class Settings:
         self.method, self.where = method, where
         self.experts = list(experts)
         self._shared = self._group(recipe.parameters, "parameters")
-        self._preset = self._presets(recipe)
+        #: What stands for a parameter where the recipe is silent; and, of those that were needed, their values.
+        self._defaults = self._default_values(recipe)
+        self._flags = {key: each for key, each in method.mergekit.items() if isinstance(each, str)}
+        self._flags = self._flags if recipe.mergekit else {}
+        self.used_defaults: dict[str, Any] = {}
         self._own = {
             name: self._group(recipe.models[index].parameters, f"models.{index}.parameters", own=True)
             for name, index in experts.items()
@@ -120,10 +184,12 @@ class Settings:
         given = {key: _texts(value) if known[key].kind == "texts" else value for key, value in parameters.items()}
         return {key: _Resolved(value, f"{self.where}: {place}.{key}") for key, value in given.items()}
 
-    def _presets(self, recipe: Recipe) -> Mapping[str, Any]:
-        """Return the defaults of the preset that the recipe names."""
+    def _default_values(self, recipe: Recipe) -> dict[str, Any]:
+        """Return the defaults: the preset's, if the recipe names one, mergekit's in a recipe of its form, else ours."""
         name = recipe.parameters.get("preset")
-        return self.method.presets.get(name, {}) if isinstance(name, str) else {}
+        preset = self.method.presets.get(name, {}) if isinstance(name, str) else {}
+        ours = {key: parameter.default for key, parameter in self.method.parameters.items()}
+        return {**ours, **(self.method.mergekit if recipe.mergekit else {}), **preset}
 
     def _value(self, key: str, expert: str | None, name: str, t: float) -> Any:
         parameter = self.method.parameters[key]
@@ -133,15 +199,19 @@ class Settings:
             if key in group and value is None:
                 value, place = group[key].at(name, t), group[key].where
         if value is None:
-            value = self._preset.get(key, parameter.default)
+            value = self._defaults[key]
+            if parameter.effective:
+                self.used_defaults[key] = value
         if value is None:
             raise InputError(f"{self.where}: parameter {key!r} has no value for tensor {name!r}; give one")
+        if value is True:
+            value = self._flags.get(key, value)
         words = isinstance(cast(object, value), list) and parameter.kind != "texts"
         problem = "must be one value or a list of numbers" if words else parameter.check(value)
         if problem:
             raise InputError(f"{place}: {value!r} for tensor {name!r}: {problem}")
         if parameter.kind == "texts":
-            return (value,) if isinstance(value, str) else tuple(value)
+            return (value,) if isinstance(value, str) else tuple(cast(list[str], value))
         return float(value) if parameter.kind == "number" else int(value) if parameter.kind == "integer" else value
 
     def once(self) -> dict[str, Any]:
@@ -152,7 +222,7 @@ class Settings:
         """
         for group in (self._shared, *self._own.values()):
             for key, resolved in group.items():
-                if resolved.filters or (
+                if resolved.filtered or (
                     isinstance(resolved.plain, list) and self.method.parameters[key].kind != "texts"
                 ):
                     raise InputError(
@@ -177,3 +247,29 @@ class Settings:
         for group in (self._shared, *self._own.values()):
             for resolved in group.values():
                 resolved.check_used(names)
+
+    def without_effect(self, names: Iterable[str]) -> list[str]:
+        """Say in a line each what of the given settings changes nothing."""
+        names = list(names)
+        notes: list[str] = []
+        for group in (self._shared, *self._own.values()):
+            for key, resolved in group.items():
+                parameter = self.method.parameters[key]
+                if not parameter.effective:
+                    given = [choice.value for choice in resolved.choices]
+                    if any(value != parameter.default for value in given):
+                        notes.append(f"{resolved.where}: has no effect in method {self.method.name!r}")
+                    continue
+                notes += resolved.without_effect(names)
+        return notes
+
+    def spelled_out(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with every default that was needed written down, so that no version's own count."""
+        shared: dict[str, Any] = dict(recipe.parameters)
+        for key, value in self.used_defaults.items():
+            value = list(cast(tuple[str, ...], value)) if isinstance(value, tuple) else value
+            if key not in shared:
+                shared[key] = value
+            elif not self._shared[key].covers:  # filters that leave tensors to the default
+                shared[key] = [*cast(list[Filtered], shared[key]), Filtered(filter=None, value=cast(Any, value))]
+        return recipe.model_copy(update={"parameters": shared})

@@ -1,22 +1,79 @@
 """What to merge, as data. A mergekit ``models:`` recipe is a valid recipe."""
 
+import math
+import operator
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from consilience.checkpoints.dtypes import ALIASES
 from consilience.errors import InputError, nearest
 from consilience.recipe.yaml_file import read_yaml
 
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-Numbers = Annotated[list[Number], Strict(), Field(min_length=1)]
-Scalar = Annotated[bool, Strict()] | Number | Annotated[str, Strict()]
+Scalar = bool | float | str
+
+
+def _path_text(value: Any) -> Any:
+    """Return a path object as text."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _visible(name: str) -> str:
+    if name != name.strip():
+        raise ValueError(f"{name!r} begins or ends with a space; rename it")
+    return name
+
+
+def _whole(value: Any) -> Any:
+    """Return an integer of any library as Python's."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
+
+
+def _listed(value: Any) -> Any:
+    """Return one glob as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+#: The dtypes that a merge writes.
+WRITTEN = ("float32", "float16", "bfloat16", "float64")
+
+
+def _dtype(value: Any) -> str | None:
+    """Return the name of a dtype given as text or as torch's or numpy's."""
+    if value is None:
+        return None
+    name = value if isinstance(value, str) else getattr(value, "__name__", None) or getattr(value, "name", None)
+    text = str(name or value).removeprefix("torch.")
+    if text not in ALIASES:
+        raise ValueError(f"{text!r} is not one of {', '.join(WRITTEN)}{nearest(text, WRITTEN, cutoff=0.8)}")
+    return text
+
+
 #: Besides what would be misread in a path or a parameter, no control characters nor what YAML takes for a line break.
-Name = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff/\\.=]+$")]
-Reference = Annotated[str, Field(min_length=1)]
+Name = Annotated[
+    str,
+    Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff/\\.=]+$"),
+    AfterValidator(_visible),
+]
+PathText = Annotated[str, Field(min_length=1), BeforeValidator(_path_text)]
+DtypeName = Annotated[str | None, PlainValidator(_dtype)]
 
 #: mergekit keys that a later version will understand.
 _LATER = ("slices", "modules", "tokenizer", "chat_template")
@@ -32,34 +89,103 @@ class Filtered(Closed):
     """A value for the tensors whose name matches ``filter`` (substring, glob with ``*`` or ``?``, or ``re:`` regex)."""
 
     filter: str | None = None
-    value: Scalar | Numbers
+    value: Scalar | list[float]
 
 
-Texts = Annotated[list[Annotated[str, Strict()]], Strict(), Field(min_length=1)]
-Setting = Scalar | Numbers | Texts | Annotated[list[Filtered], Strict(), Field(min_length=1)]
+def _plain(value: Any) -> Any:
+    """Return numbers and arrays of numpy and torch as Python's, and a tuple as a list."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
+
+
+def _scalar(value: Any) -> Scalar:
+    value = _plain(value)
+    if isinstance(value, bool | str):
+        return value
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"must be {_KINDS}")
+    return number
+
+
+def _filtered(value: Any, number: int) -> Filtered:
+    if isinstance(value, Filtered):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"entry {number} is no filter/value mapping, as others are; write all of them so")
+    entry = cast(dict[Any, Any], value)
+    for key in entry:
+        if key not in Filtered.model_fields:
+            raise ValueError(f"entry {number}: unknown key {key!r}{nearest(str(key), list(Filtered.model_fields))}")
+    pattern, given = entry.get("filter"), _plain(entry.get("value"))
+    if "value" not in entry:
+        raise ValueError(f"entry {number}: value is missing; add it")
+    if not isinstance(pattern, str | None):
+        raise ValueError(f"entry {number}: filter {pattern!r} must be text; quote it")
+    if pattern in ("", "re:"):
+        raise ValueError(f"entry {number}: filter {pattern!r} is empty; leave filter out to mean all other tensors")
+    return Filtered(filter=pattern, value=_numbers(given) if isinstance(given, list) else _scalar(given))
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    scalars = [_scalar(each) for each in values]
+    if not scalars or any(isinstance(each, bool | str) for each in scalars):
+        raise ValueError(f"must be {_KINDS}")
+    return cast(list[float], scalars)
+
+
+def _setting(value: Any) -> Any:
+    """Return a parameter's value as it is kept; the words of its errors follow the parameter's place."""
+    value = _plain(value)
+    if not isinstance(value, list):
+        return _scalar(value)
+    values = cast(list[Any], value)
+    if any(isinstance(each, dict | Filtered) for each in values):
+        return [_filtered(each, number) for number, each in enumerate(values)]
+    if values and all(isinstance(each, str) for each in values):
+        return values
+    return _numbers(values)
+
+
+def _written(value: Any) -> Any:
+    """Return a parameter's value as plain values, the way a recipe has it."""
+    if not isinstance(value, list):
+        return value
+    entries = cast(list[Any], value)
+    return [each.model_dump(exclude_defaults=True) if isinstance(each, Filtered) else each for each in entries]
+
+
+#: What a parameter may be.
+_KINDS = "a finite number, true/false, a word, a list of numbers, or a list of filter/value"
+Setting = Annotated[
+    Scalar | list[float] | list[str] | list[Filtered], PlainValidator(_setting), PlainSerializer(_written)
+]
 
 
 class DataPaths(Closed):
     """Files that belong to one expert; learned methods read them."""
 
-    calibration: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    probe: str | None = None
-    logs: str | None = None
+    calibration: PathText | None = None
+    train: PathText | None = None
+    validation: PathText | None = None
+    probe: PathText | None = None
+    logs: PathText | None = None
 
 
 class Target(Closed):
     """The labelled target data of methods that minimise a loss."""
 
-    train: str | None = None
-    validation: str | None = None
+    train: PathText | None = None
+    validation: PathText | None = None
 
 
 class ModelEntry(Closed):
     """One model of the merge."""
 
-    model: Reference
+    model: PathText
     name: Name | None = None
     parameters: dict[str, Setting] = {}
     data: DataPaths | None = None
@@ -69,23 +195,49 @@ class Recipe(Closed):
     """A merge: method, base, models, parameters, output dtype, seed."""
 
     merge_method: str = Field(alias="method", default="")
-    base_model: Reference | None = None
+    base_model: PathText | None = None
     models: list[ModelEntry] = Field(min_length=1, max_length=1000)
     parameters: dict[str, Setting] = {}
-    dtype: str | None = None
-    out_dtype: str | None = None
-    seed: Annotated[int, Strict(), Field(ge=0, lt=1 << 63)] = 0
-    private: list[str] = []
+    dtype: DtypeName = None
+    out_dtype: DtypeName = None
+    seed: Annotated[int, Strict(), Field(ge=0, lt=1 << 63), BeforeValidator(_whole)] = 0
+    private: Annotated[list[str], BeforeValidator(_listed)] = []
     target: Target | None = None
-    coefficients: Annotated[str, Strict(), Field(min_length=1)] | None = None
+    coefficients: Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_path_text)] | None = None
     tokenizer_source: Literal["base"] | None = None
+    _mergekit: bool = PrivateAttr(default=False)
+    _where: str = PrivateAttr(default="recipe")
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _one_spelling(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "merge_method" in value and "method" in value:
+    def _spelled(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        given: dict[Any, Any] = cast(dict[Any, Any], value) if isinstance(value, dict) else {}
+        if "merge_method" in given and "method" in given:
             raise ValueError("merge_method and method say the same thing; keep one")
-        return cast(Any, value)
+        recipe = handler(value)
+        if given:
+            recipe._mergekit = "merge_method" in given
+        return recipe
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__  # wherever it was read
+
+    @property
+    def mergekit(self) -> bool:
+        """Whether the method is spelled ``merge_method``, as mergekit does: then mergekit's defaults count."""
+        return self._mergekit
+
+    @property
+    def where(self) -> str:
+        """What errors call it: its file, "arguments", or "recipe"."""
+        return self._where
+
+    def with_method(self, method: str, parameters: dict[str, Any], models: list[ModelEntry]) -> "Recipe":
+        """Return a merge of ``models`` onto the same base by another method, which takes our defaults."""
+        changes = {"merge_method": method, "parameters": parameters, "models": models, "coefficients": None}
+        recipe = self.model_copy(update=changes)
+        recipe._mergekit = False
+        return recipe
 
     @property
     def output_dtype(self) -> str | None:
@@ -95,8 +247,7 @@ class Recipe(Closed):
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    shown = [str(part) for part in location if not (isinstance(part, str) and ("[" in part or part[:1].isupper()))]
-    return ".".join(part for part in shown if part not in ("bool", "float", "str", "constrained-float"))
+    return ".".join(str(part) for part in location if part != "[key]")
 
 
 def _known_keys(location: tuple[int | str, ...], parts: Mapping[str, type[Closed]]) -> list[str]:
@@ -122,6 +273,7 @@ _SAID = {
     "too_long": "holds too many entries; shorten it",
     "invalid_key": "is not a text key; quote it",
     "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
 }
 
 
@@ -143,7 +295,7 @@ def explain(error: ValidationError, where: str, parts: Mapping[str, type[Closed]
     first = (unknown or errors)[0]
     location = first["loc"]
     place = _place(location) or "the recipe"
-    if first["type"] == "extra_forbidden" and "value" not in location:
+    if first["type"] == "extra_forbidden":
         key = str(location[-1])
         if len(location) == 1 and key in _LATER:
             return InputError(f"{where}: {key!r} is not supported yet; use the 'models:' form")
@@ -151,11 +303,8 @@ def explain(error: ValidationError, where: str, parts: Mapping[str, type[Closed]
         return InputError(
             f"{where}: unknown key {place!r}{nearest(key, known) or '; remove it, or use one of ' + ', '.join(known)}"
         )
-    if "parameters" in location[:-1]:
-        place = ".".join(str(p) for p in location[: location.index("parameters") + 2])
-        kinds = "a finite number, true/false, a word, a list of numbers, or a list of filter/value"
-        return InputError(f"{where}: {place} must be {kinds}")
-    return InputError(f"{where}: {place}: {_said(first)}")
+    colon = " " if first["type"] == "value_error" else ": "
+    return InputError(f"{where}: {place}{colon}{_said(first)}")
 
 
 def parse_recipe(value: Any, where: str) -> Recipe:
@@ -175,14 +324,10 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         raise InputError(f"{where}: nested too deeply; write it plainer") from None
     if not recipe.merge_method:
         raise InputError(f"{where}: merge_method is missing; name one of those 'consilience methods' lists")
-    for key in ("dtype", "out_dtype"):
-        wanted = cast(str | None, getattr(recipe, key))
-        if wanted is not None and wanted not in ALIASES:
-            known = ("float32", "float16", "bfloat16", "float64")
-            raise InputError(f"{where}: {key} {wanted!r} is not one of {', '.join(known)}{nearest(wanted, known)}")
+    recipe._where = where  # pyright: ignore[reportPrivateUsage] - set here alone
     return recipe
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path | str) -> Recipe:
     """Read a recipe from a YAML file."""
-    return parse_recipe(read_yaml(path), str(path))
+    return parse_recipe(read_yaml(Path(path)), str(path))

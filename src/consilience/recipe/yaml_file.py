@@ -3,7 +3,7 @@
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -20,13 +20,34 @@ DEPTH_LIMIT = 100
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+_TEXT, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float"))
+#: Numbers as YAML 1.2 has them: 1e-3 is one; 1:30 is not 90, and 010 not 8.
+_NUMBERS = {
+    _INT: r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$",
+    _FLOAT: r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+}
+
+
 class _Loader(_Base):
-    """The safe loader; numbers such as 1e-3 are numbers, as in YAML 1.2."""
+    """The safe loader; numbers are YAML 1.2's, and keys are the text that was written (``on``, ``1``)."""
+
+    yaml_implicit_resolvers: ClassVar[Any] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+        for first, resolvers in _Base.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.style is None and key.tag in _IMPLICIT:
+                key.tag = _TEXT
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+#: What a plain key may be taken for.
+_IMPLICIT = (_INT, _FLOAT, *(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "null", "timestamp")))
 #: What PyYAML lets out when a tag and its value do not go together (``!!int ""``, ``!!timestamp x``, ``!!bool x``).
 _CONSTRUCTION = (RecursionError, ValueError, OverflowError, AttributeError, IndexError, KeyError, TypeError)
 
@@ -112,6 +133,10 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark: Any = getattr(error, "problem_mark", None)
+        if "single document" in str(getattr(error, "context", "")):
+            raise InputError(
+                f"{where}: line {mark.line + 1}: a second document begins; to fix it, write one recipe a file"
+            ) from None
         place = f"line {mark.line + 1}: " if mark is not None else ""
         problem = " ".join(filter(None, (getattr(error, part, None) for part in ("context", "problem")))) or str(error)
         raise InputError(f"{where}: {place}not valid YAML ({problem}); fix the line") from None

@@ -117,8 +117,7 @@ def _planned(one: Wanted, case: Case, recipe: Recipe) -> "Plan":
     from consilience.engine.plan import make_plan
 
     entries = [entry.model_copy(update={"parameters": {}}) for entry in case.entries]
-    changes = {"merge_method": one.method, "parameters": one.parameters, "models": entries, "coefficients": None}
-    return make_plan(recipe.model_copy(update=changes), where=f"--try {one.text}", root=case.root)
+    return make_plan(recipe.with_method(one.method, one.parameters, entries), where=f"--try {one.text}", root=case.root)
 
 
 def _merge(
@@ -137,8 +136,9 @@ def _losses(
 ) -> Vector:  # fmt: skip
     """Return a merge's losses: it stands in every expert's place, on that expert's rows."""
     entries = [entry.model_copy(update={"model": str(folder), "parameters": {}}) for entry in case.entries]
-    changes = {"merge_method": "task_arithmetic", "parameters": {}, "models": entries, "coefficients": None}
-    with closing(open_case(recipe.model_copy(update=changes), f"--try {one.text}", case.root)) as merged:
+    with closing(
+        open_case(recipe.with_method("task_arithmetic", {}, entries), f"--try {one.text}", case.root)
+    ) as merged:
         landscape = RecipeLandscape(
             merged, rows=settings.rows, device=settings.device, threads=threads,
             trust_remote_code=settings.trust_remote_code,

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from consilience.errors import InputError
-from consilience.recipe.schema import Closed, DataPaths, Name, Reference, explain
+from consilience.recipe.schema import Closed, DataPaths, Name, PathText, explain
 from consilience.recipe.yaml_file import read_yaml
 from consilience.routing.settings import Settings
 
@@ -14,7 +14,7 @@ from consilience.routing.settings import Settings
 class RoutedEntry(Closed):
     """One expert: an adapter or a fine-tuned model, its data, and what it does in words."""
 
-    model: Reference
+    model: PathText
     name: Name | None = None
     data: DataPaths | None = None
     instruction: str | None = Field(default=None, min_length=1)
@@ -23,7 +23,7 @@ class RoutedEntry(Closed):
 class RouteRecipe(Closed):
     """A routed model: base, experts, how tokens are routed, and how gates and instructions are made."""
 
-    base_model: Reference
+    base_model: PathText
     models: list[RoutedEntry] = Field(min_length=1, max_length=1000)
     routing: dict[str, Any] = Field(default_factory=dict[str, Any])
     gates: dict[str, Any] = Field(default_factory=dict[str, Any])

@@ -25,7 +25,7 @@ from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.mapped import mapped
 from consilience.checkpoints.open import WEIGHT_SUFFIXES, open_checkpoint
 from consilience.checkpoints.reference import resolve
-from consilience.errors import InputError, nearest
+from consilience.errors import InputError, nearest, option
 from consilience.routing.expert import Expert, read_factors, read_tensor
 from consilience.routing.settings import Settings
 from consilience.workdir import OURS, json_text, write_file
@@ -213,12 +213,13 @@ def find_base(described: Base, folder: Path, given: str | None = None) -> Path:
         beside = folder.absolute().parent / Path(described.path).name
         place = beside if beside.is_dir() else _referenced(described, folder)
     if not (place / "config.json").is_file():
-        raise InputError(f"{place}: holds no config.json; name the base with --base")
+        raise InputError(f"{place}: holds no config.json; name the base with {option('base', 'PATH')}")
     other = Base.of(place, described.reference)
     same = described.sampled in ("", other.sampled)
     if other.files != described.files or other.config != described.config or not same:
         raise InputError(
-            f"{place}: is not the base that {folder} was built on (its files differ); name that base with --base"
+            f"{place}: is not the base that {folder} was built on (its files differ); name that base with "
+            f"{option('base', 'PATH')}"
         )
     return place
 
@@ -228,7 +229,7 @@ def _referenced(described: Base, folder: Path) -> Path:
         return resolve(described.reference, folder).model
     except InputError:
         raise InputError(
-            f"{folder}: its base {described.path} is not there any more; name where it is with --base"
+            f"{folder}: its base {described.path} is not there any more; name where it is with {option('base', 'PATH')}"
         ) from None
 
 
