@@ -104,3 +104,49 @@ def test_a_record_comes_back_from_its_arrays(steps: list[Measured]) -> None:
     arrays = pack(steps)
     assert unpack(arrays) == steps
     assert all(value.dtype == np.float64 for value in arrays.values())
+
+
+class Many:
+    """Mean squared error of a blend of many experts, whose target (a blend of three) each minibatch moves."""
+
+    def __init__(self, count: int, noise: float) -> None:
+        self.experts = np.random.default_rng(count).standard_normal((count, 200))
+        self.target, self.noise = self.experts[:3].mean(0), noise
+
+    def __call__(self, alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
+        return {"loss": self.value(alpha[:, 0], self.noise * np.random.default_rng(step).standard_normal(200))}, None
+
+    def value(self, weights: Any, shift: Any = 0.0) -> float:
+        return float(np.square(weights @ self.experts - self.target - shift).mean())
+
+
+@pytest.mark.parametrize("count", [20, 30, 100])
+@pytest.mark.parametrize(
+    ("rate", "noise", "more"),
+    [(0.02, 1.0, {"normalise": True}), (0.1, 0.3, {}), (0.02, 5.0, {"normalise": True, "directions": 4})],
+    ids=["small steps", "plain slopes", "noise"],
+)
+def test_weights_that_could_not_move_have_not_converged(
+    count: int, rate: float, noise: float, more: dict[str, Any]
+) -> None:
+    loss = Many(count, noise)
+    record = _searched(loss, count, 60, rate, **more)
+    end = np.array(record.steps[-1].alpha)
+    assert loss.value(end) > 0.5 * loss.value(np.full(count, 1 / count))  # most of the way is left
+    assert diagnose(record).verdict == "unsettled"
+
+
+def test_many_weights_that_hover_about_the_best_have_converged() -> None:
+    loss = Many(20, 0.1)
+    loss.target = loss.experts.mean(0)
+    assert diagnose(_searched(loss, 20, 1000, 0.02, normalise=True)).verdict == "converged"
+
+
+def _searched(loss: Any, count: int, steps: int, rate: float, **more: Any) -> Record:
+    settings = Descent("sgd", rate, steps, "constant", **more)
+    optimizer = make_spsa(settings, *pieces("softmax", np.full((count, 1), 1 / count)), seed=1)
+    for number in range(steps):
+        optimizer.step(loss, number)
+    record = record_of(optimizer)
+    assert record is not None
+    return record

@@ -10,6 +10,15 @@ eta g_t consecutive estimates correlate by about -eta lambda / 2 once the run ho
 loss falls fastest at eta lambda = m / (n + m - 1) and rises beyond twice that: overshoot is eta lambda in units of the
 best (derived here, for independent directions; Adam's moves lag behind its estimates, so that it means nothing and is
 not used there). A small rho is what noise leaves.
+
+Whether coefficients have settled is not told by how far they move: steps of K weights that sum to 1 are of the order of
+1 / K, and those of a small learning rate smaller, wherever they lead. It is told by whether they come back. Over the
+last half of a run
+
+    drift = |mean of its second half - mean of its first half| / root mean square distance from its mean
+
+is sqrt(3) on a straight line and sqrt(2) on a random walk, whatever the size of the steps, and falls towards 0 where
+they hover about a point.
 """
 
 import itertools
@@ -21,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Verdict = Literal["converged", "improving", "oscillating", "no signal", "noisy", "outside the hull"]
+Verdict = Literal["converged", "improving", "unsettled", "oscillating", "no signal", "noisy", "outside the hull"]
 Array = npt.NDArray[np.float64]
 
 #: Share of the loss that float32 rounds away: the noise where none was measured.
@@ -32,8 +41,10 @@ HEARD = 3.0
 SURE = 3.0
 #: A weight on the simplex this large is a vertex.
 VERTEX = 0.95
-#: Coefficients that stray less than this (root mean square of their distance from their mean) have settled.
+#: Coefficients that stray more than this (root mean square of their distance from their mean) have not settled.
 SETTLED = 0.02
+#: Those that stray less have, if their drift is less than this, or they stray less than this share of their way.
+RETURNS, STILL = 1.0, 0.03
 #: A last third that brings less than this share of what the run has gained changes little.
 SLOW = 0.02
 #: Fewer steps than this say nothing.
@@ -42,6 +53,10 @@ FEWEST = 12
 _ADVICE: dict[Verdict, str] = {
     "converged": "the coefficients have settled: more steps will change little",
     "improving": "the loss is still falling: give the run more steps, or raise the learning rate",
+    "unsettled": (
+        "nothing shows that the coefficients have settled: they moved on to the end, by too little to be seen in the loss "
+        "of single steps; give the run more steps, raise the learning rate, or average more directions"
+    ),
     "oscillating": "the steps overshoot: lower the learning rate, or mu",
     "no signal": "the two losses of a step differ by no more than rounding: raise mu, or use precision=float32",
     "noisy": "the steps are mostly noise: raise the number of directions, lower the learning rate, or drop experts",
@@ -128,7 +143,8 @@ def diagnose(record: Record, *, single: Sequence[float] | None = None) -> Diagno
     third's loss is above the middle third's or the first quarter's (oscillating, or noisy if the coefficients stray
     without a sign that steps overshoot, and the loss has not doubled); a weight is at a vertex, or the loss
     stays above that of the best expert alone (outside the hull); the last third's loss is below the middle third's
-    (improving); the coefficients still stray, with steps that overshoot (oscillating) or not (noisy); else converged.
+    (improving); the coefficients still stray, with steps that overshoot (oscillating) or not (noisy); they stray
+    little, but have neither stopped nor turned back (unsettled); else converged.
 
     Args:
         record: what was measured.
@@ -151,7 +167,8 @@ def _evidence(record: Record, single: Sequence[float] | None) -> dict[str, float
     first, last = losses[: len(early)], losses[-len(late) :]
     noise = record.noise or ROUNDING * float(np.abs(first).mean())
     heard = float(np.median([value for step in early for value in step.differences]))
-    alpha = np.array([step.alpha for step in late])
+    path = np.array([step.alpha for step in steps])
+    alpha = path[-len(late) :]
     change, change_error = _change(losses[-2 * len(late) : -len(late)], last)
     gain, gain_error = _change(last, first)
     correlation = _correlation(late)
@@ -166,7 +183,9 @@ def _evidence(record: Record, single: Sequence[float] | None) -> dict[str, float
         "gain_error": gain_error,
         "change": change,
         "change_error": change_error,
-        "stray": float(np.sqrt(((alpha - alpha.mean(0)) ** 2).sum(1).mean())),
+        "stray": _stray(alpha),
+        "travel": float(np.linalg.norm(alpha.mean(0) - path[0])),
+        "drift": _drift(path[-2 * (len(path) // 4) :]),
         "gradient_share": max(correlation, 0.0),
         "overshoot": max(-correlation, 0.0) * crowd,
         "overshoot_error": crowd / math.sqrt(max(1, record.size) * len(late)),
@@ -195,7 +214,19 @@ def _verdict(record: Record, seen: Mapping[str, float]) -> Verdict:
         return "improving"
     if strays:
         return "oscillating" if overshoots else "noisy"
-    return "converged"
+    settled = seen["drift"] < RETURNS or seen["stray"] < STILL * seen["travel"]
+    return "converged" if settled else "unsettled"
+
+
+def _stray(alpha: Array) -> float:
+    """Return the root mean square distance of coefficients [T, K] from their mean."""
+    return float(np.sqrt(((alpha - alpha.mean(0)) ** 2).sum(1).mean()))
+
+
+def _drift(alpha: Array) -> float:
+    """Return how far the second half of coefficients [T, K] lies from the first, in units of their stray."""
+    half, stray = len(alpha) // 2, _stray(alpha)
+    return float(np.linalg.norm(alpha[half:].mean(0) - alpha[:half].mean(0))) / stray if stray else 0.0
 
 
 def _change(before: Array, after: Array) -> tuple[float, float]:
