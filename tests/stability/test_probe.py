@@ -282,6 +282,10 @@ def test_stability_weights_are_the_model_s_best(language: dict[str, Any]) -> Non
     assert found.alpha[:, 0] == pytest.approx(np.array(best.weights), rel=1e-3)
     assert found.facts["losses"]["predicted"] == pytest.approx(best.losses, rel=1e-3)
     assert found.facts["prices"] is None
+    assert (found.facts["compared"]["measure"], found.facts["compared"]["on"]) == (
+        "loss",
+        "rows that were learned from",
+    )
 
 
 def test_a_task_that_counts_for_nothing_gets_nothing_for_itself(language: dict[str, Any]) -> None:

@@ -20,8 +20,7 @@ def summary(found: Any) -> list[str]:
         lines.append("  " + ", ".join(terms))
     if "diagnosis" in found.facts:
         lines.append("  {verdict}: {advice}".format(**found.facts["diagnosis"]))
-    if "compared" in found.facts:
-        lines += _compared(found.facts["compared"])
+    lines += _compared(found.facts.get("compared", {"impossible": "the method measures nothing beside itself"}))
     if "sigma_max" in found.facts:
         told = "  sigma_max of the experts {sigma_max:.4g}, of the experts less their mean {sigma_max_centred:.4g}"
         lines.append(told.format(**found.facts))
@@ -31,18 +30,26 @@ def summary(found: Any) -> list[str]:
     return lines
 
 
+_MEASURES = {"kl": "KL to the experts", "loss": "loss", "error": "share ranked wrongly"}
+
+
 def _compared(facts: Mapping[str, Any]) -> list[str]:
     """Return how the merge stands beside the base and Task Arithmetic, and a warning where it is no better."""
+    if "impossible" in facts:
+        return [f"  not compared with the base and Task Arithmetic: {facts['impossible']}"]
     told = (
-        "  KL to the experts on {rows} {on}: base {base:.4f}, Task Arithmetic at its best ({strength:g}) "
-        "{task_arithmetic:.4f}, learned {learned:.4f}"
-    ).format(**facts)
+        "  {what} on {rows} {on}: base {base:.4f}, Task Arithmetic at its best ({strength:g}) {task_arithmetic:.4f}, "
+        "learned {learned:.4f}"
+    ).format(what=_MEASURES[facts["measure"]], **facts)
     if facts["better"]:
         return [told]
+    worse = facts["learned"] >= facts["base"]
     return [
         told,
-        "  warning: what was learned is no better than Task Arithmetic with one strength; look at the experts' answers "
-        "(consilience inspect), give more prompts or steps, or merge with task_arithmetic",
+        "  warning: what was learned is no better than "
+        + ("the base" if worse else "Task Arithmetic with one strength")
+        + "; look at the rows and answers it was learned from (consilience inspect), give more rows or steps, or merge "
+        "with task_arithmetic",
     ]
 
 

@@ -65,9 +65,10 @@ def adamerging(
     minimise  sum_k beta_k E_{x in D_k} H(softmax(z(x))),   H(p) = -sum_v p_v log p_v
 
     For a language model every compared position is a prediction of its own; an expert's mean is over positions. There
-    are no teachers: the experts are never run. Known disagreements: the paper learns on the test inputs; the official
-    code takes two batches of 16 per task and step (its loop breaks one late) and clamps as it blends, so that a
-    coefficient that has left [0, 1] gets no gradient any more, where here it is put back on the boundary.
+    are no teachers: the experts are run only to compare the result. Known disagreements: the paper learns on the test
+    inputs; the official code takes two batches of 16 per task and step (its loop breaks one late) and clamps as it
+    blends, so that a coefficient that has left [0, 1] gets no gradient any more, where here it is put back on the
+    boundary.
     """
     values = {key: value for key, value in locals().items() if key != "run"}
     from consilience.learned.entropy import learn_entropy

@@ -149,7 +149,7 @@ def learn_alignment(
         settings: the method's parameters.
         anchor: [K, N] where the L1 anchor pulls to; ``start`` by default.
         parameters: the method's own, for the record; ``settings`` by default.
-        compare: measure the result beside the base and Task Arithmetic, where rows are kept apart for it.
+        compare: measure the result beside the base and Task Arithmetic.
     """
     begun = time.perf_counter()
     settings.objective(())  # what is wrong with the settings is said before the models are read
@@ -161,7 +161,7 @@ def learn_alignment(
     )  # fmt: skip
     try:
         learned = minimise(run, shop, _problem(shop, settings), optimizer, settings, start)
-        facts = compared(shop, learned.alpha) if compare and shop.judge and shop.teachers is not None else {}
+        facts = compared(shop, learned.alpha, score=settings.score) if compare else {}
     finally:
         shop.close()
     facts |= report(run, shop, settings, learned, time.perf_counter() - begun, parameters)

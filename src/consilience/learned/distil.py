@@ -95,7 +95,7 @@ def learn_distilled(
         shop.run.progress.phase("directions of the experts")
         correction = Correction(shop.student, distil.rank, run.seed)
         learned = _train(shop, correction, first.alpha, settings, distil)
-        facts = compared(shop, first.alpha, correction.turn) if shop.judge and shop.teachers is not None else {}
+        facts = compared(shop, first.alpha, correct=correction.turn)
     finally:
         shop.close()
     correction.write(run.folder / CORRECTION, str(run.plan.recipe.base_model))

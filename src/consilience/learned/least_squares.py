@@ -44,6 +44,7 @@ def least_squares(
     """
     values = {key: value for key, value in locals().items() if key != "run"}
     from consilience.learned.align import facts_of
+    from consilience.learned.compare import compared
     from consilience.learned.gram import collect_grams
     from consilience.learned.quadratic import Quadratic
     from consilience.learned.run import Data, groups_of, open_workshop
@@ -52,20 +53,21 @@ def least_squares(
     start = groups_of(run, grouping, exclude, alphabar)
     data = Data(samples, responses, response_tokens, tokens=batch_tokens)
     shop = open_workshop(run, start, data, teachers=False, precision=precision)
-    try:
-        grams = collect_grams(shop, {k for k, weight in enumerate(beta) if weight > 0})
-    finally:
-        shop.close()
     alpha, anchor = start.alpha.copy(), np.asarray(alphabar, np.float64)
     loss = {"base": 0.0, "alphabar": 0.0, "solution": 0.0}
     silent: list[str] = []
-    for group in start.groups:
-        held = [grams[name] for name, _ in group.tensors if name in grams]
-        problem = Quadratic.of(held, beta)
-        silent += [] if held else [group.name]
-        found = problem.minimum(anchor, ridge)
-        alpha[:, group.first] = found
-        for place, point in (("base", 0 * anchor), ("alphabar", anchor), ("solution", found)):
-            loss[place] += problem.value(point)
-    facts = facts_of(run, shop, values, data, time.perf_counter() - begun)
+    try:
+        grams = collect_grams(shop, {k for k, weight in enumerate(beta) if weight > 0})
+        for group in start.groups:
+            held = [grams[name] for name, _ in group.tensors if name in grams]
+            problem = Quadratic.of(held, beta)
+            silent += [] if held else [group.name]
+            found = problem.minimum(anchor, ridge)
+            alpha[:, group.first] = found
+            for place, point in (("base", 0 * anchor), ("alphabar", anchor), ("solution", found)):
+                loss[place] += problem.value(point)
+        beside = compared(shop, alpha)
+    finally:
+        shop.close()
+    facts = facts_of(run, shop, values, data, time.perf_counter() - begun) | beside
     return start.with_alpha(alpha, **facts, loss=loss, at_alphabar=silent)

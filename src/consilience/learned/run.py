@@ -292,9 +292,9 @@ def open_workshop(
         student = make_student(run.plan, bank, settings)
         chosen = middle(student, layers)
         rows = [answered(run, student, k, task, data) for k, task in enumerate(tasks)]
-        samples = _samples(run, student, rows, folder, data) if target is None else []
+        samples = encode_rows(run, student, rows, folder, data) if target is None else []
         for task in target or ():
-            samples += _samples(run, student, [as_given(task)], folder, data) if task is not None else []
+            samples += encode_rows(run, student, [as_given(task)], folder, data) if task is not None else []
         folders = [expert.folder for expert in run.plan.experts]
         check_tokenizers(samples, folders, folder, trust_remote_code=run.machine.trust_remote_code)
         known, further = _further(samples, rows)
@@ -336,7 +336,12 @@ def middle(student: Student, layers: Sequence[int] | str) -> tuple[int, ...]:
     return chosen
 
 
-def _samples(run: Run, student: Student, tasks: Sequence[Answered], folder: Path, data: Data) -> list[Sample]:
+def encode_rows(run: Run, student: Student, tasks: Sequence[Answered], folder: Path, data: Data) -> list[Sample]:
+    """Return the rows of tasks, one an expert, as a model reads them.
+
+    Raises:
+        InputError: a row does not suit the model; the message names FILE:LINE.
+    """
     from consilience.tasks.load import load_tokenizer
     from consilience.tasks.readout import decoder_start
 

@@ -54,8 +54,8 @@ _ADVICE: dict[Verdict, str] = {
     "converged": "the coefficients have settled: more steps will change little",
     "improving": "the loss is still falling: give the run more steps, or raise the learning rate",
     "unsettled": (
-        "nothing shows that the coefficients have settled: they moved on to the end, by too little to be seen in the loss "
-        "of single steps; give the run more steps, raise the learning rate, or average more directions"
+        "nothing shows that the coefficients have settled: they moved on to the end, by too little to be seen in the "
+        "loss of single steps; give the run more steps, raise the learning rate, or average more directions"
     ),
     "oscillating": "the steps overshoot: lower the learning rate, or mu",
     "no signal": "the two losses of a step differ by no more than rounding: raise mu, or use precision=float32",

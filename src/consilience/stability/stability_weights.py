@@ -36,6 +36,7 @@ def stability_weights(
     logs tell it of every expert, and all were trained by SGD, which the lemma is about.
     """
     values = {key: value for key, value in locals().items() if key != "run"}
+    from consilience.learned.compare import compared
     from consilience.stability.applied import best_weights, case_of
     from consilience.stability.landscape import RecipeLandscape
     from consilience.stability.probe import probe
@@ -56,8 +57,8 @@ def stability_weights(
         bank: Bank = landscape.shop.bank
         gram = np.sum(list(bank.gram().values()), 0)[1:, 1:]
         measured = probe(landscape, gram, np.asarray(alphabar, np.float64), run.progress)
-        facts = landscape.facts(values, time.perf_counter() - begun)
+        weights, found = best_weights(case, measured, np.asarray(importance, np.float64), stability, bound)
+        facts = landscape.facts(values, time.perf_counter() - begun) | compared(landscape.shop, weights[:, None])
     finally:
         landscape.close()
-    weights, found = best_weights(case, measured, np.asarray(importance, np.float64), stability, bound)
     return landscape.start.with_alpha(weights[:, None], **facts, **found)

@@ -62,6 +62,7 @@ class Bank:
     ) -> None:
         self.plan = replace(plan, allow_nonfinite=allow_nonfinite)
         self.experts = tuple(expert.name for expert in plan.experts)
+        self.groups, self.trimmed = tuple(groups), trimmed
         self.count = sum(group.chunks for group in groups)
         self.threads = thread_count(threads)
         self.extents = extents_of(groups)
