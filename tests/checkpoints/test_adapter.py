@@ -35,7 +35,7 @@ class Convolutions(torch.nn.Module):
         self.fc = torch.nn.Linear(6, 5)
 
 
-def llama(tied: bool = False, **more: Any) -> torch.nn.Module:
+def llama(**more: Any) -> torch.nn.Module:
     config = transformers.LlamaConfig(
         vocab_size=24,
         hidden_size=16,
@@ -43,7 +43,7 @@ def llama(tied: bool = False, **more: Any) -> torch.nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=False,
         **more,
     )
     return transformers.LlamaForCausalLM(config)
@@ -57,7 +57,6 @@ def gpt2() -> torch.nn.Module:
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": llama,
-    "llama tied": lambda: llama(tied=True),
     "llama with biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "gpt2": gpt2,
     "convolutions": Convolutions,
@@ -101,7 +100,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"r": 2, "target_modules": ATTENTION, "modules_to_save": ["input_layernorm", "embed_tokens"]},
     ),
     "embeddings": ("llama", {"r": 3, "target_modules": ["embed_tokens", "q_proj"]}),
-    "tied embeddings": ("llama tied", {"r": 3, "target_modules": ["embed_tokens", "q_proj"]}),
     "the head": ("llama", {"r": 3, "target_modules": ["lm_head"]}),
     "gaussian": ("llama", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "gaussian"}),
     "orthogonal": ("llama", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "orthogonal"}),
@@ -181,7 +179,10 @@ def merged_by_us(base: Path, experts: Any, out: Path, **options: Any) -> State:
 
 
 def same(found: State, wanted: State) -> None:
-    """Equal within the tolerance; a tied head is written once by us and twice by PEFT."""
+    """Equal within the tolerance; a tied head is written once by us and twice by PEFT.
+
+    Adapters on a tied pair are another test's (tests/real_files/test_ties.py): PEFT's merge moves both sides.
+    """
     assert found.keys() <= wanted.keys()
     assert wanted.keys() - found.keys() <= {"lm_head.weight"}
     for name, value in found.items():

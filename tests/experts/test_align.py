@@ -12,9 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import consilience as cs
+from consilience.checkpoints.open import open_checkpoint
 from consilience.engine.plan import expert_names
 from consilience.errors import InputError
-from consilience.experts.align import private_filter, says_tied, tie_of
+from consilience.experts.align import private_filter
+from consilience.experts.ties import says_tied, ties_of
 
 State = dict[str, Any]
 EMBED, BODY, HEAD = "model.embed_tokens.weight", "model.layers.0.mlp.weight", "lm_head.weight"
@@ -165,15 +167,40 @@ def test_what_a_config_says_about_ties(config: dict[str, Any] | None, tied: bool
     assert says_tied(config) is tied
 
 
-def test_what_a_head_is_tied_to() -> None:
-    assert tie_of(HEAD, {EMBED}) == EMBED
-    assert tie_of(HEAD, {"transformer.wte.weight"}) == "transformer.wte.weight"
-    assert tie_of("decoder.embed_tokens.weight", {"shared.weight"}) == "shared.weight"
-    assert tie_of(HEAD, {BODY}) is None
-    assert tie_of(BODY, {EMBED}) is None
-
-
 TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "ties"),
+    [
+        ((EMBED,), TIED, {HEAD: EMBED}),
+        (("transformer.wte.weight",), TIED, {HEAD: "transformer.wte.weight"}),
+        ((BODY,), TIED, {}),
+        ((EMBED,), {}, {}),
+        ((EMBED,), {"architectures": ["GemmaForCausalLM"]}, {HEAD: EMBED}),
+        ((EMBED,), {"architectures": ["LlamaForCausalLM"]}, {}),
+        ((EMBED,), {"architectures": ["GemmaForCausalLM"], "tie_word_embeddings": False}, {}),
+        ((HEAD,), {"architectures": ["LlamaForCausalLM"]} | TIED, {EMBED: HEAD}),
+        (("wte.weight",), {"architectures": ["GPT2LMHeadModel"]}, {HEAD: "wte.weight"}),
+        (
+            ("language_model.model.embed_tokens.weight",),
+            {"architectures": ["LlavaForConditionalGeneration"], "text_config": TIED},
+            {HEAD: "language_model.model.embed_tokens.weight"},
+        ),
+        (
+            ("shared.weight", HEAD),
+            {"architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": False},
+            {n: "shared.weight" for n in ("decoder.embed_tokens.weight", "encoder.embed_tokens.weight", HEAD)},
+        ),
+        (("proj_out.weight",), {"architectures": "odd"}, {}),
+    ],
+)
+def test_what_is_tied_to_what(
+    tmp_path: Path, names: tuple[str, ...], config: dict[str, Any], ties: dict[str, str]
+) -> None:
+    save_file({name: values(0, 6, 4) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert ties_of(open_checkpoint(tmp_path)) == ties
 
 
 def test_a_tied_head_that_is_written_gets_its_embeddings_merged_value(tmp_path: Path) -> None:
@@ -211,7 +238,7 @@ def test_a_missing_head_is_not_guessed(tmp_path: Path) -> None:
             cs.merge(base, [a], tmp_path / "out")
 
 
-def test_an_adapter_on_tied_embeddings_moves_both(tmp_path: Path) -> None:
+def test_an_adapter_on_tied_embeddings_leaves_the_head(tmp_path: Path) -> None:
     base = model(tmp_path / "base", 0, {HEAD: values(0, 6, 4)}, config=TIED)
     lora = tmp_path / "lora"
     lora.mkdir()
@@ -222,7 +249,11 @@ def test_an_adapter_on_tied_embeddings_moves_both(tmp_path: Path) -> None:
     cs.merge(base, [lora], tmp_path / "out")
     found = tensors(tmp_path / "out")
     np.testing.assert_allclose(found[EMBED], tensors(base)[EMBED] + (b @ a).T, rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(found[HEAD], found[EMBED])
+    np.testing.assert_array_equal(found[HEAD], tensors(base)[HEAD])
+    assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
+    assert json.loads((tmp_path / "out/consilience/lineage.json").read_text(encoding="utf-8"))["untied"] == {
+        HEAD: EMBED
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------

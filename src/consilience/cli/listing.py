@@ -82,7 +82,7 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
         facts["quantised"] = {"weights": len(packed.weights), "format": packed.formats}
     config = model.checkpoint.config if model.checkpoint else None
     if config:
-        from consilience.experts.align import says_tied
+        from consilience.experts.ties import says_tied
 
         facts["architectures"] = config.get("architectures")
         facts["tied_embeddings"] = says_tied(config)

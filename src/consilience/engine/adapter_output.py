@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from consilience.checkpoints.checkpoint import same_bytes
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora_config, write_tensors
 from consilience.engine.block import Loader, Scratch
@@ -25,7 +26,7 @@ from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import check_learned, merge_workdir, recipe_text, recipe_value
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Streamer, same_bytes
+from consilience.engine.stream import Streamer
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError, option
 from consilience.experts.model import Model
@@ -86,7 +87,7 @@ def check_low_rank(plan: Plan) -> None:
 
 def _is_base(base: Model, expert: Model, name: str) -> bool:
     """Whether a tensor that an adapter holds whole is the base's own."""
-    ours, theirs = base.stored(name), expert.stored(name)
+    ours, theirs = base.stored(base.ties.get(name, name)), expert.stored(name)
     return ours is not None and theirs is not None and same_bytes(ours, theirs)
 
 

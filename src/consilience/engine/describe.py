@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from consilience.engine.block import LARGEST_BLOCK, block_size
+from consilience.engine.output import tie_notes
 from consilience.engine.plan import Plan, TensorPlan
 
 #: What one core did on the machine the defaults were measured on; a dry run's time is an estimate from these.
@@ -73,7 +74,7 @@ def describe(plan: Plan, threads: int) -> list[str]:
     for expert in plan.experts:
         kind = f"LoRA, {len(expert.adapter.pairs)} pairs" if expert.adapter else "full weights"
         lines.append(f"expert   {expert.name}: {expert.reference} ({kind})")
-    lines += [f"note     {note}" for note in (*plan.alignment.notes, *plan.notes)]
+    lines += [f"note     {note}" for note in (*plan.alignment.notes, *tie_notes(plan), *plan.notes)]
     lines += [f"private  {name}: {', '.join(tensors)}" for name, tensors in plan.alignment.private.items()]
     lines.append(f"tensors  {len(plan.tensors)}: {merged} merged, {len(plan.tensors) - merged} copied")
     lines += [f"  {describe_tensor(tensor)}" for tensor in plan.tensors]

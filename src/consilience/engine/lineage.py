@@ -105,4 +105,6 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         "models": [_model_entry(model, inputs.get(model.name, {})) for model in plan.models],
         "output": {"fingerprint": whole, "tensors": output},
     }
+    if plan.alignment.untied:
+        document["untied"] = plan.alignment.untied
     return document, whole

@@ -7,7 +7,7 @@ import numpy as np
 
 from consilience.engine.effect import effect_notes
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Streamer, check_packed, check_ties, integer_notes
+from consilience.engine.stream import Streamer, check_packed, integer_notes
 from consilience.experts.state_dict import StateDict, to_like
 from consilience.progress import Progress
 
@@ -30,7 +30,6 @@ def merge_in_memory(
 
     What a merge of files notes in its summary is logged here.
     """
-    check_ties(plan)
     check_packed(plan)
     sink = MemorySink(plan)
     records = Streamer(plan, sink, threads=threads, progress=progress).run()

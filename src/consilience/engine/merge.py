@@ -22,7 +22,7 @@ from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
 from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
 from consilience.engine.plan import CORRECTION, Plan
-from consilience.engine.stream import Piece, Streamer, check_packed, check_ties, integer_notes, thread_count
+from consilience.engine.stream import Piece, Streamer, check_packed, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
 from consilience.engine.unchanged import check_files, check_stamps, check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
@@ -174,7 +174,6 @@ def merge_workdir(
     """Hold OUT for a merge; see ``workdir``. ``digest`` and ``folder`` are the plan's and its donor's by default."""
     folder = plan.alignment.donor.folder is not None if folder is None else folder
     output.check_plan(out, plan, folder=folder)
-    check_ties(plan)
     check_packed(plan)
     named = output.inputs(plan)
     identity, keep = digest or plan.digest, (LEARNING,)
@@ -265,7 +264,7 @@ def _streamed(plan: Plan, streamer: Streamer) -> dict[Piece, Record]:
 
 
 def _policy_notes(plan: Plan) -> list[str]:
-    notes: list[str] = []
+    notes = output.tie_notes(plan)
     running = sum(t.name.endswith((".running_mean", ".running_var")) and t.program is not None for t in plan.tensors)
     if running:
         notes.append(

@@ -16,6 +16,7 @@ from consilience.checkpoints.open import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
 from consilience.checkpoints.packed import CONFIG_KEYS, quantises_when_run, without_quantization
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError, MachineError
+from consilience.experts.ties import keeps_flag, untied
 from consilience.workdir import OURS, write_json
 
 #: In OUT.partial: finished segments, the merge they belong to, and a learned method's state until OUT is complete.
@@ -206,9 +207,10 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 
 
 def output_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """Return the base's config made true of the output: its dtype, and what it says of quantisation if that holds."""
+    """Return the base's config made true of the output: its dtype, what it ties, and what it says of quantisation."""
     packed = plan.alignment.packed
     config = cast(dict[str, Any], json.loads(json.dumps(config)))
+    config = untied(config) if plan.alignment.untied_config else config
     if not packed.weights and not quantises_when_run(config):
         config = without_quantization(config)
     kinds = {t.out_dtype.name for t in plan.tensors if t.out_dtype.mergeable and t.name not in packed.parts}
@@ -218,6 +220,20 @@ def output_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
             config["torch_dtype"] = name
         _set_dtype(config, name)
     return config
+
+
+def tie_notes(plan: Plan) -> list[str]:
+    """Say what becomes of the config's word about ties where the output is untied."""
+    alignment = plan.alignment
+    if alignment.untied_config:
+        return ["config.json says tie_word_embeddings: false"]
+    checkpoint = alignment.donor.checkpoint
+    if alignment.untied and checkpoint is not None and keeps_flag(checkpoint.config):
+        return [
+            "config.json keeps tie_word_embeddings, by which this architecture scales its outputs: transformers 5 "
+            "loads the untied tensors apart all the same, older versions do not"
+        ]
+    return []
 
 
 def copy_side_files(result: Path, plan: Plan) -> None:

@@ -14,7 +14,7 @@ from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
-from consilience.experts.align import Alignment, align, private_filter, tie_of
+from consilience.experts.align import Alignment, align, private_filter
 from consilience.experts.conv1d import orient
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
@@ -280,18 +280,18 @@ def _shown(coefficients: Coefficients, pieces: tuple[Piece, ...]) -> Any:
 
 
 def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
-    donor, ties = context.alignment.donor, context.alignment.ties
-    target = ties.get(name, name)
-    info = context.alignment.tensors[name]
-    base = donor.source(target)
-    packed = name in context.alignment.packed.parts
+    alignment, donor = context.alignment, context.alignment.donor
+    target = alignment.ties.get(name, name)
+    info = alignment.tensors[name]
+    base = alignment.source(donor, target)
+    packed = name in alignment.packed.parts
     merged = info.dtype.mergeable and name not in context.private and not packed
     rows: tuple[Source, ...] = ()
     program: Program | None = None
     parameters: dict[str, Any] = {}
     if merged:
         stack = ([donor] if context.method.counts_base else []) + context.experts
-        rows = tuple(model.source(target, context.stand_in(model, target)) for model in stack)
+        rows = tuple(alignment.source(model, target) for model in stack)
         spec = TensorSpec(target, info.shape, info.numel, tuple(model.name for model in stack))
         parameters = context.settings.at(target, context.depths.get(target, 0.0))
         running = name.endswith(_RUNNING)
@@ -322,18 +322,13 @@ class _Context:
     coefficients: Coefficients | None
     where: str
 
-    def stand_in(self, model: Model, name: str) -> str | None:
-        """The tied tensor that holds ``name``'s value in a model that does not store it."""
-        if model.checkpoint is None or name in model.checkpoint.tensors:
-            return None
-        return tie_of(name, model.checkpoint.tensors)
-
 
 def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple[Model | None, list[tuple[Model, int]]]:
     """Let all models call tensors what the base's files call them, and turn adapters' updates as these store them."""
-    donor = (base or numbered[0][0]).checkpoint
-    if donor is None:
+    first = base or numbered[0][0]
+    if first.checkpoint is None:
         return base, numbered
+    donor = replace(first.checkpoint, tensors=first.named)
 
     def followed(model: Model) -> Model:
         model = follow_base(model, donor)
@@ -354,7 +349,7 @@ def make_plan(
     single: str = "model.safetensors",
     coefficients: Coefficients | None = None,
 ) -> Plan:
-    """Plan a merge from headers.
+    """Plan a merge: from headers, and from values where a model may hold two of what another ties.
 
     Args:
         recipe: what to merge.

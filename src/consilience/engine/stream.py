@@ -11,16 +11,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-import numpy as np
-
-from consilience.checkpoints.checkpoint import Storage, TensorInfo
+from consilience.checkpoints.checkpoint import same_bytes
 from consilience.engine.block import Marks, NonFinite, Stopped, count_tensor
 from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Worker
-from consilience.errors import InputError, MachineError
+from consilience.errors import MachineError
 from consilience.experts.quantised import changed
 from consilience.methods.program import Program
 from consilience.numbers import check_threads
@@ -279,22 +277,6 @@ def integer_notes(plan: Plan) -> list[str]:
     return notes
 
 
-def same_bytes(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorInfo]) -> bool:
-    """Whether two tensors are equal bit by bit."""
-    (storage, a), (other_storage, b) = one, other
-    step = 1 << 24
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    for start in range(0, a.nbytes, step):
-        left = np.empty(min(step, a.nbytes - start), np.uint8)
-        right = np.empty_like(left)
-        storage.read(a, start, left)
-        other_storage.read(b, start, right)
-        if not (left == right).all():
-            return False
-    return True
-
-
 def check_packed(plan: Plan) -> None:
     """Read the experts' packed weights, and refuse one that differs from the donor's: it cannot be merged.
 
@@ -307,16 +289,3 @@ def check_packed(plan: Plan) -> None:
             ours, theirs = donor.stored(part), model.stored(part)
             if ours is None or theirs is None or not same_bytes(ours, theirs):
                 raise changed(model, donor, weight)
-
-
-def check_ties(plan: Plan) -> None:
-    """Read the tensors that must be equal because they are tied, and refuse if they are not."""
-    for model, alias, target in plan.alignment.same_bytes:
-        checkpoint = model.checkpoint
-        assert checkpoint is not None
-        storage, tensors = checkpoint.storage, checkpoint.tensors
-        if not same_bytes((storage, tensors[alias]), (storage, tensors[target])):
-            raise InputError(
-                f"{model.reference}: tensor {alias!r} differs from {target!r}, which {plan.alignment.donor.reference} "
-                "ties to it; untie the base (write both tensors, tie_word_embeddings: false) or drop the expert's copy"
-            )

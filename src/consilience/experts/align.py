@@ -1,105 +1,87 @@
-"""A base and its experts checked against each other, from headers, before any work."""
+"""A base and its experts checked against each other, before any work: from headers, and from values where they tie."""
 
 import fnmatch
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
 
-from consilience.checkpoints.checkpoint import Checkpoint, MemoryStorage, TensorInfo
+from consilience.checkpoints.checkpoint import Storage, TensorInfo, same_bytes
 from consilience.checkpoints.packed import PackedWeight, Packing, packing
 from consilience.errors import InputError
 from consilience.experts.absent import why_extra, why_missing, why_untargeted
-from consilience.experts.model import Model
+from consilience.experts.model import Model, Source
 from consilience.experts.quantised import packed_alike, packed_notes, refuse_packed_target
+from consilience.experts.ties import keeps_flag, same_update, says_tied
 
-#: (tensor that may be an alias, names it may be tied to): what transformers ties when the config says so.
-_TIES = (
-    ("lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight", "shared.weight", "transformer.wte.weight",
-                        "language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight",
-                        "backbone.embeddings.weight", "model.decoder.embed_tokens.weight")),
-    ("encoder.embed_tokens.weight", ("shared.weight",)),
-    ("decoder.embed_tokens.weight", ("shared.weight",)),
-)  # fmt: skip
+_Filter = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Alignment:
     """The tensors a merge produces and how the models' names meet.
 
-    ``tensors`` are the donor's (the base, or the first model where a method needs no base), ``ties`` maps an alias to
-    the tensor whose value it must share, ``same_bytes`` lists (model, alias, tensor) whose equality must be read from
-    the data before anything is merged, ``private`` maps expert name to its own unmerged tensors. ``packed`` are the
-    donor's quantised weights, which are copied; ``same_parts`` lists (expert, weight) that must be the same in it.
+    ``tensors`` are the donor's (the base, or the first model where a method needs no base) and those that untying adds,
+    ``ties`` maps an alias to the tensor whose value it shares in the output, ``untied`` an alias to the tensor that it
+    shared its value with in the donor, and no longer does because some model changes one without the other;
+    ``untied_config`` says that the output's config must stop tying. ``private`` maps expert name to its own unmerged
+    tensors. ``packed`` are the donor's quantised weights, which are copied; ``same_parts`` lists (expert, weight) that
+    must be the same in it.
     """
 
     donor: Model
     tensors: dict[str, TensorInfo]
     ties: dict[str, str]
-    same_bytes: list[tuple[Model, str, str]]
+    untied: dict[str, str]
+    untied_config: bool
     private: dict[str, list[str]]
     notes: list[str]
     packed: Packing
     same_parts: list[tuple[Model, PackedWeight]]
 
-
-def says_tied(config: dict[str, Any] | None) -> bool:
-    """Whether a config ties input and output embeddings (nested text configs included)."""
-    config = config or {}
-    nested = [config, *(v for k, v in config.items() if k in ("text_config", "llm_config") and isinstance(v, dict))]
-    return any(cast(dict[str, Any], part).get("tie_word_embeddings") is True for part in nested)
+    def source(self, model: Model, name: str) -> Source:
+        """Return where a tensor of the output comes from in one of the models."""
+        return model.source(name, self.untied.get(name))
 
 
-def tie_of(name: str, names: Container[str]) -> str | None:
-    """Return the tensor among ``names`` that ``name`` would be tied to."""
-    for alias, targets in _TIES:
-        if name == alias:
-            return next((target for target in targets if target in names), None)
-    return None
-
-
-def private_filter(globs: Iterable[str]) -> Callable[[str], bool]:
+def private_filter(globs: Iterable[str]) -> _Filter:
     """Return whether a tensor name matches any of the ``private:`` globs."""
     patterns = list(globs)
     return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_dense(
-    model: Model, donor: Model, tensors: dict[str, TensorInfo], private: Callable[[str], bool], packed: Packing
-) -> "_Dense":
+    model: Model,
+    donor: Model,
+    tensors: dict[str, TensorInfo],
+    known: dict[str, TensorInfo],
+    private: _Filter,
+    packed: Packing,
+) -> tuple[list[str], list[str]]:
+    """Check a full model against the donor's ``tensors`` and return its own private ones, and notes.
+
+    ``known`` has the donor's tensors by every name that ties give them.
+    """
     checkpoint = model.checkpoint
     assert checkpoint is not None
-    found = _Dense([], [], [])
+    own: list[str] = []
+    notes: list[str] = []
     for name in sorted(tensors.keys() - checkpoint.tensors.keys()):
-        tied = tie_of(name, checkpoint.tensors)
-        if tied is None or not says_tied(checkpoint.config) or checkpoint.tensors[tied].shape != tensors[name].shape:
+        tied = model.ties.get(name)
+        if tied is None:
             raise InputError(
                 f"{model.reference}: tensor {name!r} of {donor.reference} is missing{why_missing(model, name, donor)}"
             )
-        found.notes.append(f"{model.name}: {name} is tied to {tied} there and was taken from it")
+        _check_shape(model, donor, name, checkpoint.tensors[tied], tensors[name])
+        notes.append(f"{model.name}: {name} is tied to {tied} there and was taken from it")
     for name in sorted(checkpoint.tensors.keys() - tensors.keys() - packed.parts.keys()):
-        tied = tie_of(name, tensors)
         if private(name):
-            found.private.append(name)
-        elif (
-            tied is not None
-            and tied in checkpoint.tensors
-            and says_tied(donor.checkpoint.config if donor.checkpoint else None)
-        ):
-            found.same_bytes.append((model, name, tied))
-        else:
+            own.append(name)
+        elif name not in known:
             raise InputError(
                 f"{model.reference}: tensor {name!r} is not in {donor.reference}{why_extra(model, name, donor)}"
             )
-    for name in sorted(tensors.keys() & checkpoint.tensors.keys()):
-        _check_shape(model, donor, name, checkpoint.tensors[name], tensors[name])
-    return found
-
-
-@dataclass
-class _Dense:
-    private: list[str]
-    same_bytes: list[tuple[Model, str, str]]
-    notes: list[str]
+    for name in sorted(known.keys() & checkpoint.tensors.keys()):
+        _check_shape(model, donor, name, checkpoint.tensors[name], known[name])
+    return own, notes
 
 
 def _check_shape(model: Model, donor: Model, name: str, ours: TensorInfo, theirs: TensorInfo) -> None:
@@ -126,15 +108,10 @@ def _check_shape(model: Model, donor: Model, name: str, ours: TensorInfo, theirs
     )
 
 
-def _check_target(model: Model, donor: Model, name: str, ties: dict[str, str], info: TensorInfo) -> None:
-    """Refuse an update that does not fit the tensor it is for, or one that a tied tensor could not take."""
+def _check_target(model: Model, donor: Model, name: str, info: TensorInfo) -> None:
+    """Refuse an update that does not fit the tensor it is for."""
     adapter = model.adapter
     assert adapter is not None
-    if name in ties:
-        raise InputError(
-            f"{model.reference}: it adapts {name!r}, which {donor.reference} ties to {ties[name]!r}; untie the base "
-            "(tie_word_embeddings: false), or adapt the other one"
-        )
     target, pair, whole = info.shape, adapter.pairs.get(name), adapter.whole.get(name)
     flat = (target[0], info.numel // max(target[0], 1)) if target else (1, 1)
     shape = pair.delta_shape if pair is not None and pair.delta_shape != flat else None
@@ -154,10 +131,8 @@ def _check_target(model: Model, donor: Model, name: str, ties: dict[str, str], i
         )
 
 
-def _check_adapter(
-    model: Model, donor: Model, tensors: dict[str, TensorInfo], ties: dict[str, str], private: Callable[[str], bool]
-) -> list[str]:
-    """Check an adapter against its base and return the names of its own private tensors."""
+def _check_adapter(model: Model, donor: Model, tensors: dict[str, TensorInfo], private: _Filter) -> list[str]:
+    """Check an adapter against its base's tensors, by every name of theirs; return its own private tensors' names."""
     adapter = model.adapter
     assert adapter is not None
     own: list[str] = []
@@ -175,7 +150,7 @@ def _check_adapter(
                 f"{why_untargeted(model, name, donor)}"
             )
         else:
-            _check_target(model, donor, name, ties, tensors[name])
+            _check_target(model, donor, name, tensors[name])
     return own
 
 
@@ -188,46 +163,87 @@ def _reading_notes(model: Model) -> list[str]:
     return [*said, f"{model.name}: {len(model.names)} of its tensors go by the base's names, as {old} by {new}"]
 
 
-def _donor_ties(donor: Checkpoint) -> dict[str, str]:
-    """Return alias -> tensor for what the donor holds twice though its config, or one shared memory, ties the two."""
-    shared = donor.storage.shared().items() if isinstance(donor.storage, MemoryStorage) else ()
-    # The head follows the embeddings, whichever the file names first.
-    pairs = [(t, a) if tie_of(t, donor.tensors) == a else (a, t) for a, t in shared]
-    if says_tied(donor.config):
-        pairs += [(name, target) for name in donor.tensors if (target := tie_of(name, donor.tensors)) is not None]
-    held = donor.tensors
-    return {a: t for a, t in pairs if (held[t].shape, held[t].dtype) == (held[a].shape, held[a].dtype)}
+def _separates(model: Model, donor: Model, alias: str, target: str) -> bool:
+    """Whether a model has, or makes, two values of what ties make one tensor in the donor."""
+    one, other = model.source(alias, target), model.source(target)
+    if (one.pair is None) != (other.pair is None):
+        return True
+    if one.pair is not None and other.pair is not None and one.pair is not other.pair:
+        assert one.pair_storage is not None
+        assert other.pair_storage is not None
+        if not same_update((one.pair_storage, one.pair), (other.pair_storage, other.pair)):
+            return True
+    if one.dense is None and other.dense is None:
+        return False
+    values: list[tuple[Storage, TensorInfo]] = []
+    for source in (one, other):
+        held = donor.source(target) if source.dense is None else source
+        assert held.storage is not None
+        assert held.dense is not None
+        values.append((held.storage, held.dense))
+    return not same_bytes(*values)
+
+
+@dataclass(frozen=True)
+class _Ties:
+    """What of the donor's ties the output keeps (among what it holds), and which the models' values undo."""
+
+    kept: dict[str, str]
+    untied: dict[str, str]
+    notes: list[str]
+
+
+def _resolved_ties(donor: Model, models: list[Model], private: _Filter) -> _Ties:
+    """Compare the models' values on both sides of every tie of the donor."""
+    assert donor.checkpoint is not None
+    held, said = donor.checkpoint.tensors, says_tied(donor.checkpoint.config)
+    found = _Ties({}, {}, [])
+    for alias, target in donor.ties.items():
+        own = _separates(donor, donor, alias, target)
+        if own and (not said or keeps_flag(donor.checkpoint.config)):
+            continue  # tied in name only, as the heads of T5 v1.1 are: two tensors like any others
+        compared = [] if private(alias) or private(target) else models
+        names = [model.name for model in compared if _separates(model, donor, alias, target)]
+        if own or names:
+            found.untied[alias] = target
+            size = "" if alias in held else f"; the output has one more tensor of {held[target].nbytes:,} bytes"
+            found.notes.append(
+                f"{alias} is untied from {target}, which it is one tensor with in {donor.name}: the two differ in "
+                f"{', '.join(names or [donor.name])}{size}"
+            )
+        elif alias in held:
+            found.kept[alias] = target
+    return found
 
 
 def align(base: Model | None, experts: list[Model], private: Iterable[str] = ()) -> Alignment:
     """Check that the models fit together and return what the merge produces.
 
+    Names, shapes and dtypes are compared from headers; values are read where a model may have two of a tied tensor.
+
     Raises:
-        InputError: names, shapes, dtypes or ties do not meet; the message names model, tensor and mend.
+        InputError: names, shapes or dtypes do not meet; the message names model, tensor and mend.
     """
     donor = base or experts[0]
     if donor.checkpoint is None:
         raise InputError(f"{donor.reference}: is an adapter, and an adapter needs its base; name one as base_model")
     is_private = private_filter(private)
-    tensors = donor.checkpoint.tensors
+    tensors, named = donor.checkpoint.tensors, donor.named
     packed = packing(donor.checkpoint)
-    shared = {name: tensor for name, tensor in tensors.items() if not is_private(name) and name not in packed.parts}
-    ties = _donor_ties(donor.checkpoint)
-    same_bytes: list[tuple[Model, str, str]] = [(donor, alias, target) for alias, target in ties.items()]
+    known = {name: info for name, info in named.items() if not is_private(name) and name not in packed.parts}
+    shared = {name: tensor for name, tensor in known.items() if name in tensors}
     kept: dict[str, list[str]] = {}
     same_parts: list[tuple[Model, PackedWeight]] = []
     notes: list[str] = []
-    for model in [donor, *(e for e in experts if e is not donor)]:
+    models = [donor, *(e for e in experts if e is not donor)]
+    for model in models:
         own: list[str] = []
         if model.checkpoint is not None and model is not donor:
             alike = packed_alike(model, donor, packed, is_private)
             same_parts += [(model, weight) for weight in alike.weights.values()]
-            found = _check_dense(model, donor, shared, is_private, alike)
-            own += found.private
-            held = model.checkpoint.tensors
-            same_bytes += found.same_bytes
-            same_bytes += [(model, a, t) for a, t in ties.items() if a in held and t in held]
-            notes += found.notes
+            found, said = _check_dense(model, donor, shared, known, is_private, alike)
+            own += found
+            notes += said
         if model.checkpoint is not None and model is not base:
             own += [name for name in model.checkpoint.tensors if is_private(name) and name in tensors]
         if model.adapter is not None:
@@ -236,9 +252,25 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
                     f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
                 )
             refuse_packed_target(model, donor, packed)
-            own += _check_adapter(model, donor, shared, ties, is_private)
+            own += _check_adapter(model, donor, known, is_private)
         notes += _reading_notes(model)
         if own and model is not base:
             kept[model.name] = sorted(set(own))
-    notes += packed_notes(donor, packed)
-    return Alignment(donor, tensors, ties, same_bytes, kept, notes, packed, same_parts)
+    ties = _resolved_ties(donor, models, is_private)
+    config = donor.checkpoint.config
+    untied_config = bool(ties.untied) and says_tied(config) and not keeps_flag(config)
+    # A config that stops tying stops all of its ties: what is still tied must be in the file under every name.
+    names = donor.ties.keys() - ties.untied.keys() if untied_config else ()
+    written = {alias: donor.ties[alias] for alias in donor.ties if alias in names}
+    added = {name: named[name] for name in [*ties.untied, *written] if name not in tensors}
+    return Alignment(
+        donor=donor,
+        tensors=tensors | added,
+        ties=written | ties.kept,
+        untied=ties.untied,
+        untied_config=untied_config,
+        private=kept,
+        notes=[*notes, *packed_notes(donor, packed), *ties.notes],
+        packed=packed,
+        same_parts=same_parts,
+    )

@@ -4,7 +4,8 @@ A *task vector* is the difference between an expert and the base. It stays in th
 a subtraction, or low-rank factors, as long as the method allows.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from consilience.checkpoints.adapter import Adapter, LoraPair, is_adapter, open_adapter
@@ -13,6 +14,7 @@ from consilience.checkpoints.files import Stamp
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.reference import resolve
 from consilience.errors import InputError
+from consilience.experts.ties import ties_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +81,26 @@ class Model:
             if part is not None:
                 part.storage.close()
 
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Alias -> stored tensor for the other names, stored or not, of this model's tied tensors."""
+        return ties_of(self.checkpoint) if self.checkpoint is not None else {}
+
+    @property
+    def named(self) -> dict[str, TensorInfo]:
+        """This model's tensors by every name that ties give them."""
+        tensors = self.checkpoint.tensors if self.checkpoint is not None else {}
+        return {alias: replace(tensors[target], name=alias) for alias, target in self.ties.items()} | tensors
+
     def source(self, name: str, stand_in: str | None = None) -> Source:
-        """Return where tensor ``name`` comes from; ``stand_in`` is the tied tensor to take when it is absent."""
+        """Return where tensor ``name`` comes from.
+
+        A model that does not hold it holds it under another name of the same tie, its own or else ``stand_in``.
+        """
         dense = storage = pair = pair_storage = None
         if self.checkpoint is not None:
-            present = name if name in self.checkpoint.tensors or stand_in is None else stand_in
+            names = (name, self.ties.get(name), stand_in)
+            present = next((other for other in names if other in self.checkpoint.tensors), name)
             dense, storage = self.checkpoint.tensors[present], self.checkpoint.storage
         if self.adapter is not None:
             pair_storage = self.adapter.checkpoint.storage

@@ -108,6 +108,25 @@ def parameters_of(
     return {name: named[other] for name, other in found.items()}
 
 
+def untie(model: Any, shapes: Mapping[str, tuple[int, ...]], aliases: Iterable[str]) -> None:
+    """Give what a loaded model holds for these stored tensors memory of its own, where it is another's too.
+
+    Args:
+        model: the loaded model.
+        shapes: shape of every stored tensor.
+        aliases: stored tensors that are one with others in the base, and no longer are.
+    """
+    from torch.nn import Parameter
+
+    for alias in aliases:
+        named = named_tensors(model)
+        name = match_names(shapes, {name: tuple(value.shape) for name, value in named.items()}).get(alias)
+        if name is not None and sum(value is named[name] for value in named.values()) > 1:
+            path, _, last = name.rpartition(".")
+            held = named[name]
+            setattr(model.get_submodule(path), last, Parameter(held.detach().clone(), requires_grad=held.requires_grad))
+
+
 def renamed(model: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
     """Return stored name -> the model's name of tensors that it holds under another name only."""
     names: dict[int, list[str]] = defaultdict(list)

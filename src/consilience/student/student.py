@@ -18,7 +18,7 @@ from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError
 from consilience.student.bank import Bank
 from consilience.student.factored import Factored, Leaf, layers_of, suits
-from consilience.student.names import doubtful, parameters_of, renamed
+from consilience.student.names import doubtful, parameters_of, renamed, untie
 
 Precision = Literal["float32", "mixed", "bfloat16", "float64"]
 #: What of the last blend or write the weights hold.
@@ -224,6 +224,7 @@ def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
     kinds = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     model.to(device=settings.device, dtype=kinds[settings.precision]).eval().requires_grad_(False)
     shapes = {t.name: t.shape for t in plan.tensors}
+    untie(model, shapes, plan.alignment.untied)
     parameters = parameters_of(model, shapes, bank.tensors, str(folder))
     student = Student(model, bank, plan, settings, parameters)
     _prove(student, str(folder))

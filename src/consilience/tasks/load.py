@@ -1,6 +1,7 @@
 """Load a transformers model and its tokenizer from a local folder, strictly: nothing is initialised at random."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,5 +234,24 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         return adapted  # virtual tokens are not weights
     if getattr(model, "is_quantized", False):
         return adapted  # folded in, the update would be rounded to what the packed weight can hold
+    _untie_adapted(adapted)
+    flag = getattr(adapted.config, "tie_word_embeddings", None)
     with explained(str(adapter), "cannot be folded into the model's weights"):
-        return adapted.merge_and_unload(safe_merge=False)
+        folded: Any = adapted.merge_and_unload(safe_merge=False)
+    if flag is not None:  # PEFT switches it off, and some architectures scale their outputs by it
+        folded.config.tie_word_embeddings = flag
+    return folded
+
+
+def _untie_adapted(adapted: Any) -> None:
+    """Give every adapted layer weights of its own: folding an update into tied ones would move the other side too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.nn import Parameter
+
+    owners = Counter(id(p) for module in adapted.modules() for p in module.parameters(recurse=False))
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module.get_base_layer()
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                if owners[id(parameter)] > 1:
+                    setattr(layer, name, Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))

@@ -26,7 +26,7 @@ from consilience.engine.card import hub_ids, label, licences, origin
 from consilience.engine.lineage import versions
 from consilience.engine.low_rank import Array, factorise
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import check_packed, check_ties
+from consilience.engine.stream import check_packed
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError, nearest
 from consilience.methods.program import Program, WeightedSum
@@ -179,7 +179,6 @@ def extract(
         folders = [_base_folder(plan), plan.experts[0].folder]
         inputs = [folder for folder in folders if folder is not None]
         check_out(out, force=force, inputs=inputs)
-        check_ties(plan)
         check_packed(plan)
         known = layout(_base_folder(plan), {t.name: t.shape for t in plan.tensors}, trust_remote_code=trust_remote_code)
         facts = {"digest": plan.digest, **asdict(wanted)}
