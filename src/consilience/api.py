@@ -1,5 +1,6 @@
 """The library's front door: everything the command line does, a function does."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,6 +169,10 @@ def merge(
     target: Mapping[str, PathLike] | None = None,
     coefficients: PathLike | None = None,
     device: str = "cpu",
+    config: "str | Mapping[str, Any] | None" = None,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    strict: bool = False,
     progress: "ProgressOption" = False,
     **parameters: Any,
 ) -> "Summary | AdapterSummary | dict[str, Any]":
@@ -195,6 +200,11 @@ def merge(
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
+        config: whose config.json, generation config and preprocessor the output has, "base" or an expert's name; or
+            values that replace the base's.
+        tokenizer: whose tokenizer files and special token ids it has.
+        chat_template: whose chat template, or a template itself.
+        strict: refuse experts that differ from the base in what the model computes, where ``config`` chooses nothing.
         progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
             work, or a ``Progress``; for paths.
         parameters: the method's; a mapping gives one value per expert name.
@@ -216,6 +226,8 @@ def merge(
     extra |= {"out_dtype": out_dtype} if out_dtype is not None else {}
     extra |= {"coefficients": str(coefficients)} if coefficients is not None else {}
     extra |= {"target": {key: str(path) for key, path in target.items()}} if target is not None else {}
+    choices = {"config": config, "tokenizer": tokenizer, "chat_template": chat_template}
+    extra |= {key: value for key, value in choices.items() if value is not None}
     if in_memory:
         if out is not None:
             raise InputError("out: state dicts are merged in memory; save the result yourself, or pass paths")
@@ -236,6 +248,7 @@ def merge(
         stochastic_rounding=stochastic_rounding,
         allow_nonfinite=allow_nonfinite,
         device=device,
+        strict=strict,
         progress=progress,
     )
 
@@ -330,11 +343,16 @@ def plan_recipe(
     stochastic_rounding: bool = False,
     allow_nonfinite: bool = False,
     coefficients: "Coefficients | None" = None,
+    strict: bool = False,
 ) -> "Plan":
     """Check a recipe against its models' headers and return everything the merge would do; nothing is written.
 
+    ``plan.differences`` says how experts differ from the base besides weights; ``strict`` refuses those that change
+    what the model computes.
+
     Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder.
     """
+    from consilience.engine.differences import check_differences
     from consilience.engine.plan import SHARD_SIZE, make_plan
 
     if shard_size is not None and (isinstance(shard_size, bool) or shard_size < 1):
@@ -355,6 +373,7 @@ def plan_recipe(
         single=single,
         coefficients=coefficients,
     )
+    check_differences(plan.differences, where, strict=strict)
     if plan.unlearned:
         from consilience.learned.learn import check_data
 
@@ -438,6 +457,10 @@ def _work_digest(plan: "Plan", as_adapter: str | None, rank: int | None) -> str:
     return digest_of(facts)
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=4)
+
+
 def merge_recipe(
     recipe: "Recipe | Mapping[str, Any] | PathLike",
     out: PathLike,
@@ -453,8 +476,10 @@ def merge_recipe(
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
     coefficients: "Coefficients | None" = None,
+    strict: bool = False,
     progress: "ProgressOption" = False,
     learned: "Callable[[Coefficients], None] | None" = None,
+    warned: Callable[[str], None] = _warn,
 ) -> "Summary | AdapterSummary":
     """Carry out a recipe (a ``Recipe``, plain values or a YAML file) and write OUT; see ``merge`` and ``learn``.
 
@@ -475,14 +500,17 @@ def merge_recipe(
         tensorboard: a folder that a learned method logs to.
         trust_remote_code: run ``.py`` files that come with the base.
         coefficients: what a learned method found before.
+        strict: refuse experts that differ from the base in what the model computes, where the recipe chooses nothing.
         progress: True for a bar on standard error (lines where it is no terminal), or what is told of progress.
         learned: called with the coefficients as soon as they are found.
+        warned: called with each such difference before any work; by default it becomes a Python warning.
 
     Raises:
         InputError: the input is wrong; nothing is left behind.
         MachineError: the disk or another part of the machine failed; the same call continues where it stopped.
     """
     from consilience.engine.adapter_output import adapter_in, check_adapter
+    from consilience.engine.differences import by_level
     from consilience.engine.merge import merge_in, merge_workdir
     from consilience.progress import open_progress
 
@@ -495,6 +523,7 @@ def merge_recipe(
         stochastic_rounding=stochastic_rounding,
         allow_nonfinite=allow_nonfinite,
         coefficients=coefficients,
+        strict=strict,
     )
     try:
         kind = check_adapter(plan, as_adapter, rank)
@@ -506,6 +535,9 @@ def merge_recipe(
             open_progress(progress) as shown,
             merge_workdir(plan, Path(out), force=force, digest=digest, folder=folder) as work,
         ):
+            if work.delivered is None:
+                for text in by_level(plan.differences, "warning"):
+                    warned(text)
             if work.delivered is None and plan.unlearned:
                 plan = _learned(plan, work, _Learning(threads, device, tensorboard, trust_remote_code, shown))
                 if learned is not None and plan.coefficients is not None:

@@ -180,8 +180,7 @@ def test_an_adapter_that_names_another_base_is_noted(tmp_path: Path) -> None:
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": said}))
     models = [{"model": str(tmp_path / name)} for name in ("one", "two")]
     found = _diagnose({"merge_method": "ties", "base_model": str(base), "models": models})
-    assert ("base-name", ("one",)) in _kinds(found)
-    assert ("base-name", ("two",)) not in _kinds(found)
+    assert {("base-name", ("one",)), ("base-name", ("two",))} <= _kinds(found)  # the last part of a path tells nothing
 
 
 def test_weights_of_the_recipe_are_used_where_they_are_plain(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,18 @@ TargetFiles = Annotated[
 CoefficientsFile = Annotated[
     Path | None, typer.Option("--coefficients", help="Apply coefficients that were learned before.")
 ]
+ConfigChoice = Annotated[
+    list[str] | None,
+    typer.Option("--config", metavar="NAME|KEY=VALUE", help="Whose config.json to take, or its values (repeatable)."),
+]
+TokenizerChoice = Annotated[str | None, typer.Option("--tokenizer", metavar="NAME", help="Whose tokenizer to take.")]
+TemplateChoice = Annotated[
+    str | None, typer.Option("--chat-template", metavar="NAME", help="Whose chat template to take.")
+]
+Private = Annotated[
+    list[str] | None, typer.Option("--private", metavar="GLOB", help="Tensors that are not merged (repeatable).")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse differences that change what the model computes.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Workers (default: this machine's cores). Never changes the result.")
 ]
@@ -108,6 +121,21 @@ def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, An
     return shared
 
 
+def choices(
+    config: list[str] | None, tokenizer: str | None, chat_template: str | None, private: list[str] | None
+) -> dict[str, Any]:
+    """Return what the options choose beside the weights, by option."""
+    from consilience.recipe.yaml_file import parse_yaml
+
+    chosen: Any = None
+    if config and len(config) == 1 and "=" not in config[0]:
+        chosen = config[0]
+    elif config:
+        pairs = [parse_assignment(text, "--config") for text in config]
+        chosen = {key: parse_yaml(value, f"--config {key}") for key, value in pairs}
+    return {"--config": chosen, "--tokenizer": tokenizer, "--chat-template": chat_template, "--private": private}
+
+
 def read_input(
     recipe: str,
     experts: list[str] | None,
@@ -141,8 +169,12 @@ def read_input(
         if name in named:
             raise InputError(f"-e {text!r}: expert {name!r} is named twice; choose another name")
         named[name] = path
-    keys = {"--dtype": "out_dtype", "--seed": "seed", "--coefficients": "coefficients"}
-    chosen = {keys[option]: value for option, value in extra.items() if value is not None}
+    keys = {"--dtype": "out_dtype"}
+    chosen = {
+        keys.get(option, option.removeprefix("--").replace("-", "_")): value
+        for option, value in extra.items()
+        if value is not None
+    }
     base = None if recipe in ("none", "-") else recipe
     default = "coefficients" if "coefficients" in chosen else "task_arithmetic"
     data: dict[str, dict[str, str]] = {}
@@ -167,6 +199,11 @@ def merge(
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
     dtype: Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")] = None,
+    config: ConfigChoice = None,
+    tokenizer: TokenizerChoice = None,
+    chat_template: TemplateChoice = None,
+    private: Private = None,
+    strict: Strict = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")] = None,
     as_adapter: Annotated[
         str | None, typer.Option(metavar="cat|svd", help="Write a PEFT adapter (all experts must be LoRA).")
@@ -187,11 +224,13 @@ def merge(
     from consilience.cli.merging import merge_command, show_plan
 
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
+    extra |= choices(config, tokenizer, chat_template, private)
     source = read_input(recipe, expert, method, set_, extra, calibration, target)
     settings = {
         "shard_size": None if shard_size is None else parse_size(shard_size),
         "stochastic_rounding": stochastic_rounding,
         "allow_nonfinite": allow_nonfinite,
+        "strict": strict,
     }
     learning = {"device": device, "tensorboard": tensorboard, "trust_remote_code": trust_remote_code}
     if dry_run:
@@ -233,6 +272,11 @@ def check(
     calibration: Calibration = None,
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
+    config: ConfigChoice = None,
+    tokenizer: TokenizerChoice = None,
+    chat_template: TemplateChoice = None,
+    private: Private = None,
+    strict: Strict = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included.")] = False,
 ) -> None:
     """Check a recipe and its models from headers alone, for CI: exit 0 if the merge can start, 2 if not.
@@ -242,14 +286,16 @@ def check(
     from consilience.api import plan_recipe
 
     try:
-        extra = {"--coefficients": None if coefficients is None else str(coefficients)}
-        plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration, target))
+        extra: dict[str, Any] = {"--coefficients": None if coefficients is None else str(coefficients)}
+        extra |= choices(config, tokenizer, chat_template, private)
+        plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration, target), strict=strict)
     except InputError as error:
         if as_json:
             typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))
             raise typer.Exit(2) from None
         raise
     from consilience.engine.describe import estimate
+    from consilience.engine.differences import by_level
     from consilience.engine.stream import thread_count
 
     cost = estimate(plan, thread_count(None))
@@ -262,15 +308,21 @@ def check(
         "parameters": sum(t.numel for t in plan.tensors),
         "bytes_read": cost.read,
         "bytes_written": cost.written,
-        "notes": [*plan.alignment.notes, *plan.notes],
+        "warnings": by_level(plan.differences, "warning"),
+        "notes": [*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note")],
+        "differences": [asdict(one) for one in plan.differences],
     }
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
         merged = f"{facts['merged']} of {facts['tensors']} tensors merged"
         typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
-        for note in facts["notes"]:
-            typer.echo(f"  note: {printable(note)}")
+        lines = [f"  warning: {text}" for text in by_level(plan.differences, "warning")]
+        lines += [
+            f"  note: {text}" for text in (*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note"))
+        ]
+        for line in lines:
+            typer.echo(printable(line))
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from consilience.engine.adapter_output import AdapterSummary
 from consilience.engine.summary import Summary
 from consilience.errors import printable
 
@@ -48,26 +49,37 @@ def show_plan(
     typer.echo("\n".join(map(printable, lines)))
 
 
+def show_warning(text: str) -> None:
+    """Print what changes the output's computation, before any work."""
+    typer.echo(f"consilience: warning: {printable(text)}", err=True)
+
+
 def merge_command(source: Any, out: Path, *, quiet: bool, **settings: Any) -> None:
     """Merge under progress bars (none when quiet or when standard error is no terminal) and say what was done."""
     from consilience.api import merge_recipe
     from consilience.cli.learning import summary
-    from consilience.engine.adapter_output import AdapterSummary
 
     def tell(found: Any) -> None:
         for line in summary(found):
             typer.echo(line)
 
-    result = merge_recipe(source, out, learned=None if quiet else tell, progress=not quiet, **settings)
+    settings |= {"learned": None if quiet else tell, "warned": show_warning}
+    result = merge_recipe(source, out, progress=not quiet, **settings)
     if quiet:
         return
     if isinstance(result, AdapterSummary):
         lost = f", {result.discarded:.2%} of the update's energy discarded" if settings["rank"] else ", exact"
         typer.echo(f"{result.out}: adapter on {result.modules} modules, rank {result.rank}{lost}")
-        for note in result.notes:
-            typer.echo(f"  note: {printable(note)}")
+        _show_notes(result)
     else:
         show_summary(result)
+
+
+def _show_notes(summary: "Summary | AdapterSummary") -> None:
+    for text in summary.warnings:
+        typer.echo(f"  warning: {printable(text)}")
+    for note in summary.notes:
+        typer.echo(f"  note: {printable(note)}")
 
 
 def show_summary(summary: Summary) -> None:
@@ -86,6 +98,5 @@ def show_summary(summary: Summary) -> None:
         )
     if not math.isnan(summary.rounding):
         typer.echo(f"  rounding error: {summary.rounding:.3%} of {summary.rounding_of}")
-    for note in summary.notes:
-        typer.echo(f"  note: {printable(note)}")
+    _show_notes(summary)
     typer.echo(f"  fingerprint {summary.fingerprint}")

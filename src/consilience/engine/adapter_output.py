@@ -20,11 +20,14 @@ from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora_config, write_tensors
 from consilience.engine.block import Loader, Scratch
 from consilience.engine.card import licences, render_card
+from consilience.engine.chosen_files import adapter_files
+from consilience.engine.differences import by_level
 from consilience.engine.effect import effect_notes
 from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint, versions
 from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import check_learned, merge_workdir, recipe_text, recipe_value
+from consilience.engine.output import write_chosen
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import Streamer
 from consilience.engine.unchanged import check_unchanged
@@ -39,18 +42,22 @@ Kind = Literal["cat", "svd"]
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What was written: modules, largest rank, and the share of the update's squared norm that truncation discarded."""
+    """What was written: modules, largest rank, and the share of the update's squared norm that truncation discarded.
+
+    ``warnings`` are as a merge's (``Summary``).
+    """
 
     out: str
     modules: int
     rank: int
     discarded: float
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "AdapterSummary":
         """Return the summary that plain values were taken of."""
-        plain: dict[str, Any] = {**value, "notes": tuple(value["notes"])}
+        plain: dict[str, Any] = {**value, "notes": tuple(value["notes"]), "warnings": tuple(value.get("warnings", ()))}
         return cls(**plain)
 
 
@@ -111,6 +118,8 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
             f"hold; use svd with {option('rank', 'R')}"
         )
     check_low_rank(plan)
+    if plan.recipe.config is not None:
+        raise InputError(f"{plan.where}: config: an adapter has no config.json of its own; leave the key out")
     return kind
 
 
@@ -255,14 +264,21 @@ def adapter_in(
     result = work.new_result()
     _write_weights(plan, result / WEIGHTS, found, DTYPES[plan.recipe.output_dtype or "F32"])
     write_json(result / CONFIG, adapter_config(plan, ranks))
-    notes = [*plan.alignment.notes, *plan.notes, *licences(plan)[1], *effect_notes(plan, {})]
+    notes = [
+        *plan.alignment.notes,
+        *plan.notes,
+        *by_level(plan.differences, "note"),
+        *licences(plan)[1],
+        *effect_notes(plan, {}),
+    ]
     if not any(f.a.any() and f.b.any() for f in found):
         notes.append("the result changes nothing: every factor is 0; look at weights, densities and lora_alpha")
     _write_papers(result, plan, work.out.name, kind, notes)
     check_unchanged(plan, {}, {})
     kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
     discarded = max(0.0, 1.0 - kept / total) if kind == "svd" and total else 0.0
-    summary = AdapterSummary(str(work.out), len(found), max(ranks.values()), discarded, tuple(notes))
+    warnings = tuple(by_level(plan.differences, "warning"))
+    summary = AdapterSummary(str(work.out), len(found), max(ranks.values()), discarded, tuple(notes), warnings)
     work.deliver(asdict(summary))
     return replace(summary, notes=(*summary.notes, *work.notes))
 
@@ -289,8 +305,10 @@ def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[
         "output": {"fingerprint": whole, "tensors": own},
         "recipe": recipe_value(plan),
         "defaults": plan.defaults,
+        "differences": [asdict(one) for one in plan.differences],
         "notes": notes,
     }
+    write_chosen(result, adapter_files(plan))
     (result / OURS).mkdir()
     write_json(result / OURS / "lineage.json", document)
     (result / OURS / "recipe.yaml").write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from consilience.engine.block import LARGEST_BLOCK, block_size
+from consilience.engine.differences import by_level
 from consilience.engine.output import tie_notes
 from consilience.engine.plan import Plan, TensorPlan
 
@@ -74,7 +75,9 @@ def describe(plan: Plan, threads: int) -> list[str]:
     for expert in plan.experts:
         kind = f"LoRA, {len(expert.adapter.pairs)} pairs" if expert.adapter else "full weights"
         lines.append(f"expert   {expert.name}: {expert.reference} ({kind})")
-    lines += [f"note     {note}" for note in (*plan.alignment.notes, *tie_notes(plan), *plan.notes)]
+    notes = [*plan.alignment.notes, *tie_notes(plan), *plan.notes, *by_level(plan.differences, "note")]
+    lines += [f"warning  {text}" for text in by_level(plan.differences, "warning")]
+    lines += [f"note     {note}" for note in notes]
     lines += [f"private  {name}: {', '.join(tensors)}" for name, tensors in plan.alignment.private.items()]
     lines.append(f"tensors  {len(plan.tensors)}: {merged} merged, {len(plan.tensors) - merged} copied")
     lines += [f"  {describe_tensor(tensor)}" for tensor in plan.tensors]

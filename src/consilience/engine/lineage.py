@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -103,6 +104,7 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         "shard_size": plan.shard_size,
         "versions": versions(),
         "models": [_model_entry(model, inputs.get(model.name, {})) for model in plan.models],
+        "differences": [asdict(one) for one in plan.differences],
         "output": {"fingerprint": whole, "tensors": output},
     }
     if plan.alignment.untied:

@@ -17,6 +17,7 @@ from consilience.checkpoints.safetensors_file import encode_header
 from consilience.coefficients import save_coefficients
 from consilience.engine import output
 from consilience.engine.card import licences, render_card
+from consilience.engine.differences import by_level
 from consilience.engine.effect import effect_notes
 from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
@@ -204,8 +205,7 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
     resumed, threads, progress = len(records), thread_count(threads), progress or NullProgress()
     sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
     output.check_space(work.out, plan, sum(t.nbytes for t in sizes.values()))
-    donor = plan.alignment.donor.folder
-    beside = [stamp(path) for path in output.side_files(donor)] if donor is not None else []
+    beside = [stamp(path) for path in output.beside(plan)]
     sink = FileSink(work.path, plan)
     try:
         streamer = Streamer(plan, sink, threads=threads, progress=progress)
@@ -221,8 +221,8 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         except MachineError:
             (work.path / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
             raise
-        notes = [*plan.alignment.notes, *plan.notes, *integer_notes(plan), *licences(plan)[1], *_policy_notes(plan)]
-        notes += effect_notes(plan, records)
+        notes = [*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note"), *integer_notes(plan)]
+        notes += [*licences(plan)[1], *_policy_notes(plan), *effect_notes(plan, records)]
         document, fingerprint = lineage(plan, records)
         document |= {"recipe": recipe_value(plan), "defaults": plan.defaults, "notes": notes}
         text = recipe_text(plan)
@@ -251,6 +251,7 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         rounding_of=of,
         fingerprint=fingerprint,
         notes=tuple(notes),
+        warnings=tuple(by_level(plan.differences, "warning")),
     )
 
 

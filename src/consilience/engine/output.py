@@ -14,6 +14,7 @@ from consilience.checkpoints.files import Descriptors, check_link, copy_file
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
 from consilience.checkpoints.packed import CONFIG_KEYS, quantises_when_run, without_quantization
+from consilience.engine.chosen_files import ChosenFiles, chosen_files, output_configs
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError, MachineError
 from consilience.experts.ties import keeps_flag, untied
@@ -29,8 +30,13 @@ def inputs(plan: Plan) -> list[Path]:
     for model in plan.models:
         found += [part.path for part in (model.checkpoint, model.adapter) if part is not None and part.path is not None]
         found += [Path(entry.path) for entry in model.stamps()]
+    return found + beside(plan)
+
+
+def beside(plan: Plan) -> list[Path]:
+    """Return the files beside the weights that the output is made from."""
     donor = plan.alignment.donor.folder
-    return found + (side_files(donor) if donor is not None else [])
+    return [] if donor is None else [*side_files(donor), *chosen_files(plan).copied.values()]
 
 
 def check_side_files(folder: Path) -> None:
@@ -236,17 +242,31 @@ def tie_notes(plan: Plan) -> list[str]:
     return []
 
 
+def write_chosen(result: Path, chosen: ChosenFiles) -> None:
+    """Write the files that a recipe takes from other models than the base."""
+    for name, source in chosen.copied.items():
+        (result / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, result / name, source.parents[len(Path(name).parts) - 1])
+    for name, content in chosen.written.items():
+        if isinstance(content, str):
+            (result / name).write_text(content, encoding="utf-8")
+        else:
+            write_json(result / name, content)
+
+
 def copy_side_files(result: Path, plan: Plan) -> None:
-    """Bring every non-weight file of the donor along, and write the config and the shard index."""
+    """Bring every non-weight file along, the donor's or those chosen; write the config and the shard index."""
     folder = plan.alignment.donor.folder
     assert folder is not None
+    chosen = chosen_files(plan)
     for source in side_files(folder):
-        target = result / source.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.name != "config.json" or source.parent != folder:
-            copy_file(source, target, folder)
-        else:
-            write_json(target, output_config(read_object(source), plan))
+        name = source.relative_to(folder)
+        (result / name).parent.mkdir(parents=True, exist_ok=True)
+        if str(name) == "config.json":
+            write_json(result / name, output_config(output_configs(plan)[0] or read_object(source), plan))
+        elif not chosen.replaces(name):
+            copy_file(source, result / name, folder)
+    write_chosen(result, chosen)
     if len(plan.layout.files) > 1:
         names = {t.name: plan.layout.files[t.file].name for t in plan.tensors}
         total = sum(t.nbytes for t in plan.tensors)

@@ -12,6 +12,8 @@ from typing import Any
 from consilience import __version__
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
+from consilience.engine.chosen_files import check_choices
+from consilience.engine.differences import Difference, differences
 from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter
@@ -143,6 +145,11 @@ class Plan:
         """Return what an expert's adapter config makes of its factors: no date or size of a weight file shows it."""
         pairs = [t.rows[expert].pair for t in self.tensors if t.rows]
         return [[pair.target, pair.scale, pair.transposed] for pair in pairs if pair is not None]
+
+    @cached_property
+    def differences(self) -> tuple[Difference, ...]:
+        """How the experts differ from the output in what makes them usable."""
+        return differences(self)
 
     @cached_property
     def digest(self) -> str:
@@ -379,6 +386,8 @@ def make_plan(
     base, numbered = _named_alike(base, numbered)
     experts = [model for model, _ in numbered]
     alignment = align(base, experts, recipe.private)
+    donor = alignment.donor
+    check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
     learning = settings.once() if method.learn is not None else {}

@@ -25,6 +25,7 @@ class ExpertLoss:
 class Summary:
     """The result of a merge, as numbers.
 
+    ``warnings`` are differences of experts from the base that change what the model computes.
     ``rounding`` is ||rounded - exact|| / ||exact - base|| (or / ||exact|| for averages of weights), nan when unknown.
     """
 
@@ -42,6 +43,7 @@ class Summary:
     rounding_of: str
     fingerprint: str
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -50,7 +52,7 @@ class Summary:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "Summary":
         """Return the summary that ``to_dict`` was taken of."""
-        plain: dict[str, Any] = {**value, "notes": tuple(value["notes"])}
+        plain: dict[str, Any] = {**value, "notes": tuple(value["notes"]), "warnings": tuple(value.get("warnings", ()))}
         plain["below_unit"] = tuple(ExpertLoss(**loss) for loss in value["below_unit"])
         return cls(**plain)
 

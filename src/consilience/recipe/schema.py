@@ -1,11 +1,12 @@
 """What to merge, as data. A mergekit ``models:`` recipe is a valid recipe."""
 
+import json
 import math
 import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -75,8 +76,29 @@ Name = Annotated[
 PathText = Annotated[str, Field(min_length=1), BeforeValidator(_path_text)]
 DtypeName = Annotated[str | None, PlainValidator(_dtype)]
 
+
+def _one_source(value: Any) -> Any:
+    """Return the model that mergekit's long form ``{source: MODEL}`` names."""
+    inner = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+    source = inner["source"] if list(inner) == ["source"] else value
+    if source == "union" or isinstance(source, dict):
+        raise ValueError("unions and single tokens are not supported yet; name one model, or base")
+    return source
+
+
+def _json(value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"must hold what JSON can ({error}); quote dates") from None
+    return value
+
+
+#: A model of the merge by its name or reference, or ``base``.
+Choice = Annotated[str, Strict(), Field(min_length=1)]
+
 #: mergekit keys that a later version will understand.
-_LATER = ("slices", "modules", "tokenizer", "chat_template")
+_LATER = ("slices", "modules")
 
 
 class Closed(BaseModel):
@@ -192,7 +214,7 @@ class ModelEntry(Closed):
 
 
 class Recipe(Closed):
-    """A merge: method, base, models, parameters, output dtype, seed."""
+    """A merge: method, base, models, parameters, output dtype, seed; whose config, tokenizer and template it has."""
 
     merge_method: str = Field(alias="method", default="")
     base_model: PathText | None = None
@@ -204,7 +226,9 @@ class Recipe(Closed):
     private: Annotated[list[str], BeforeValidator(_listed)] = []
     target: Target | None = None
     coefficients: Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_path_text)] | None = None
-    tokenizer_source: Literal["base"] | None = None
+    tokenizer: Annotated[Choice, BeforeValidator(_one_source)] | None = Field(alias="tokenizer_source", default=None)
+    chat_template: Choice | None = None
+    config: Annotated[Choice | dict[Annotated[str, Strict()], Any], AfterValidator(_json)] | None = None
     _mergekit: bool = PrivateAttr(default=False)
     _where: str = PrivateAttr(default="recipe")
 
@@ -212,8 +236,9 @@ class Recipe(Closed):
     @classmethod
     def _spelled(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         given: dict[Any, Any] = cast(dict[Any, Any], value) if isinstance(value, dict) else {}
-        if "merge_method" in given and "method" in given:
-            raise ValueError("merge_method and method say the same thing; keep one")
+        for one, other in (("merge_method", "method"), ("tokenizer", "tokenizer_source")):
+            if one in given and other in given:
+                raise ValueError(f"{one} and {other} say the same thing; keep one")
         recipe = handler(value)
         if given:
             recipe._mergekit = "merge_method" in given

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from consilience.engine.plan import Plan, expert_names, make_plan
 from consilience.engine.stream import check_packed
@@ -80,7 +81,12 @@ def open_case(recipe: Recipe, where: str = "recipe", root: Path | None = None) -
 
 def _planned(recipe: Recipe, entries: list[ModelEntry], where: str, root: Path | None) -> Plan:
     """Plan the plain sum of task vectors: what is opened, checked and aligned is what every merge needs."""
-    kept = {"base_model": recipe.base_model, "private": recipe.private, "seed": recipe.seed}
+    kept: dict[str, Any] = {"base_model": recipe.base_model, "private": recipe.private, "seed": recipe.seed}
+    known = ("base", *(name for entry in entries for name in (entry.name, entry.model)))
+    for key in ("config", "tokenizer", "chat_template"):
+        choice = getattr(recipe, key)
+        if choice in known or isinstance(choice, dict):  # a choice of an expert that was put aside chooses nothing
+            kept[key] = choice
     plain = Recipe.model_validate({"merge_method": "task_arithmetic", "models": [{"model": "x"}], **kept})
     plan = make_plan(plain.model_copy(update={"models": entries}), where=where, root=root)
     try:

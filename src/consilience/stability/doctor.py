@@ -67,9 +67,7 @@ def diagnose(
         if probes is not None:
             check_methods(probes.methods, case, recipe)
         read = survey(case.plan, threads=threads, exact=exact, seed=seed, progress=progress)
-        base = case.plan.base
-        assert base is not None
-        beside = from_files.findings(base, case.plan.experts)
+        beside = from_files.findings(case.plan)
         p, said = weights_of(recipe, case)
         trainings = trainings_of(case)
         measured: Probe | None = None

@@ -17,7 +17,7 @@ from consilience.errors import InputError
 from consilience.workdir import write_file
 
 #: Change when the meaning of a stored result changes.
-VERSION = 1
+VERSION = 2
 #: A file changed less than this many nanoseconds ago may change again within its time stamp's granularity (git's
 #: "racily clean" problem), so its digest is not remembered yet.
 _SETTLED_NS = 2_000_000_000

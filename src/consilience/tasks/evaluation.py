@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from consilience.checkpoints.reference import Reference, resolve
 from consilience.errors import InputError
+from consilience.experts.vocabulary import has_tokenizer
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.tasks.cache import fingerprint, key_of, recall, remember
 from consilience.tasks.leaks import learned_on
-from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
+from consilience.tasks.load import check_folder, load_model, load_own_tokenizer, require_transformers
 from consilience.tasks.results import Evaluation, Settings, TaskResult
 from consilience.tasks.rows import Task, load_tasks
 
@@ -271,13 +272,17 @@ def _measured(
 def _tokenizer(run: _Run) -> Any:
     if run.model.path is None:
         raise InputError("a model in memory needs its tokenizer; pass tokenizer=")
-    return load_tokenizer(run.model.path.model, trust_remote_code=run.trust_remote_code)
+    place = run.model.path
+    return load_own_tokenizer(place.model, place.adapter, trust_remote_code=run.trust_remote_code)
 
 
 def _reference(run: _Run, source: _Source, tokenizer: Any) -> Any:
     """Load a reference, having checked that it was trained on the same tokens."""
-    if source.path is not None and any(source.path.model.glob("tokenizer*")):
-        other = load_tokenizer(source.path.model, trust_remote_code=run.trust_remote_code)
+    place = source.path
+    if place is not None and any(
+        has_tokenizer(folder) for folder in (place.model, place.adapter) if folder is not None
+    ):
+        other = load_own_tokenizer(place.model, place.adapter, trust_remote_code=run.trust_remote_code)
         if other.get_vocab() != tokenizer.get_vocab():
             raise InputError(
                 f"{source.name}: its tokenizer differs from that of {run.model.name}, so their predictions cannot be"

@@ -11,6 +11,7 @@ from consilience.checkpoints.checkpoint import Checkpoint
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.packed import packing, quantization_of
 from consilience.errors import InputError, MachineError
+from consilience.experts.vocabulary import chat_templates, has_tokenizer
 
 
 @contextmanager
@@ -85,6 +86,31 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     with quiet(), explained(str(folder), "its tokenizer does not load; copy the base's tokenizer files there"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def load_own_tokenizer(folder: Path, adapter: Path | None, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model, or of the adapter on it where that has its own; so with the chat template.
+
+    Raises:
+        InputError: there is none, or it does not load.
+    """
+    if adapter is None:
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    own = adapter if has_tokenizer(adapter) else folder
+    if own is adapter and not (adapter / "tokenizer_config.json").is_file():
+        from transformers import AutoConfig, AutoTokenizer
+
+        with quiet(), explained(str(adapter), "its tokenizer does not load; remove it, and the base's is used"):
+            # Without settings the class follows from the model's config, which an adapter has not.
+            settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+            config = AutoConfig.from_pretrained(folder, **settings)
+            tokenizer: Any = AutoTokenizer.from_pretrained(adapter, config=config, **settings)
+    else:
+        tokenizer = load_tokenizer(own, trust_remote_code=trust_remote_code)
+    templates = chat_templates(adapter)
+    if templates:
+        tokenizer.chat_template = templates["default"] if list(templates) == ["default"] else templates
+    return tokenizer
 
 
 def loader_of(config: Any) -> Any:

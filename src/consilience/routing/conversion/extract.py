@@ -22,9 +22,10 @@ from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, gather, lora_config, write_tensors
 from consilience.engine.block import Loader, NonFinite, Scratch
-from consilience.engine.card import hub_ids, label, licences, origin
+from consilience.engine.card import label, licences, origin
 from consilience.engine.lineage import versions
 from consilience.engine.low_rank import Array, factorise
+from consilience.engine.origin import hub_ids
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import check_packed
 from consilience.engine.unchanged import check_unchanged

@@ -1,0 +1,258 @@
+"""How experts differ from the base in what makes them usable: the table of facts applied to a plan, and token rows.
+
+A difference is an *error* where a row of the vocabulary would be the mean of two tokens, a *warning* where it changes
+what the model computes and nobody has chosen, else a *note*. docs/differences.md lists them all.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from consilience.engine.chosen_files import files_of_output
+from consilience.engine.origin import compare_base
+from consilience.errors import InputError
+from consilience.experts import rope
+from consilience.experts.facts import FACTS, Fact, Level
+from consilience.experts.model import Model, Source
+from consilience.experts.model_files import ModelFiles
+from consilience.experts.vocabulary import Vocabulary, is_unused
+
+if TYPE_CHECKING:
+    from consilience.engine.plan import Plan, TensorPlan
+
+#: Parts of the names of tensors whose rows are tokens, and of those that look alike and are not.
+_EMBEDDINGS = ("embed", "wte", "shared", "lm_head", "output.weight", "word_embedding", "predictions.decoder")
+_NO_TOKENS = ("position", "wpe", "token_type", "patch", "pixel", "rotary", "norm", "proj")
+#: Values of a difference that are shown; of tokens whose rows are looked at.
+_SHOWN, _LOOKED_AT = 3, 4096
+#: Differences that no row of the table has: (kind, level, what is compared, what it means).
+FURTHER: tuple[tuple[str, Level, str, str], ...] = (
+    (
+        "token-rows",
+        "error",
+        "the token of a row of the vocabulary that the merge mixes: of base and expert, or of two experts that both "
+        "changed it",
+        "the row would be the mean of two tokens: keep embeddings and head apart with `private`, or leave one out",
+    ),
+    (
+        "other-base",
+        "warning",
+        "`base_model_name_or_path` of an adapter (and `revision`, a commit) with the base that it is put on: folders "
+        "by lineage fingerprint or samples of every tensor, hub names by snapshot folder or `_name_or_path`",
+        "the update was learned on other weights: name that base, or merge the adapter into it first",
+    ),
+    ("base-name", "note", "the same, where neither can be found out", "check that the two are the same weights"),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference of one expert (or two) from the output.
+
+    Attributes:
+        kind: short name, as in the table of facts.
+        level: "error", "warning" or "note".
+        models: whom it concerns.
+        what: what differs, with both values.
+        mend: what can be done, by a key that exists; "" if nothing need be.
+    """
+
+    kind: str
+    level: Level
+    models: tuple[str, ...]
+    what: str
+    mend: str
+
+    @property
+    def text(self) -> str:
+        """All of it in one line."""
+        return f"{self.what}; {self.mend}" if self.mend else self.what
+
+
+def differences(plan: "Plan") -> tuple[Difference, ...]:
+    """Return how a plan's models differ from what its output will be, errors first."""
+    donor = plan.alignment.donor
+    if donor.folder is None:
+        return ()
+    output = files_of_output(plan)
+    files = [ModelFiles(expert) for expert in plan.experts]
+    others = [own for expert, own in zip(plan.experts, files, strict=True) if expert is not donor]
+    found = _token_rows(plan, ModelFiles(donor), others)
+    for own in files:
+        found += [one for fact in FACTS if (one := _of_fact(plan, fact, own, output)) is not None]
+    if plan.base is not None:
+        found += [one for expert in plan.experts if (one := _other_base(expert, plan.base)) is not None]
+    order = ("error", "warning", "note")
+    return tuple(sorted(found, key=lambda one: order.index(one.level)))
+
+
+def check_differences(found: Iterable[Difference], where: str, *, strict: bool) -> None:
+    """Refuse a merge of different tokens, and (when strict) any difference that changes what the model computes.
+
+    Raises:
+        InputError: the first of them.
+    """
+    for one in found:
+        if one.level == "error" or (strict and one.level == "warning"):
+            raise InputError(f"{where}: {one.text}")
+
+
+def by_level(found: Iterable[Difference], level: Level) -> list[str]:
+    """Return the lines of one level."""
+    return [one.text for one in found if one.level == level]
+
+
+def _of_fact(plan: "Plan", fact: Fact, own: ModelFiles, output: ModelFiles) -> Difference | None:
+    found = fact.compare(own, output)
+    if not found:
+        return None
+    chosen = _is_chosen(plan, fact, found)
+    level = "note" if chosen else fact.level
+    other = "the output" if chosen else "the base" if plan.base is not None else plan.alignment.donor.name
+    if fact.kind == "vocabulary":
+        what = _tokens(own.name, found, other)
+    elif fact.kind == "chat-template":
+        what = f"{own.name} has a chat template of its own" if own.templates else f"{own.name} has no chat template"
+    elif fact.kind == "tokenizer":
+        what = f"{own.name}'s tokenizer cuts text by other rules than {other}'s ({next(iter(found))})"
+    else:
+        pairs = [f"{key} {_shown(a)}, in {other} {_shown(b)}" for key, (a, b) in list(found.items())[:_SHOWN]]
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        what = f"{own.name}: {fact.title} ({fact.files.partition(',')[0].partition(';')[0]}): {'; '.join(pairs)}{more}"
+    return Difference(fact.kind, level, (own.name,), what, _mend(fact, own.name, chosen, found))
+
+
+def _is_chosen(plan: "Plan", fact: Fact, found: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether the recipe says whose values count."""
+    choice = getattr(plan.recipe, fact.option) if fact.option else None
+    if fact.option == "chat_template" and choice is None:
+        choice = plan.recipe.tokenizer
+    if not isinstance(choice, dict):
+        return choice is not None
+    changed = set(_leaves(choice))
+    if fact.kind == "rope":
+        return bool(changed & {*rope.KEYS, "rope_type", "factor"})
+    return all(key.rpartition(".")[2] in changed for key in found)
+
+
+def _leaves(value: dict[str, Any]) -> list[str]:
+    """Return all keys, those of mappings inside too."""
+    inside = [inner for inner in value.values() if isinstance(inner, dict)]
+    return [*value, *(key for inner in inside for key in _leaves(cast(dict[str, Any], inner)))]
+
+
+def _mend(fact: Fact, name: str, chosen: bool, found: dict[str, tuple[Any, Any]]) -> str:
+    if not fact.option:
+        return ""
+    if chosen:
+        return f"{fact.option} chooses otherwise"
+    if fact.kind in ("vocabulary", "chat-template") and all(base is None for _, base in found.values()):
+        return f"left behind ({fact.option}: {name} takes {'them' if fact.kind == 'vocabulary' else 'it'} along)"
+    if fact.option == "config":
+        computes = "the merge computes with the base's" if fact.level == "warning" else "the output has the base's"
+        own = f"config: {name} takes {name}'s"
+        single = f", config: {{{next(iter(found)).rpartition('.')[2]}: VALUE}} sets it"
+        settable = fact.kind not in ("preprocessor", "generation", "labels", "one-sided")
+        return f"{computes} ({own}{single if settable else ''}, config: base says that this is meant)"
+    return f"the output has the base's ({fact.option}: {name} takes {name}'s along)"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _tokens(name: str, found: dict[str, tuple[Any, Any]], other: str) -> str:
+    """Say which tokens an expert adds, has otherwise, or does not have."""
+    added = [f"{own!r} ({i})" for i, (own, base) in found.items() if base is None]
+    changed = [f"{i} is {own!r}, in {other} {base!r}" for i, (own, base) in found.items() if None not in (own, base)]
+    missing = [f"{base!r} ({i})" for i, (own, base) in found.items() if own is None]
+    parts: list[str] = []
+    for verb, tokens in (("adds", added), ("has otherwise", changed), ("lacks", missing)):
+        listed = ", ".join(tokens[:4]) + (", ..." if len(tokens) > 4 else "")
+        parts += [f"{verb} {len(tokens)} token{'s' * (len(tokens) != 1)}: {listed}"] if tokens else []
+    return f"{name} {'; '.join(parts)}"
+
+
+def _other_base(expert: Model, base: Model) -> Difference | None:
+    comparison, named = compare_base(expert, base)
+    shown = expert.reference.partition("+")[0] if expert.checkpoint is not None else base.reference
+    if comparison == "same" or not named:
+        return None
+    if comparison == "other":
+        what = f"{expert.name} was trained on {named}, and is put on {shown}, whose weights are others"
+        mend = "name that base, or merge the adapter into it first"
+        return Difference("other-base", "warning", (expert.name,), what, mend)
+    what = f"{expert.name} was trained on {named}, and whether {shown} is the same cannot be told from here"
+    return Difference("base-name", "note", (expert.name,), what, "check that the two are the same weights")
+
+
+def _token_rows(plan: "Plan", base: ModelFiles, experts: list[ModelFiles]) -> list[Difference]:
+    """Find rows of the vocabulary that stand for one token here and for another there, and that the merge mixes."""
+    tensors = [t for t in plan.tensors if t.program is not None and len(t.shape) == 2 and _holds_tokens(t.name)]
+    known = [(files.name, files.vocabulary) for files in experts if files.vocabulary is not None]
+    found: list[Difference] = []
+    for k, (name, own) in enumerate(known):
+        if base.vocabulary is not None:
+            found += _conflict(tensors, (name, own), (base.name, base.vocabulary), base.name)
+        for other, theirs in known[:k]:
+            found += _conflict(tensors, (other, theirs), (name, own), base.name)
+    return found
+
+
+def _holds_tokens(name: str) -> bool:
+    return any(part in name for part in _EMBEDDINGS) and not any(part in name for part in _NO_TOKENS)
+
+
+def _conflict(
+    tensors: "list[TensorPlan]", one: tuple[str, Vocabulary], other: tuple[str, Vocabulary], donor: str
+) -> list[Difference]:
+    """Find the first row that two models mean otherwise and both change; the donor's own is in every merge."""
+    first, second = one[1], other[1]
+    ids = first.tokens.keys() if first.kind == second.kind else first.added & second.added
+    differing = [
+        i for i in sorted(ids)
+        if i in first.tokens and i in second.tokens and first.tokens[i] != second.tokens[i]
+        and not is_unused(first.tokens[i]) and not is_unused(second.tokens[i])
+    ]  # fmt: skip
+    names = tuple(name for name in (one[0], other[0]) if name != donor)
+    for i in differing[:_LOOKED_AT]:
+        mixed = [t for t in tensors if i < t.shape[0] and all(_changes(t, name, i) for name in names)]
+        if mixed:
+            more = f" ({len(differing)} such ids)" if len(differing) > 1 else ""
+            what = (
+                f"token id {i} is {first.tokens[i]!r} in {one[0]} and {second.tokens[i]!r} in {other[0]}, and row {i} "
+                f"of {mixed[0].name!r} would mix them{more}"
+            )
+            apart = ", ".join(f"{t.name!r}" for t in tensors)
+            mend = f"keep these tensors apart with private: [{apart}], or leave one of the two out"
+            return [Difference("token-rows", "error", names, what, mend)]
+    return []
+
+
+def _changes(tensor: "TensorPlan", name: str, row: int) -> bool:
+    """Whether an expert's row is not the base's."""
+    if name not in tensor.row_names:
+        return False
+    source = tensor.rows[tensor.row_names.index(name)]
+    if source.untouched or source.pair is not None or source.dense is None or tensor.base.dense is None:
+        return not source.untouched
+    if source.dense.dtype != tensor.base.dense.dtype:
+        return True
+    return _row(source, row) != _row(tensor.base, row)
+
+
+def _row(source: Source, row: int) -> bytes:
+    assert source.dense is not None
+    assert source.storage is not None
+    width = source.dense.nbytes // source.dense.shape[0]
+    out = np.empty(width, np.uint8)
+    source.storage.read(source.dense, row * width, out)
+    return out.tobytes()
