@@ -59,6 +59,10 @@ class Storage(Protocol):
         """Return the stamp of every file at the time it was opened: what a resumed run compares."""
         ...
 
+    def shared(self) -> dict[str, str]:
+        """Return alias -> first name for tensors that are the same memory: ties as the data shows them."""
+        ...
+
     def close(self) -> None:
         """Release files."""
         ...
@@ -124,6 +128,10 @@ class FileStorage:
         """Return every file's stamp at the time it was opened."""
         return self._stamps
 
+    def shared(self) -> dict[str, str]:
+        """Return nothing: in a safetensors file no two tensors are the same bytes."""
+        return {}
+
     def close(self) -> None:
         """Close every file that was opened."""
         self._descriptors.close()
@@ -174,7 +182,8 @@ class Checkpoint:
     """A model's named tensors.
 
     ``path`` is what the user named (a folder or a file; None in memory), ``folder`` the folder whose other files
-    (config, tokenizer, ...) belong to the model, ``config`` its ``config.json``.
+    (config, tokenizer, ...) belong to the model, ``config`` its ``config.json``, ``modules`` the subfolders that hold
+    weights of further modules (see ``modules.py``).
     """
 
     label: str
@@ -184,6 +193,7 @@ class Checkpoint:
     folder: Path | None = None
     config: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict[str, str])
+    modules: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

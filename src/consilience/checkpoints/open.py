@@ -7,6 +7,7 @@ from typing import Any, cast
 from consilience.checkpoints.checkpoint import Bytes, Checkpoint, FileStorage, MemoryStorage, TensorInfo, from_entries
 from consilience.checkpoints.files import Stamp, exists, regular_size, siblings, stamp
 from consilience.checkpoints.json_files import read_object
+from consilience.checkpoints.modules import joined, module_folders
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.errors import InputError, nearest
 
@@ -126,6 +127,22 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
 
 
 def _open_folder(label: str, folder: Path) -> Checkpoint:
+    """Open a model's folder, the weights of its further modules included."""
+    modules = {name: open_checkpoint(file, label) for name, file in module_folders(folder).items()}
+    main = None if modules and not _has_weights(folder) else _open_model(label, folder)
+    if not modules:
+        return cast(Checkpoint, main)
+    tensors, storage = joined(main, modules)
+    config, metadata = (main.config, main.metadata) if main is not None else (None, {"format": "pt"})
+    return Checkpoint(label, tensors, storage, folder, folder, config, metadata, tuple(modules))
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are weights at a folder's top, not in its modules' folders alone."""
+    return any(path.name.endswith((*WEIGHT_SUFFIXES, ".index.json")) for path in folder.iterdir())
+
+
+def _open_model(label: str, folder: Path) -> Checkpoint:
     files, index = _weight_files(folder)
     shards: dict[str, list[str]] = {}
     if index is not None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from consilience.checkpoints.dtypes import DType
+from consilience.checkpoints.modules import MODULE_FILE, module_of
 from consilience.checkpoints.safetensors_file import encode_header
 
 
@@ -14,6 +15,12 @@ class OutputFile:
     name: str
     header: bytes
     size: int
+
+    @property
+    def beginning(self) -> str:
+        """What the names of its tensors begin with in the plan: the module's folder, or nothing."""
+        folder, slash, _ = self.name.rpartition("/")
+        return folder + slash
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,27 @@ def plan_layout(
     shard_size: int,
     metadata: dict[str, str],
     single: str = "model.safetensors",
+    modules: Sequence[str] = (),
 ) -> Layout:
     """Lay ``(name, dtype, shape, bytes)`` out in files of at most ``shard_size`` bytes of data, in the given order.
 
-    Within a file wider element types come first, so that every tensor is aligned to its element size.
+    Within a file wider element types come first, so that every tensor is aligned to its element size. The tensors of a
+    module in a subfolder have a file of their own there.
     """
-    shards = _shards([size for *_, size in tensors], shard_size)
+    main = [tensor for tensor in tensors if module_of(tensor[0], modules) is None]
+    shards = [[main[i] for i in shard] for shard in _shards([size for *_, size in main], shard_size)] if main else []
+    stem = single.removesuffix(".safetensors")
+    shard_names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    contents = dict(zip(shard_names if len(shards) > 1 else [single], shards, strict=False))
+    for module in modules:
+        contents[f"{module}/{MODULE_FILE}"] = [t for t in tensors if module_of(t[0], modules) == module]
     files: list[OutputFile] = []
     places: dict[str, tuple[int, int]] = {}
-    for number, shard in enumerate(shards):
-        ordered = sorted((tensors[i] for i in shard), key=lambda t: -t[1].bits)
-        header, offsets = encode_header(((name, dtype, shape) for name, dtype, shape, _ in ordered), metadata)
+    for number, (file, content) in enumerate(contents.items()):
+        ordered = sorted(content, key=lambda t: -t[1].bits)
+        beginning = OutputFile(file, b"", 0).beginning
+        named = ((name.removeprefix(beginning), dtype, shape) for name, dtype, shape, _ in ordered)
+        header, offsets = encode_header(named, metadata)
         places |= {name: (number, offset) for (name, *_), offset in zip(ordered, offsets, strict=True)}
-        stem = single.removesuffix(".safetensors")
-        name = single if len(shards) == 1 else f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        files.append(OutputFile(name, header, len(header) + sum(size for *_, size in ordered)))
+        files.append(OutputFile(file, header, len(header) + sum(size for *_, size in ordered)))
     return Layout(tuple(files), places)

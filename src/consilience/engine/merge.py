@@ -272,7 +272,9 @@ def _policy_notes(plan: Plan) -> list[str]:
             f"{running} BatchNorm statistics were averaged, not extrapolated; re-estimate them on data before use"
         )
     folder = plan.alignment.donor.folder
-    left = output.weights_in_subfolders(folder) if folder is not None else []
+    donor = plan.alignment.donor.checkpoint
+    modules = donor.modules if donor is not None else ()
+    left = output.weights_in_subfolders(folder, modules) if folder is not None else []
     if left:
         notes.append(
             f"weights in subfolders of the base are not part of the merge and were left behind: {', '.join(left[:5])}"

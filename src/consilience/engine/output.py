@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -157,6 +157,7 @@ class FileSink:
             with self._opened(number) as descriptor:
                 os.pwrite(descriptor, file.header, 0)
                 os.fsync(descriptor)
+            final[number].parent.mkdir(exist_ok=True, parents=True)
             self.paths[number].rename(final[number])
         return final
 
@@ -197,10 +198,10 @@ def side_files(folder: Path) -> list[Path]:
     ]
 
 
-def weights_in_subfolders(folder: Path) -> list[str]:
-    """Return the weight files below the folder's top level: other modules, or other formats of the same model."""
+def weights_in_subfolders(folder: Path, modules: Collection[str] = ()) -> list[str]:
+    """Return the weight files below the folder's top level, besides the model's ``modules``: other formats of it."""
     found = (path.relative_to(folder) for path in _files(folder) if path.name.endswith(WEIGHT_SUFFIXES))
-    return [str(path) for path in found if len(path.parts) > 1]
+    return [str(path) for path in found if len(path.parts) > 1 and path.parent.as_posix() not in modules]
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:
@@ -267,7 +268,8 @@ def copy_side_files(result: Path, plan: Plan) -> None:
         elif not chosen.replaces(name):
             copy_file(source, result / name, folder)
     write_chosen(result, chosen)
-    if len(plan.layout.files) > 1:
-        names = {t.name: plan.layout.files[t.file].name for t in plan.tensors}
-        total = sum(t.nbytes for t in plan.tensors)
+    main = [t for t in plan.tensors if not plan.layout.files[t.file].beginning]
+    names = {t.name: plan.layout.files[t.file].name for t in main}
+    if len(set(names.values())) > 1:
+        total = sum(t.nbytes for t in main)
         write_json(result / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": names})

@@ -427,7 +427,9 @@ def make_plan(
     }
     notes += _too_small(shard_size, planned, alignment)
     largest = shard_size if alignment.donor.folder is not None else sys.maxsize  # a flat file has no index
-    layout = plan_layout([(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned], largest, metadata, single)
+    sizes_of = [(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned]
+    modules = alignment.donor.checkpoint.modules if alignment.donor.checkpoint else ()
+    layout = plan_layout(sizes_of, largest, metadata, single, modules)
     placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
     _check_model_trim(placed, where)
     return Plan(

@@ -41,7 +41,11 @@ def verify_segment(
 
 def verify_headers(plan: Plan, files: list[Path]) -> None:
     """Reopen the files as a stranger would and compare names, types and shapes with the plan."""
-    found = {name: entry for file in files for name, entry in read_header(file)[0].items()}
+    found = {
+        planned.beginning + name: entry
+        for file, planned in zip(files, plan.layout.files, strict=True)
+        for name, entry in read_header(file)[0].items()
+    }
     for tensor in plan.tensors:
         entry = found.pop(tensor.name, None)
         if entry is None or (entry.dtype, entry.shape, entry.offset) != (tensor.out_dtype, tensor.shape, tensor.offset):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from consilience.checkpoints.checkpoint import Storage, TensorInfo, same_bytes
+from consilience.checkpoints.modules import module_of
 from consilience.checkpoints.packed import PackedWeight, Packing, packing
 from consilience.errors import InputError
 from consilience.experts.absent import why_extra, why_missing, why_untargeted
@@ -63,9 +64,13 @@ def _check_dense(
     checkpoint = model.checkpoint
     assert checkpoint is not None
     own: list[str] = []
-    notes: list[str] = []
+    modules = donor.checkpoint.modules if donor.checkpoint is not None else ()
+    absent = [module for module in modules if module not in checkpoint.modules]
+    notes = [f"{model.name}: has no weights in {module}, and takes {donor.name}'s" for module in absent]
     for name in sorted(tensors.keys() - checkpoint.tensors.keys()):
         tied = model.ties.get(name)
+        if module_of(name, absent) is not None:
+            continue
         if tied is None:
             raise InputError(
                 f"{model.reference}: tensor {name!r} of {donor.reference} is missing{why_missing(model, name, donor)}"

@@ -101,7 +101,8 @@ class Model:
         if self.checkpoint is not None:
             names = (name, self.ties.get(name), stand_in)
             present = next((other for other in names if other in self.checkpoint.tensors), name)
-            dense, storage = self.checkpoint.tensors[present], self.checkpoint.storage
+            dense = self.checkpoint.tensors.get(present)  # None: of a module that this model does not have
+            storage = self.checkpoint.storage if dense is not None else None
         if self.adapter is not None:
             pair_storage = self.adapter.checkpoint.storage
             if name in self.adapter.whole:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from consilience.checkpoints.adapter import LoraPair
-from consilience.checkpoints.checkpoint import Bytes, Checkpoint, MemoryStorage, Storage, TensorInfo, same_bytes
+from consilience.checkpoints.checkpoint import Bytes, Checkpoint, Storage, TensorInfo, same_bytes
 
 Config = dict[str, Any]
 #: What is tied in models of unknown architecture: (alias, names it may be tied to).
@@ -98,7 +98,7 @@ def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
     """
     tensors = checkpoint.tensors
     sources = _declared(checkpoint.config, tensors)
-    shared = checkpoint.storage.shared() if isinstance(checkpoint.storage, MemoryStorage) else {}
+    shared = checkpoint.storage.shared()
     names = {info.name: name for name, info in tensors.items()}  # a storage goes by the names of its own
     for alias, first in ((names[a], names[b]) for a, b in shared.items() if a in names and b in names):
         if sources.get(first) == alias:  # the head follows the embeddings, whichever the file names first
