@@ -425,7 +425,7 @@ FIT = [
     Case("transposed tensor", ("a: ", FIRST, "[2, 8]"), lambda: edit("a", put(FIRST, np.ones((2, 8), np.float32)))),
     Case(
         "vocabulary grew",
-        ("a: ", EMBED, "[7, 4]", "vocabularies", "resize"),
+        ("a: ", EMBED, "6 rows", "7", "vocabularies", "resize"),
         lambda: edit("a", put(EMBED, np.ones((7, 4), np.float32))),
     ),
     Case(

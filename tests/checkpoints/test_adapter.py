@@ -352,7 +352,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "biases on B": {"lora_bias": True},
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
-    "trainable tokens": {"trainable_token_indices": {"embed_tokens": [1, 2]}},
     "layer replication": {"layer_replication": [(0, 2), (0, 1)]},
 }
 

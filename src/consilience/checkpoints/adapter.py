@@ -6,7 +6,6 @@ name, or is refused by name: an unknown key that is switched on is never guessed
 """
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.patterns import matching_keys
+from consilience.checkpoints.peft_names import sort_tensors
 from consilience.errors import InputError
 
 #: Config keys that do not change what a trained adapter computes, or that are read below.
@@ -25,7 +25,7 @@ _NEUTRAL = frozenset([
     "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
     "ensure_weight_tying", "init_lora_weights", "r", "lora_alpha", "fan_in_fan_out", "bias", "use_rslora",
-    "rank_pattern", "alpha_pattern",
+    "rank_pattern", "alpha_pattern", "trainable_token_indices", "token_indices", "init_weights",
 ])  # fmt: skip
 #: Initialisations of the factors alone. Others (pissa, olora, corda, loftq, lora_ga, ...) also edit the base's weights,
 #: so that the adapter only fits the edited base.
@@ -65,13 +65,21 @@ class LoraPair:
         return self.delta_shape == flat or (not self.embedding and self.delta_shape[::-1] == flat)
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Rows of an embedding or head that were trained alone: their numbers, and their new values."""
+
+    rows: tuple[int, ...]
+    values: TensorInfo
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An opened LoRA adapter: its pairs and whole tensors by target name, and the checkpoint that holds their bytes.
 
     A target may have both: PEFT saves an adapted embedding's own weight beside its factors, and both count. ``names``
-    has, for targets that were renamed after the base's files, what the adapter itself calls them; ``notes`` are what a
-    user is told of how it was read.
+    has, for targets that were renamed after the base's files, what the adapter itself calls them; ``tokens`` are rows
+    of a target that were trained alone; ``notes`` are what a user is told of how it was read.
     """
 
     path: Path
@@ -80,6 +88,7 @@ class Adapter:
     pairs: dict[str, LoraPair]
     whole: dict[str, TensorInfo]
     names: dict[str, str] = field(default_factory=dict[str, str])
+    tokens: dict[str, Tokens] = field(default_factory=dict[str, Tokens])
     notes: tuple[str, ...] = ()
 
 
@@ -90,7 +99,7 @@ def is_adapter(path: Path) -> bool:
 
 def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise InputError(
             f"{where}: peft_type {kind!r} is not LORA; merge it into its base with PEFT and pass the model"
         )
@@ -113,25 +122,8 @@ def _refuse_unsupported(where: str, config: dict[str, Any]) -> None:
             raise InputError(f"{where}: {key} must map module names to numbers; restore the config")
 
 
-#: Parts of a name that training wrappers add, wherever they stand.
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-#: What PEFT and DDP put before every name.
-_BEFORE = re.compile(r"^(base_model\.model\.|module\.)+")
-_PAIR = re.compile(
-    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.(?!weight$|bias$)[^.]+)?(\.weight)?$"
-)
-
-
-def unwrapped(name: str) -> str:
-    """Return a tensor's or module's name without what PEFT, ``torch.compile``, DDP and FSDP put into it.
-
-    That is the name PEFT saw when it looked up the module in its patterns.
-    """
-    return _BEFORE.sub("", WRAPPERS.sub("", name))
-
-
-def _strip(name: str) -> str:
-    return unwrapped(name).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+def _is_row(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_number(value: Any) -> bool:
@@ -204,41 +196,49 @@ def open_adapter(path: str | Path, label: str | None = None) -> Adapter:
     if not files:
         raise InputError(f"{path}: holds no adapter_model.safetensors or adapter_model.bin; download it again")
     checkpoint = open_checkpoint(files[0], label)
-    sides, whole = _sorted_tensors(checkpoint.tensors, str(files[0]))
-    patterns = _Patterns.of(config, [module for module, _ in sides], str(config_path))
+    tensors = sort_tensors(checkpoint.tensors, str(files[0]))
+    patterns = _Patterns.of(config, [module for module, _ in tensors.sides], str(config_path))
     pairs: dict[str, LoraPair] = {}
-    for (module, embedding), found in sides.items():
+    for (module, embedding), found in tensors.sides.items():
         pair = _pair(patterns, module, embedding, found, str(files[0]))
         if pair.target in pairs:
             raise InputError(f"{files[0]}: {module} has both linear and embedding factors; restore the file")
         pairs[pair.target] = pair
-    note = patterns.note(module for module, _ in sides)
-    return Adapter(path, checkpoint, config, pairs, whole, notes=() if note is None else (note,))
+    note = patterns.note(module for module, _ in tensors.sides)
+    return Adapter(
+        path,
+        checkpoint,
+        config,
+        pairs,
+        tensors.whole,
+        tokens=_tokens(config, tensors.rows, str(config_path)),
+        notes=() if note is None else (note,),
+    )
 
 
-_Sides = dict[tuple[str, bool], dict[str, TensorInfo]]
-
-
-def _sorted_tensors(tensors: dict[str, TensorInfo], where: str) -> tuple[_Sides, dict[str, TensorInfo]]:
-    """Return the factors by (module, whether an embedding) and side, and the whole tensors by target name."""
-    sides: _Sides = {}
-    whole: dict[str, TensorInfo] = {}
-    for name, tensor in tensors.items():
-        if "lora_magnitude" in name:
+def _tokens(config: dict[str, Any], found: dict[str, TensorInfo], where: str) -> dict[str, Tokens]:
+    """Return the rows that were trained alone, by target: which they are stands in the config."""
+    listed = config.get("trainable_token_indices")
+    if listed is None:
+        listed = config.get("token_indices")
+    tokens: dict[str, Tokens] = {}
+    for target, values in found.items():
+        module = target.removesuffix(".weight")
+        rows = listed
+        if isinstance(listed, dict):
+            by_module = cast(dict[str, Any], listed)
+            keys = [key for key in by_module if f".{module}".endswith(f".{key}")]
+            # A head that follows its embedding's rows is not in the config.
+            keys = keys or (list(by_module) if len(by_module) == 1 else [])
+            rows = by_module[keys[0]] if keys else None
+        numbers = cast(list[Any], rows) if isinstance(rows, list) else []
+        if not numbers or len(set(map(repr, numbers))) < len(numbers) or not all(map(_is_row, numbers)):
             raise InputError(
-                f"{where}: tensor {name!r}: DoRA magnitudes are not supported; merge it into its base with PEFT"
+                f"{where}: trainable_token_indices of {module!r} must be different row numbers, not {rows!r}; restore "
+                "the config"
             )
-        match = _PAIR.match(_strip(name))
-        if match is None and ".lora_" in name:
-            raise InputError(f"{where}: tensor {name!r} is not a LoRA factor this version knows; merge it with PEFT")
-        place = sides.setdefault((match["module"], bool(match["embedding"])), {}) if match else whole
-        key = match["side"] if match else _strip(name)
-        if key in place:
-            raise InputError(
-                f"{where}: tensors {place[key].name!r} and {name!r} speak of the same weight; save one adapter a folder"
-            )
-        place[key] = tensor
-    return sides, whole
+        tokens[target] = Tokens(tuple(numbers), values)
+    return tokens
 
 
 def _pair(patterns: _Patterns, module: str, embedding: bool, found: dict[str, TensorInfo], file: str) -> LoraPair:

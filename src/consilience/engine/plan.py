@@ -18,6 +18,7 @@ from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter
 from consilience.experts.conv1d import orient
+from consilience.experts.embeddings import with_trained_rows
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
 from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
@@ -161,6 +162,9 @@ class Plan:
             "stochastic": self.stochastic,
             "allow_nonfinite": self.allow_nonfinite,
             "inputs": [model.identity() for model in self.models],
+            "trained_rows": [
+                [name, tokens.rows] for m in self.models if m.adapter for name, tokens in m.adapter.tokens.items()
+            ],
             "tensors": [_facts(tensor) for tensor in self.tensors],
             "files": [(file.name, file.size, hashlib.blake2b(file.header).hexdigest()) for file in self.layout.files],
         }
@@ -341,7 +345,9 @@ def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple
         model = follow_base(model, donor)
         return model if model.adapter is None else replace(model, adapter=orient(model.adapter, donor))
 
-    return base and followed(base), [(followed(model), number) for model, number in numbered]
+    base, numbered = base and followed(base), [(followed(model), number) for model, number in numbered]
+    first = base or numbered[0][0]
+    return base, [(with_trained_rows(model, first), number) for model, number in numbered]
 
 
 def make_plan(

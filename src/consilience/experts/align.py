@@ -2,13 +2,15 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from consilience.checkpoints.checkpoint import Storage, TensorInfo, same_bytes
 from consilience.checkpoints.modules import module_of
 from consilience.checkpoints.packed import PackedWeight, Packing, packing
 from consilience.errors import InputError
 from consilience.experts.absent import why_extra, why_missing, why_untargeted
+from consilience.experts.embeddings import Resized, resized
+from consilience.experts.embeddings import notes as resizing_notes
 from consilience.experts.model import Model, Source
 from consilience.experts.quantised import packed_alike, packed_notes, refuse_packed_target
 from consilience.experts.ties import keeps_flag, same_update, says_tied
@@ -37,9 +39,12 @@ class Alignment:
     notes: list[str]
     packed: Packing
     same_parts: list[tuple[Model, PackedWeight]]
+    vocabulary: Resized = field(default_factory=lambda: Resized({}, {}))
 
     def source(self, model: Model, name: str) -> Source:
         """Return where a tensor of the output comes from in one of the models."""
+        if model is self.donor and name in self.vocabulary.sources:
+            return self.vocabulary.sources[name]
         return model.source(name, self.untied.get(name))
 
 
@@ -141,7 +146,7 @@ def _check_adapter(model: Model, donor: Model, tensors: dict[str, TensorInfo], p
     adapter = model.adapter
     assert adapter is not None
     own: list[str] = []
-    for name in sorted(adapter.pairs.keys() | adapter.whole.keys()):
+    for name in sorted(adapter.pairs.keys() | adapter.whole.keys() | adapter.tokens.keys()):
         if private(name) and name in adapter.pairs:
             raise InputError(
                 f"{model.reference}: it adapts {name!r}, which is private, by factors that a head file cannot hold; "
@@ -233,13 +238,15 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     if donor.checkpoint is None:
         raise InputError(f"{donor.reference}: is an adapter, and an adapter needs its base; name one as base_model")
     is_private = private_filter(private)
-    tensors, named = donor.checkpoint.tensors, donor.named
+    vocabulary = resized(donor, experts if base is not None else [])
+    named = donor.named | vocabulary.tensors
+    tensors = {name: named[name] for name in donor.checkpoint.tensors}
     packed = packing(donor.checkpoint)
     known = {name: info for name, info in named.items() if not is_private(name) and name not in packed.parts}
     shared = {name: tensor for name, tensor in known.items() if name in tensors}
     kept: dict[str, list[str]] = {}
     same_parts: list[tuple[Model, PackedWeight]] = []
-    notes: list[str] = []
+    notes = resizing_notes(vocabulary)
     models = [donor, *(e for e in experts if e is not donor)]
     for model in models:
         own: list[str] = []
@@ -278,4 +285,5 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
         notes=[*notes, *packed_notes(donor, packed), *ties.notes],
         packed=packed,
         same_parts=same_parts,
+        vocabulary=vocabulary,
     )

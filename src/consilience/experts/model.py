@@ -13,6 +13,7 @@ from consilience.checkpoints.checkpoint import Checkpoint, Storage, TensorInfo
 from consilience.checkpoints.files import Stamp
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.reference import resolve
+from consilience.checkpoints.rows import Matrix
 from consilience.errors import InputError
 from consilience.experts.ties import ties_of
 
@@ -45,7 +46,8 @@ class Source:
 class Model:
     """One participant of a merge. ``checkpoint`` is None for an adapter that stands on the recipe's base.
 
-    ``names`` has, for tensors that were renamed after the base's files, what the model itself calls them.
+    ``names`` has, for tensors that were renamed after the base's files, what the model itself calls them, ``assembled``
+    the tensors that its files hold in parts.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Model:
     checkpoint: Checkpoint | None
     adapter: Adapter | None = None
     names: dict[str, str] = field(default_factory=dict[str, str])
+    assembled: dict[str, Matrix] = field(default_factory=dict[str, Matrix])
 
     @property
     def folder(self) -> Path | None:
@@ -64,7 +67,7 @@ class Model:
     @property
     def low_rank(self) -> bool:
         """Whether the model is nothing but LoRA pairs on the base."""
-        return self.checkpoint is None and self.adapter is not None and not self.adapter.whole
+        return self.checkpoint is None and self.adapter is not None and not (self.adapter.whole or self.adapter.tokens)
 
     def stamps(self) -> list[Stamp]:
         """Return the stamps of all files the model is read from, at the time they were opened."""
@@ -108,10 +111,14 @@ class Model:
             if name in self.adapter.whole:
                 dense, storage = self.adapter.whole[name], pair_storage
             pair = self.adapter.pairs.get(name)
+        if name in self.assembled:
+            storage, dense = self.assembled[name]
         return Source(storage, dense, pair_storage if pair else None, pair)
 
-    def stored(self, name: str) -> tuple[Storage, TensorInfo] | None:
-        """Return a tensor as the model itself stores it, and where; None: it stores none."""
+    def stored(self, name: str) -> Matrix | None:
+        """Return a tensor as the model itself has it, and where; None: it is the base's, if any."""
+        if name in self.assembled:
+            return self.assembled[name]
         if self.adapter is not None and name in self.adapter.whole:
             return self.adapter.checkpoint.storage, self.adapter.whole[name]
         if self.checkpoint is not None and name in self.checkpoint.tensors:

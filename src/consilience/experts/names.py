@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
-from consilience.checkpoints.adapter import WRAPPERS, Adapter
+from consilience.checkpoints.adapter import Adapter
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
+from consilience.checkpoints.peft_names import WRAPPERS
 from consilience.experts.conversions import Rules, rules_for
 from consilience.experts.model import Model
 
@@ -58,7 +59,8 @@ def _follow(adapter: Adapter, renames: Mapping[str, str]) -> Adapter:
         if out in pairs:  # PEFT adds this update twice, in training as in merging (lora.MultiheadAttention.merge)
             pairs[out] = replace(pairs[out], scale=2 * pairs[out].scale)
     whole = {new(name): info for name, info in adapter.whole.items()}
-    return replace(adapter, pairs=pairs, whole=whole, names={new: old for old, new in renames.items()})
+    tokens = {new(name): rows for name, rows in adapter.tokens.items()}
+    return replace(adapter, pairs=pairs, whole=whole, tokens=tokens, names={new: old for old, new in renames.items()})
 
 
 def same_shape(info: TensorInfo) -> Fits:
@@ -69,6 +71,8 @@ def same_shape(info: TensorInfo) -> Fits:
 def adapter_fits(adapter: Adapter) -> dict[str, Fits]:
     """Return, by target, whether an adapter's update could be that of a tensor of the base."""
     fits: dict[str, Fits] = {name: same_shape(info) for name, info in adapter.whole.items()}
+    for name, tokens in adapter.tokens.items():
+        fits.setdefault(name, lambda tensor, width=tokens.values.shape[1:]: tensor.shape[1:] == width)
     for name, pair in adapter.pairs.items():
         fits[name] = lambda tensor, pair=pair: pair.fits(tensor.shape)
     return fits

@@ -1,0 +1,103 @@
+"""What the names in a PEFT file say: ``base_model.model.X.lora_A.default.weight`` is factor A of module X.
+
+PEFT writes a module that it trained as a whole up to three times: ``X.weight``, ``X.modules_to_save.weight`` (equal to
+it) and ``X.original_module.weight`` (the base's). Adapted layers are wrapped (``base_layer``, ``token_adapter``), and a
+state dict of a user's own making has the adapter's name in the middle. Training wrappers add parts of theirs.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from consilience.checkpoints.checkpoint import TensorInfo
+from consilience.errors import InputError
+
+#: Parts of a name that training wrappers add, wherever they stand.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+#: What PEFT and DDP put before every name.
+_BEFORE = re.compile(r"^(base_model\.model\.|module\.)+")
+_PAIR = re.compile(
+    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.(?!weight$|bias$)(?P<adapter>[^.]+))?(\.weight)?$"
+)
+_ROWS = re.compile(r"^(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?$")
+
+Sides = dict[tuple[str, bool], dict[str, TensorInfo]]
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's or module's name without what PEFT, ``torch.compile``, DDP and FSDP put into it.
+
+    That is the name PEFT saw when it looked up the module in its patterns.
+    """
+    return _BEFORE.sub("", WRAPPERS.sub("", name))
+
+
+@dataclass(frozen=True)
+class PeftTensors:
+    """An adapter's tensors: factors by (module, whether an embedding) and side; by target, whole values and rows."""
+
+    sides: Sides = field(default_factory=dict[tuple[str, bool], dict[str, TensorInfo]])
+    whole: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
+    rows: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
+
+
+def sort_tensors(tensors: dict[str, TensorInfo], where: str) -> PeftTensors:
+    """Return what each tensor of an adapter's file is for.
+
+    Raises:
+        InputError: a name is no LoRA parameter of a known kind, or two speak of the same weight.
+    """
+    found, copies = PeftTensors(), dict[str, TensorInfo]()
+    adapters = _adapters(tensors)
+    for name, tensor in tensors.items():
+        plain = unwrapped(name)
+        factor, rows = _PAIR.match(plain), _ROWS.match(plain)
+        if factor is None and ".lora_" in plain:
+            raise _unknown(name, where)
+        if factor is not None:
+            key = (_bare(factor["module"]), bool(factor["embedding"]))
+            _put(found.sides.setdefault(key, {}), factor["side"], tensor, where)
+        elif rows is not None:
+            _put(found.rows, f"{_bare(rows['module'])}.weight", tensor, where)
+        elif ".modules_to_save." in plain:
+            _put(copies, _bare(_saved(plain, adapters)), tensor, where)
+        elif ".original_module." not in plain:  # that is the base's, which PEFT left there
+            _put(found.whole, _bare(plain), tensor, where)
+    for target, tensor in copies.items():
+        found.whole.setdefault(target, tensor)
+    return found
+
+
+def _unknown(name: str, where: str) -> InputError:
+    if "lora_magnitude" in name:
+        return InputError(
+            f"{where}: tensor {name!r}: DoRA magnitudes are not supported; merge it into its base with PEFT"
+        )
+    return InputError(f"{where}: tensor {name!r} is not a LoRA factor this version knows; merge it with PEFT")
+
+
+def _put(place: dict[str, TensorInfo], key: str, tensor: TensorInfo, where: str) -> None:
+    if key in place:
+        raise InputError(
+            f"{where}: tensors {place[key].name!r} and {tensor.name!r} speak of the same weight; save one adapter a "
+            "folder"
+        )
+    place[key] = tensor
+
+
+def _adapters(names: Iterable[str]) -> set[str]:
+    """Return what adapters may be called in a file; ``save_pretrained`` leaves the name out."""
+    matches = (_PAIR.match(name) for name in names)
+    return {"default", *(match["adapter"] for match in matches if match is not None and match["adapter"])}
+
+
+def _saved(name: str, adapters: set[str]) -> str:
+    """Return X.weight for ``X.modules_to_save.weight`` and for ``X.modules_to_save.NAME.weight``."""
+    module, _, rest = name.partition(".modules_to_save.")
+    first, _, inner = rest.partition(".")
+    return f"{module}.{inner if inner and first in adapters else rest}"
+
+
+def _bare(name: str) -> str:
+    """Return a name without the layers that PEFT wraps around the base's."""
+    return name.replace(".token_adapter.", ".").replace(".base_layer.", ".")

@@ -1,0 +1,203 @@
+"""Vocabularies that were resized or trained in part, and PEFT's spellings of what is saved whole."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.real_files.support import adapter, hf, logits, merged, moved, peft, real_file, refused, state, tiny
+
+BOTH = ["embed_tokens", "lm_head"]
+
+
+def base_of(tmp_path: Path, **config: Any) -> Path:
+    tiny("Qwen2", tie_word_embeddings=False, **config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def loaded(base: Path, rows: int | None = None, family: str = "Qwen2ForCausalLM", seed: int = 0) -> Any:
+    """Load a base in float32, with its vocabulary resized and every added row another."""
+    model = getattr(hf, family).from_pretrained(base, dtype=torch.float32).eval()
+    if rows is not None:
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+def is_right(tmp_path: Path, tuned: Any, *words: str) -> None:
+    outcome = merged(tmp_path / "base", tmp_path / "out", *words, x=tmp_path / "a")
+    assert outcome.code == 0, outcome.said
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tuned), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [68, 60])
+@real_file(
+    8, family="Qwen2", option="resized vocabulary, embedding and head saved whole", expected="PEFT, unmerged",
+    before="wrong cause named",
+)  # fmt: skip
+def test_a_resized_vocabulary(tmp_path: Path, rows: int) -> None:
+    base = base_of(tmp_path)
+    tuned = adapter(loaded(base, rows), tmp_path / "a", target_modules=["q_proj"], modules_to_save=BOTH)
+    is_right(tmp_path, tuned)
+    assert hf.AutoConfig.from_pretrained(tmp_path / "out").vocab_size == rows
+
+
+@real_file(
+    8, family="Qwen2", option="resized vocabulary, LoRA on embedding and head", expected="PEFT, unmerged",
+    before="wrong cause named",
+)  # fmt: skip
+def test_factors_on_a_resized_vocabulary(tmp_path: Path) -> None:
+    tuned = adapter(loaded(base_of(tmp_path), 68), tmp_path / "a", target_modules=["q_proj", *BOTH])
+    is_right(tmp_path, tuned)
+
+
+@real_file(
+    8, family="Llama", option="resized vocabulary that nothing adapts, saved because it was resized",
+    expected="PEFT, unmerged", before="wrong cause named",
+)  # fmt: skip
+def test_a_resized_vocabulary_beside_plain_factors(tmp_path: Path) -> None:
+    tiny("Llama", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    model = loaded(tmp_path / "base", 72, "LlamaForCausalLM")
+    is_right(tmp_path, adapter(model, tmp_path / "a", target_modules=["v_proj"]))
+
+
+@real_file(
+    8, family="Qwen2", option="resized vocabulary, added rows trained alone", expected="PEFT, unmerged",
+    before="wrongly refused",
+)  # fmt: skip
+def test_added_rows_trained_alone(tmp_path: Path) -> None:
+    indices = [66, 64, 1]
+    model = loaded(base_of(tmp_path), 68)
+    is_right(tmp_path, adapter(model, tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=indices))
+
+
+@pytest.mark.parametrize("indices", [[7, 2, 5], {"embed_tokens": [7, 2], "lm_head": [5]}], ids=["list", "modules"])
+@real_file(
+    8, family="Qwen2", option="trainable_token_indices, of one module or several", expected="PEFT, unmerged",
+    before="wrongly refused",
+)  # fmt: skip
+def test_rows_trained_alone(tmp_path: Path, indices: Any) -> None:
+    model = loaded(base_of(tmp_path))
+    is_right(tmp_path, adapter(model, tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=indices))
+
+
+@real_file(8, family="Qwen2", option="TRAINABLE_TOKENS adapter", expected="PEFT, unmerged", before="wrongly refused")
+def test_an_adapter_of_rows_alone(tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(token_indices=[9, 3, 12], target_modules=["embed_tokens"])
+    tuned = moved(peft.get_peft_model(loaded(base_of(tmp_path)), config).eval(), 1)
+    tuned.save_pretrained(tmp_path / "a")
+    is_right(tmp_path, tuned)
+
+
+@real_file(
+    8,
+    family="Qwen2",
+    option="rows trained alone, bf16, weight 0.5",
+    expected="a formula",
+    before="wrongly refused",
+)
+def test_rows_trained_alone_are_weighted(tmp_path: Path) -> None:
+    base = base_of(tmp_path)
+    hf.AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
+    adapter(loaded(base), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[7, 2])
+    assert merged(base, tmp_path / "out", "--set", "weight=0.5", x=tmp_path / "a").code == 0
+    name = "model.embed_tokens.weight"
+    wanted = state(base)[name].float()
+    trained = next(v for k, v in load_file(tmp_path / "a/adapter_model.safetensors").items() if "tokens_delta" in k)
+    wanted[[7, 2]] = 0.5 * wanted[[7, 2]] + 0.5 * trained
+    torch.testing.assert_close(state(tmp_path / "out")[name], wanted, atol=1e-6, rtol=1e-6)
+
+
+@real_file(
+    8, family="Qwen2", option="two adapters of one resized vocabulary, weights 0.5 and 0.3", expected="a formula",
+    before="wrong cause named",
+)  # fmt: skip
+def test_two_experts_of_one_size(tmp_path: Path) -> None:
+    base = base_of(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        adapter(loaded(base, 68), tmp_path / name, seed=seed, target_modules=["q_proj"], modules_to_save=BOTH)
+    out = tmp_path / "out"
+    weights = ["--set", "a.weight=0.5", "--set", "b.weight=0.3"]
+    assert merged(base, out, *weights, a=tmp_path / "a", b=tmp_path / "b").code == 0
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors")["base_model.model.lm_head.weight"] for n in "ab")
+    start = torch.cat([state(base)["lm_head.weight"], (one[64:] + two[64:]) / 2])
+    wanted = start + 0.5 * (one - start) + 0.3 * (two - start)
+    torch.testing.assert_close(state(out)["lm_head.weight"], wanted, atol=1e-6, rtol=1e-5)
+
+
+@real_file(
+    8, family="Qwen2", option="two adapters of vocabularies of different sizes", expected="the message",
+    before="wrong cause named", now="refused, true cause",
+)  # fmt: skip
+def test_two_experts_of_different_sizes(tmp_path: Path) -> None:
+    base = base_of(tmp_path)
+    for name, rows in (("a", 68), ("b", 72)):
+        adapter(loaded(base, rows), tmp_path / name, target_modules=["q_proj"], modules_to_save=BOTH)
+    outcome = merged(base, tmp_path / "out", a=tmp_path / "a", b=tmp_path / "b")
+    refused(outcome, "72 rows", "68", "vocabularies differ")
+    assert "another base" not in outcome.err
+
+
+@real_file(
+    8, family="Qwen2", option="resized embedding without its head", expected="the message",
+    before="wrong cause named", now="refused, true cause",
+)  # fmt: skip
+def test_a_resized_embedding_without_its_head(tmp_path: Path) -> None:
+    model = loaded(base_of(tmp_path), 68)
+    save = {"save_embedding_layers": False}
+    adapter(model, tmp_path / "a", save=save, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    outcome = merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "a")
+    refused(outcome, "embed_tokens", "lm_head.weight", "save_embedding_layers=True")
+
+
+@real_file(
+    8, family="Llama", option="full model with added tokens", expected="the expert's file", before="wrongly refused"
+)
+def test_a_full_model_with_added_tokens(tmp_path: Path) -> None:
+    tiny("Llama", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    expert = tiny("Llama", seed=1, tie_word_embeddings=False, vocab_size=80)
+    expert.save_pretrained(tmp_path / "a")
+    is_right(tmp_path, expert)
+
+
+@pytest.mark.parametrize("layers", [True, False], ids=["thrice", "once"])
+@real_file(
+    8, family="Qwen2", option="modules_to_save with save_embedding_layers: each written three times",
+    expected="PEFT, unmerged", before="wrong cause named",
+)  # fmt: skip
+def test_a_saved_module_written_thrice(tmp_path: Path, layers: bool) -> None:
+    save = {"save_embedding_layers": layers}
+    model = loaded(base_of(tmp_path))
+    is_right(tmp_path, adapter(model, tmp_path / "a", save=save, target_modules=["q_proj"], modules_to_save=BOTH))
+
+
+def respelled(folder: Path, rename: Any) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({rename(name): value for name, value in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda n: n.replace("lora_A.", "lora_A.math.").replace("lora_B.", "lora_B.math.").replace(
+            "lm_head.", "lm_head.modules_to_save.math."),
+        lambda n: n.replace("lm_head.", "lm_head.modules_to_save.default."),
+        lambda n: f"module.{n}",
+        lambda n: n.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda n: n.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
+        lambda n: n.removeprefix("base_model.model."),
+        lambda n: n.replace("base_model.model.", "base_model.model.base_model.model."),
+    ],
+    ids=["named", "default", "ddp", "compiled", "fsdp", "bare", "twice"],
+)  # fmt: skip
+@real_file(
+    8, family="Qwen2", option="adapters' state dicts as DDP, FSDP, compile and trainers' own code write them",
+    expected="PEFT, unmerged", before="wrong cause named",
+)  # fmt: skip
+def test_spellings_of_an_adapter(tmp_path: Path, rename: Any) -> None:
+    model = loaded(base_of(tmp_path))
+    tuned = adapter(model, tmp_path / "a", target_modules=["q_proj", "gate_proj"], modules_to_save=["lm_head"])
+    respelled(tmp_path / "a", rename)
+    is_right(tmp_path, tuned)
