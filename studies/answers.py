@@ -7,13 +7,12 @@ other studies of the language suite.
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import consilience as cs
 from consilience.api import build_recipe
-from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
+from consilience.coefficients import Coefficients, load_coefficients
 from consilience.tasks import Row, Task
 from consilience.training import fine_tune
 from studies.answers_tables import FRESH, FRESH_GIVEN, tables
@@ -32,6 +31,7 @@ _HELD = 30
 LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "merge + distil": ("expert_merging_distil", {}),
     "expert_merging": ("expert_merging", {}),
+    "expert_merging, written prompts too": ("expert_merging", {"written_prompts": 64}),
     "expert_merging, one greedy answer": ("expert_merging", {"answers": 1, "answer_temperature": 0.0}),
     "expert_merging, as published": ("expert_merging", {"preset": "paper"}),
     "expert_merging_pp, uniform chunks": ("expert_merging_pp", {"kappa": 0.0, "budget": 4.0}),
@@ -46,8 +46,10 @@ LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
 #: Cells in the order in which they run: (label, experts, draws, prompts).
 PLAN: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("merge + distil", "lora", DRAWS, PROMPTS),
+    ("expert_merging", "lora", DRAWS, PROMPTS),
     ("expert_merging, as published", "lora", (0,), PROMPTS),
     ("expert_merging, one greedy answer", "lora", (0,), PROMPTS),
+    ("expert_merging, written prompts too", "lora", (0,), PROMPTS),
     ("merge + distil", "lora", (0,), 5),
     ("merge + distil", "lora", (0,), 2),
     ("merge + distil", "lora", (0,), 30),
@@ -128,22 +130,12 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     found = load_coefficients(out)
     result = {"losses": losses(str(out), "test"), "seconds": round(seconds, 1), "learned": facts(found)}
     result |= {"compared": found.facts.get("compared"), "tokens": _tokens(found)}
-    if "stage_1" in found.facts and "correction" in found.experts:
-        result["coefficients alone"] = {"losses": _alone(found, setting["experts"], out.parent)}
     return result
 
 
 def _tokens(found: Coefficients) -> dict[str, Any]:
     """Return how many compared tokens every expert's rows have."""
     return {name: told.get("tokens") for name, told in found.facts["calibration"].items()}
-
-
-def _alone(found: Coefficients, kind: str, folder: Path) -> dict[str, Any]:
-    """Measure the merge without its correction: Expert Merging proper, from the same run."""
-    save_coefficients(folder / "alone", replace(found, experts=found.experts[:-1], alpha=found.alpha[:-1]))
-    out = folder / "merged-alone"
-    cs.merge(str(base_path()), experts(kind), out, method="coefficients", coefficients=folder / "alone")
-    return losses(str(out), "test")
 
 
 def _answers(method: str, files: Mapping[str, str], folder: Path) -> list[Task]:

@@ -17,16 +17,16 @@ FRESH, FRESH_GIVEN = "fresh LoRA on the same answers", "fresh LoRA, answers to t
 INTRODUCTION = (
     "Expert Merging learned on what the experts answer to a few unlabelled prompts. A draw is ten prompts of each "
     "domain (three disjoint draws; files hold thirty); every expert answers each of its prompts four times at "
-    "temperature 1, and coefficients are learned where those answers are predicted. *merge + distil* adds a "
-    "low-rank correction learned by the same loss; *coefficients alone* is the same run without it, that is, Expert "
-    "Merging proper (written prompts included). Losses are nats per response token on 100 held-out test rows a "
-    "domain, at most 60 tokens each, of the merged checkpoint in bfloat16. ± is the standard deviation over draws. "
-    "*Gain kept* is (base - merge) / (base - own expert), mean over domains, with the least of them. Differences "
-    "from joint training carry 95% bootstrap intervals over test rows (paired; draws averaged). *Seconds* are those "
-    "of the whole command on two cores, answers included. Joint training saw all domains' labelled training rows "
-    "for 600 steps. A fresh LoRA is trained on the very answers that merge + distil learns from, those to written "
-    "prompts included, or on those to the given prompts alone. Settings were tuned on validation rows of the first "
-    "draw; test rows were read once."
+    "temperature 1, and coefficients are learned where those answers are predicted. *merge + distil* "
+    "(expert_merging_distil) learns a low-rank correction with them, by the same loss and on further prompts that "
+    "the base writes. Losses are nats per response token on 100 held-out test rows a domain, at most 60 tokens "
+    "each, of the merged checkpoint in bfloat16. ± is the standard deviation over draws. *Gain kept* is (base - "
+    "merge) / (base - own expert), mean over domains, with the least of them. Differences from joint training carry "
+    "95% bootstrap intervals over test rows (paired; draws averaged). *Seconds* are those of the whole command on "
+    "two cores, answers included. Joint training saw all domains' labelled training rows for 600 steps. A fresh "
+    "LoRA is trained on the very answers that merge + distil learns from, those to written prompts included, or on "
+    "those to the given prompts alone. Settings were tuned on validation rows of the first draw; test rows were "
+    "read once."
 )
 
 
@@ -45,15 +45,11 @@ def _runs(cells: Sequence[Cell], kind: str) -> dict[tuple[str, int], list[Mappin
     found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for cell in cells:
         setting, result = cell.setting, cell.result
+        of_kind = kind == ("lora" if setting["kind"] == "fresh" else setting.get("experts"))
         if setting["kind"] == "model":
             found.setdefault(({"mixture": MIXTURE, "base": "base"}[setting["model"]], 0), []).append(result)
-        elif setting["kind"] == "fresh" and kind == "lora":
+        elif setting["kind"] in ("fresh", "learned") and of_kind:
             found.setdefault((setting["label"], setting["prompts"]), []).append(result)
-        elif setting["kind"] == "learned" and setting["experts"] == kind:
-            key = setting["label"], setting["prompts"]
-            found.setdefault(key, []).append(result)
-            if "coefficients alone" in result:
-                found.setdefault(("coefficients alone", setting["prompts"]), []).append(result["coefficients alone"])
     return found
 
 

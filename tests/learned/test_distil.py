@@ -22,8 +22,8 @@ from consilience.recipe.schema import parse_recipe
 from consilience.student.student import load_any
 
 QUICK: dict[str, Any] = {
-    "preset": "default", "precision": "float32", "steps": 3, "learning_rate": 0.1, "response_tokens": 5,
-    "correction_rank": 3, "correction_steps": 6, "correction_rate": 0.01, "written_prompts": 0,
+    "preset": "default", "precision": "float32", "steps": 6, "learning_rate": 0.1, "response_tokens": 5,
+    "correction_rank": 3, "correction_rate": 0.01, "written_prompts": 0,
 }  # fmt: skip
 WIDE = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
 
@@ -115,8 +115,7 @@ def test_gradients_are_those_of_an_explicit_merge(place: Path):
         for value in correction.parameters.values():
             value.data.copy_(0.05 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
         problem = shop.problem(AlignmentSettings.of(shop.run.plan.learning).objective(()))
-        problem.hold(alpha)
-        terms = problem.accumulate(shop.learn)
+        terms, slopes = problem.evaluate(alpha, shop.learn, gradient=True)
         start = AlignmentSettings.of(shop.run.plan.learning).start(shop.run)
         weights = explicit(place, names, start, alpha, correction)
         loss = divergence(place, names, shop, weights)
@@ -124,6 +123,14 @@ def test_gradients_are_those_of_an_explicit_merge(place: Path):
     finally:
         shop.close()
     assert sum(terms.values()) == pytest.approx(float(loss.detach()), rel=1e-9)
+    assert slopes is not None
+    wanted = np.zeros_like(slopes)
+    for k, expert in enumerate(names):
+        for name, tau in task_vectors(place, expert).items():
+            gradient = weights[name].grad
+            assert gradient is not None
+            wanted[k, start.pieces[name][0].index] += float((gradient * tau).sum())
+    assert np.allclose(slopes, wanted, rtol=1e-6, atol=1e-10)
     for name, (left, right) in correction.fixed.items():
         gradient = weights[name].grad
         assert gradient is not None
@@ -201,13 +208,13 @@ def test_adapters_and_their_correction_make_one_adapter(place: Path, tmp_path: P
 
 
 class Stop(NullProgress):
-    """Progress that interrupts at a step of the second stage."""
+    """Progress that interrupts at a step of the learning."""
 
     def __init__(self, at: int) -> None:
         self.at, self.on = at, False
 
     def phase(self, title: str, total: int | None = None, unit: str = "steps") -> None:
-        self.on = title == "distilling"
+        self.on = title == "learning"
 
     def advance(self, count: int = 1, text: str = "", /, **figures: float) -> None:
         if self.on:
@@ -226,6 +233,16 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(place: Path, tm
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_early_stopping_comes_back_to_the_best_correction(place: Path, tmp_path: Path):
+    """At a step size that ruins the merge the best is the start: coefficients at the anchor and no correction."""
+    ruined = recipe(place, "full", "small", holdout=0.34, correction_rate=30.0, steps=12)
+    cs.merge_recipe(ruined, tmp_path / "out")
+    found = cs.load_coefficients(tmp_path / "out")
+    assert found.facts["step"] == 0
+    assert (found.alpha[:2] == 0.4).all()
+    assert all(float(tau.abs().max()) == 0 for tau in products(tmp_path / "out/consilience/correction").values())
+
+
 def test_what_cannot_be_distilled_is_said(place: Path, tmp_path: Path):
     with pytest.raises(InputError, match="name the output"):
         learn(recipe(place, "full"))
@@ -233,4 +250,6 @@ def test_what_cannot_be_distilled_is_said(place: Path, tmp_path: Path):
     write_rows(place / "rows" / "correction.jsonl", WIDE)
     with pytest.raises(InputError, match="rename it"):
         cs.merge_recipe(parse_recipe(value, "test"), tmp_path / "out")
+    with pytest.raises(InputError, match="use adam"):
+        cs.merge_recipe(recipe(place, "full", optimizer="spsa"), tmp_path / "out")
     assert not list(tmp_path.iterdir())

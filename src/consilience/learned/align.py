@@ -1,7 +1,7 @@
 """Learning by alignment, as Expert Merging and its chunked successor share it: settings, optimizer, loop, report."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -199,8 +199,22 @@ def minimise(
     optimizer: Optimizer,
     settings: Any,
     start: Coefficients,
+    *,
+    beside: Any = None,
+    on_best: Callable[[], None] | None = None,
 ) -> Learned:
-    """Run the loop, with early stopping where rows are held out."""
+    """Run the loop, with early stopping where rows are held out.
+
+    Args:
+        run: the run.
+        shop: its workshop.
+        problem: the loss.
+        optimizer: what moves the coefficients.
+        settings: the method's parameters.
+        start: groups and first values.
+        beside: settings of what is learned beside the coefficients: a state is of one value of them.
+        on_best: called when the held-out loss is the least so far.
+    """
     experts = [shop.samples[i].expert for i in shop.learn]
 
     def loss(alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
@@ -210,7 +224,7 @@ def minimise(
     def held(alpha: Alpha) -> float:
         return sum(problem.evaluate(alpha, shop.hold, gradient=False)[0].values())
 
-    stopping = Stopping(held, patience=settings.patience) if shop.hold else None
+    stopping = Stopping(held, patience=settings.patience, on_best=on_best) if shop.hold else None
     identity = [
         [model.identity() for model in run.plan.models],
         [run.plan.scales(k) for k in range(len(run.experts))],
@@ -222,6 +236,7 @@ def minimise(
         start.alpha.tolist(),
         [(g.name, g.tensors, g.chunks, g.learned) for g in start.groups],
         repr(start.trimmed),
+        repr(beside),
     ]
     run.progress.phase("learning", settings.steps)
     stage = run.folder.name if run.folder is not None else "learning"

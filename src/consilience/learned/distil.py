@@ -1,4 +1,4 @@
-"""Merge, then distil: coefficients first, then a low-rank correction by the same loss on the same answers."""
+"""Merge and distil: coefficients and a low-rank correction beside them, learned together by the same loss."""
 
 import time
 from dataclasses import dataclass, replace
@@ -11,50 +11,63 @@ from consilience.coefficients import Coefficients
 from consilience.coefficients.coefficients import Alpha
 from consilience.engine.plan import CORRECTION
 from consilience.errors import InputError
-from consilience.learned.align import AlignmentSettings, learn_alignment
+from consilience.learned.align import AlignmentSettings, minimise, optimizer_of, report
 from consilience.learned.compare import compared
 from consilience.learned.correction import Correction, state_of
-from consilience.learned.loop import Learned, descend, schedule
-from consilience.learned.run import Run, Workshop, open_workshop
-from consilience.optimizers.gradient import Loss, Terms, rate_at
+from consilience.learned.run import Run, open_workshop
+from consilience.optimizers.gradient import Loss, Optimizer, Schedule, Terms, rate_at
 
 
 @dataclass(frozen=True)
-class DistilSettings:
-    """The second stage: rank of every expert's directions, steps, samples a step, step size, weight decay."""
+class CorrectionSettings:
+    """How the correction is learned: directions of every expert, step size, weight decay."""
 
     rank: int
-    steps: int
-    batch: int
     rate: float
     decay: float
 
 
 class Distiller:
-    """Trains a correction by AdamW; an ``Optimizer`` whose coefficients stay as they are."""
+    """Moves coefficients by an optimizer of their own, and from the same backward pass a correction by AdamW."""
 
-    def __init__(self, correction: Correction, alpha: Alpha, settings: DistilSettings) -> None:
-        self.correction, self._alpha, self.settings = correction, alpha, settings
+    def __init__(
+        self, inner: Optimizer, correction: Correction, settings: CorrectionSettings, schedule: Schedule, steps: int
+    ) -> None:
+        self.inner, self.correction, self.settings = inner, correction, settings
+        self._schedule: Schedule = schedule
+        self._steps = steps
+        self._best: dict[str, Any] = {}
         values = list(correction.parameters.values())
         self._adam = torch.optim.AdamW(values, lr=settings.rate, weight_decay=settings.decay)
 
     @property
     def alpha(self) -> Alpha:
-        """The coefficients, which are the first stage's."""
-        return self._alpha
+        """The coefficients now."""
+        return self.inner.alpha
 
     def step(self, loss: Loss, number: int) -> Terms:
         """Do step ``number`` and return the terms of the loss before it."""
         for group in self._adam.param_groups:
-            group["lr"] = self.settings.rate * rate_at("cosine", number, self.settings.steps)
+            group["lr"] = self.settings.rate * rate_at(self._schedule, number, self._steps)
         self._adam.zero_grad()
-        terms, _ = loss(self._alpha, number, gradient=True)
+        terms = self.inner.step(loss, number)
         self._adam.step()
         return terms
 
+    def keep(self) -> None:
+        """Remember the correction as it is: early stopping comes back to it."""
+        self._best = state_of(self.correction.parameters)
+
+    def go_back(self) -> None:
+        """Take the correction that was kept, if any was."""
+        for name, value in self._best.items():
+            self.correction.parameters[name].data.copy_(torch.as_tensor(value))
+
     def state(self) -> dict[str, Any]:
-        """Return the correction and Adam's averages."""
-        held = state_of(self.correction.parameters)
+        """Return the state of the coefficients' optimizer, the correction, and Adam's averages."""
+        held = {f"inner.{key}": value for key, value in self.inner.state().items()}
+        held |= state_of(self.correction.parameters)
+        held |= {f"best.{name}": value for name, value in self._best.items()}
         for name, value in self.correction.parameters.items():
             kept: dict[str, Any] = self._adam.state.get(value, {})
             if kept:
@@ -64,6 +77,8 @@ class Distiller:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take a state back."""
+        self.inner.restore(_under("inner.", state))
+        self._best = _under("best.", state)
         done = torch.tensor(float(state["done"]))
         for name, value in self.correction.parameters.items():
             value.data.copy_(torch.as_tensor(state[name]))
@@ -72,64 +87,46 @@ class Distiller:
                 self._adam.state[value] = {"step": done.clone(), **kept}
 
 
+def _under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def learn_distilled(
-    run: Run, settings: AlignmentSettings, distil: DistilSettings, parameters: dict[str, Any]
+    run: Run, settings: AlignmentSettings, wanted: CorrectionSettings, parameters: dict[str, Any]
 ) -> Coefficients:
-    """Learn coefficients, then the correction beside them; it is written to the run's folder as one more expert.
+    """Learn coefficients and the correction; the latter is written to the run's folder as one more expert.
 
     Raises:
-        InputError: the run has no folder, or an expert has the correction's name.
+        InputError: the run has no folder, the optimizer takes no gradient, or an expert has the correction's name.
     """
     if run.folder is None:
         raise InputError(f"{run.where}: method {run.plan.method.name!r} writes an adapter; name the output to learn in")
     if CORRECTION in run.experts:
         raise InputError(f"{run.where}: an expert is named {CORRECTION!r}, as the learned correction is; rename it")
-    start = settings.start(run)
-    first = learn_alignment(run.inside("stage-1"), start, settings, compare=False)
+    if settings.optimizer not in ("adam", "adamw", "sgd"):
+        raise InputError(
+            f"{run.where}: optimizer {settings.optimizer!r} takes no gradient, which the correction needs; use adam"
+        )
     begun = time.perf_counter()
+    settings.objective(())  # what is wrong with the settings is said before the models are read
+    start = settings.start(run)
     shop = open_workshop(
-        run.inside("stage-2"), start, settings.data, layers=settings.layers, precision=settings.precision,
-        checkpoint=settings.checkpoint,
-    )  # fmt: skip
+        run, start, settings.data, layers=settings.layers, precision=settings.precision, checkpoint=settings.checkpoint
+    )
     try:
-        shop.run.progress.phase("directions of the experts")
-        correction = Correction(shop.student, distil.rank, run.seed)
-        learned = _train(shop, correction, first.alpha, settings, distil)
-        facts = compared(shop, first.alpha, correct=correction.turn)
+        run.progress.phase("directions of the experts")
+        correction = Correction(shop.student, wanted.rank, run.seed)
+        optimizer = Distiller(
+            optimizer_of(start, settings, run.seed), correction, wanted, settings.schedule, settings.steps
+        )
+        problem = shop.problem(settings.objective(shop.reader.layers))
+        learned = minimise(run, shop, problem, optimizer, settings, start, beside=wanted, on_best=optimizer.keep)
+        optimizer.go_back()
+        facts = compared(shop, learned.alpha, correct=correction.turn)
     finally:
         shop.close()
     correction.write(run.folder / CORRECTION, str(run.plan.recipe.base_model))
-    kept = ("history", "steps", "step", "seconds")
-    lines = learned.history.lines()
-    seconds = round(first.facts["seconds"] + time.perf_counter() - begun, 2)
-    found = first.with_alpha(
-        first.alpha, **facts, stage_1={key: first.facts[key] for key in kept}, history=lines, steps=len(lines),
-        step=learned.step, seconds=seconds, parameters=parameters, correction={"rank": correction.rank},
-    )  # fmt: skip
+    facts |= report(run, shop, settings, learned, time.perf_counter() - begun, parameters)
+    found = start.with_alpha(learned.alpha, **facts, correction={"rank": correction.rank})
     whole = np.concatenate([found.alpha, np.ones((1, found.count))])
     return replace(found, experts=(*found.experts, CORRECTION), alpha=whole)
-
-
-def _train(
-    shop: Workshop, correction: Correction, alpha: Alpha, settings: AlignmentSettings, distil: DistilSettings
-) -> Learned:
-    problem = shop.problem(settings.objective(shop.reader.layers))
-    for name in shop.student.merged:
-        shop.student.parameters[name].requires_grad_(False)
-    experts = [shop.samples[i].expert for i in shop.learn]
-    problem.hold(alpha)  # the weights stay as they are from here on
-
-    def loss(alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
-        return problem.accumulate([shop.learn[i] for i in schedule(experts, distil.batch, shop.run.seed, step)]), None
-
-    identity = [
-        [model.identity() for model in shop.run.plan.models], repr(settings), repr(distil), shop.run.seed,
-        [s.digest for s in shop.samples], alpha.tolist(),
-    ]  # fmt: skip
-    shop.run.progress.phase("distilling", distil.steps)
-    optimizer = Distiller(correction, alpha, distil)
-    with shop.run.scalars("stage-2") as scalars:
-        return descend(
-            optimizer, loss, distil.steps, folder=shop.run.folder, identity=identity, progress=shop.run.progress,
-            scalars=scalars,
-        )  # fmt: skip

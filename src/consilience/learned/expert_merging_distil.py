@@ -1,10 +1,10 @@
-"""Expert Merging, then a low-rank correction distilled from the experts on the same answers: merge + distil."""
+"""Expert Merging with a low-rank correction distilled from the experts on the same answers: merge + distil."""
 
 from typing import Annotated, Any
 
 from consilience.coefficients import Coefficients
 from consilience.learned.expert_merging import expert_merging
-from consilience.methods.signature import Default, Range, learned_method
+from consilience.methods.signature import Default, PerExpert, Range, learned_method
 
 
 @learned_method(
@@ -15,9 +15,10 @@ from consilience.methods.signature import Default, Range, learned_method
 def expert_merging_distil(
     run: Any,
     *,
+    alphabar: Annotated[PerExpert, Default(0.4), "anchor and start: the Task Arithmetic coefficient"],
+    learning_rate: Annotated[float, Default(0.1), Range(0), "step size, in alpha (in logits for sigmoid)"],
+    steps: Annotated[int, Default(120), Range(0), "optimizer steps, of coefficients and correction together"],
     correction_rank: Annotated[int, Default(8), Range(1), "directions of each expert's update that are moved"],
-    correction_steps: Annotated[int, Default(80), Range(1), "optimizer steps of the correction"],
-    correction_batch: Annotated[int, Default(8), Range(0), "samples per step of the correction; 0: all"],
     correction_rate: Annotated[float, Default(3e-4), Range(0), "step size of the correction (AdamW)"],
     correction_decay: Annotated[float, Default(0.0), Range(0), "weight decay of the correction"],
     written_prompts: Annotated[
@@ -25,22 +26,28 @@ def expert_merging_distil(
     ],
     **rest: Any,
 ) -> Coefficients:
-    """Learn coefficients per tensor, then a low-rank correction of the merge by the same loss on the same answers.
+    """Learn coefficients per tensor and, together with them, a low-rank correction of the merge by the same loss.
 
     theta^l = theta_0^l + sum_k alpha_k^l tau_k^l + dL R_0 + L_0 dR,   L_0, R_0: the experts' own directions
-    minimise over alpha, then over dL and dR:  sum_k beta_k L^(k)
+    minimise over alpha, dL and dR:  sum_k beta_k L^(k)
 
     The correction is trained, not merged: it is a PEFT adapter beside the coefficients (``consilience/correction`` in
     the output), one more expert of coefficient 1, and the output is an ordinary checkpoint.
     """
     from consilience.learned.align import AlignmentSettings
-    from consilience.learned.distil import DistilSettings, learn_distilled
+    from consilience.learned.distil import CorrectionSettings, learn_distilled
 
     own = {
-        "correction_rank": correction_rank, "correction_steps": correction_steps,
-        "correction_batch": correction_batch, "correction_rate": correction_rate,
+        "correction_rank": correction_rank,
+        "correction_rate": correction_rate,
         "correction_decay": correction_decay,
-    }  # fmt: skip
-    distil = DistilSettings(correction_rank, correction_steps, correction_batch, correction_rate, correction_decay)
-    values = {**rest, "written_prompts": written_prompts}
-    return learn_distilled(run, AlignmentSettings.of(values), distil, {**values, **own})
+    }
+    values = {
+        **rest,
+        "alphabar": alphabar,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "written_prompts": written_prompts,
+    }
+    wanted = CorrectionSettings(correction_rank, correction_rate, correction_decay)
+    return learn_distilled(run, AlignmentSettings.of(values), wanted, {**values, **own})

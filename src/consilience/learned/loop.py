@@ -43,12 +43,14 @@ class History:
 class Stopping:
     """Stop early: the held-out loss is taken at the start, every ``every`` steps and after the last.
 
-    ``patience`` takes without a new best end the run. The start counts, so the best is never worse than it.
+    ``patience`` takes without a new best end the run. The start counts, so the best is never worse than it. ``on_best``
+    is called at every new best, for what is learned beside the coefficients.
     """
 
     loss: Callable[[Alpha], float]
     every: int = 5
     patience: int = 4
+    on_best: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ class _Run:
         self.history.held_out.append((done, value))
         if value < self.best_loss:
             self.best, self.best_loss, self.best_step, self.misses = alpha.copy(), value, done, 0
+            if self.stopping.on_best is not None:
+                self.stopping.on_best()
         else:
             self.misses += 1
         return value

@@ -71,25 +71,6 @@ class Problem:
             )
         return terms, total if gradient else None
 
-    def hold(self, alpha: Alpha) -> None:
-        """Give the student these coefficients, which then get no gradient: something else is trained."""
-        self.student.set(alpha)
-        if self.student.leaf.alpha is not None:
-            self.student.leaf.alpha = self.student.leaf.alpha.detach()
-
-    def accumulate(self, chosen: Sequence[int]) -> Terms:
-        """Return the weighted terms at the coefficients held; gradients gather in whatever asks for them.
-
-        Raises:
-            InputError: the loss is not finite.
-        """
-        weights, terms = self._weights(chosen), Terms()
-        for part in batches(self.samples, chosen, self.tokens, mixed=self.mixed):
-            self._add(terms, self._batch(part, weights, gradient=True))
-        if not np.isfinite(sum(terms.values())):
-            raise InputError("the loss is not finite; lower the step size, or use precision=float32")
-        return terms
-
     def _add(self, terms: Terms, more: Terms) -> None:
         for name, value in more.items():
             terms[name] = terms.get(name, 0.0) + value
