@@ -82,6 +82,10 @@ class RowStorage:
         stamps = self.base[0].stamps()
         return stamps[self.base[1].file : self.base[1].file + 1]
 
+    def shared(self) -> dict[str, str]:
+        """Return nothing: there is one tensor."""
+        return {}
+
     def close(self) -> None:
         """Nothing of its own to release."""
 

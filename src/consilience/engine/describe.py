@@ -56,12 +56,12 @@ def _values(parameters: dict[str, Any], names: tuple[str, ...]) -> str:
     return ", ".join(shown)
 
 
-def describe_tensor(tensor: TensorPlan) -> str:
-    """Return one line: name, shape, types, what is done with which values."""
+def describe_tensor(tensor: TensorPlan, owner: str) -> str:
+    """Return one line: name, shape, types, what is done with which values; ``owner``'s are copied."""
     shape = "x".join(map(str, tensor.shape)) or "scalar"
     source = tensor.base.dense.dtype.name if tensor.base.dense else "-"
     dtype = tensor.out_dtype.name if source == tensor.out_dtype.name else f"{source}->{tensor.out_dtype.name}"
-    action = _values(tensor.parameters, tensor.row_names) if tensor.program is not None else "copy from base"
+    action = _values(tensor.parameters, tensor.row_names) if tensor.program is not None else f"copy from {owner}"
     return f"{tensor.name}  {shape}  {dtype}  {action}"
 
 
@@ -80,7 +80,7 @@ def describe(plan: Plan, threads: int) -> list[str]:
     lines += [f"note     {note}" for note in notes]
     lines += [f"private  {name}: {', '.join(tensors)}" for name, tensors in plan.alignment.private.items()]
     lines.append(f"tensors  {len(plan.tensors)}: {merged} merged, {len(plan.tensors) - merged} copied")
-    lines += [f"  {describe_tensor(tensor)}" for tensor in plan.tensors]
+    lines += [f"  {describe_tensor(tensor, plan.alignment.owner(tensor.name))}" for tensor in plan.tensors]
     lines += [f"file     {file.name}  {file.size / 1e6:.1f} MB" for file in plan.layout.files]
     lines.append(
         f"cost     read {cost.read / 1e9:.2f} GB, write {cost.written / 1e9:.2f} GB, about {cost.memory / 1e6:.0f} MB "

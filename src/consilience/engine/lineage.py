@@ -57,7 +57,7 @@ def fingerprints(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, di
         tensor = plan.tensors[record.tensor]
         collect("", tensor.name, tensor.nbytes, record.output)
         sources: list[tuple[str, Source]] = [
-            (plan.alignment.donor.name, tensor.base),
+            (plan.alignment.owner(tensor.name), tensor.base),
             *zip(tensor.row_names, tensor.rows, strict=True),
         ]
         for (name, source), mark in zip(sources, record.inputs, strict=True):

@@ -228,6 +228,7 @@ def output_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     config = untied(config) if plan.alignment.untied_config else config
     if not packed.weights and not quantises_when_run(config):
         config = without_quantization(config)
+    config = plan.alignment.heads.config(config)
     _resize(config, plan.alignment.vocabulary)
     kinds = {t.out_dtype.name for t in plan.tensors if t.out_dtype.mergeable and t.name not in packed.parts}
     if plan.recipe.output_dtype and len(kinds) == 1:

@@ -398,7 +398,7 @@ def make_plan(
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
     learning = settings.once() if method.learn is not None else {}
     is_private = private_filter(recipe.private)
-    private = {name for name in names if is_private(name)}
+    private = {name for name in names if is_private(name) or name in alignment.heads.tensors}
     unused = [
         glob
         for glob in recipe.private

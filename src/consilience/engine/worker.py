@@ -129,7 +129,7 @@ class Worker:
                 values = self.scratch.array("check", (end - at,), np.float64 if tensor.wide else np.float32)
                 dec.decode(raw, info.dtype, values)
                 if dec.count_nonfinite(values, values.dtype.type(np.finfo(values.dtype).max)):
-                    raise NonFinite("base", tensor.name, tensor.base)
+                    raise NonFinite(self.plan.alignment.owner(tensor.name), tensor.name, tensor.base)
             self.sink.write(tensor, at * width, raw)
 
     def merge(self, tensor: TensorPlan, segment: int, program: Program | None, selection: Selection | None) -> Record:

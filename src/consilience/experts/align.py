@@ -11,6 +11,7 @@ from consilience.errors import InputError
 from consilience.experts.absent import why_extra, why_missing, why_untargeted
 from consilience.experts.embeddings import Resized, resized
 from consilience.experts.embeddings import notes as resizing_notes
+from consilience.experts.heads import Heads, heads_of
 from consilience.experts.model import Model, Source
 from consilience.experts.quantised import packed_alike, packed_notes, refuse_packed_target
 from consilience.experts.ties import keeps_flag, same_update, says_tied
@@ -40,12 +41,20 @@ class Alignment:
     packed: Packing
     same_parts: list[tuple[Model, PackedWeight]]
     vocabulary: Resized = field(default_factory=lambda: Resized({}, {}))
+    heads: Heads = field(default_factory=Heads)
 
     def source(self, model: Model, name: str) -> Source:
         """Return where a tensor of the output comes from in one of the models."""
+        if model is self.donor and name in self.heads.tensors and self.heads.expert is not None:
+            return self.heads.expert.source(name)
         if model is self.donor and name in self.vocabulary.sources:
             return self.vocabulary.sources[name]
         return model.source(name, self.untied.get(name))
+
+    def owner(self, name: str) -> str:
+        """Return the name of the model whose value a tensor has where nothing is merged."""
+        expert = self.heads.expert
+        return expert.name if expert is not None and name in self.heads.tensors else self.donor.name
 
 
 def private_filter(globs: Iterable[str]) -> _Filter:
@@ -246,7 +255,8 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     shared = {name: tensor for name, tensor in known.items() if name in tensors}
     kept: dict[str, list[str]] = {}
     same_parts: list[tuple[Model, PackedWeight]] = []
-    notes = resizing_notes(vocabulary)
+    heads = heads_of(donor, experts, is_private)
+    notes = [*resizing_notes(vocabulary), *heads.notes()]
     models = [donor, *(e for e in experts if e is not donor)]
     for model in models:
         own: list[str] = []
@@ -264,7 +274,7 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
                     f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
                 )
             refuse_packed_target(model, donor, packed)
-            own += _check_adapter(model, donor, known, is_private)
+            own += _check_adapter(model, donor, known | heads.tensors, is_private)
         notes += _reading_notes(model)
         if own and model is not base:
             kept[model.name] = sorted(set(own))
@@ -277,7 +287,7 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     added = {name: named[name] for name in [*ties.untied, *written] if name not in tensors}
     return Alignment(
         donor=donor,
-        tensors=tensors | added,
+        tensors=tensors | added | heads.tensors,
         ties=written | ties.kept,
         untied=ties.untied,
         untied_config=untied_config,
@@ -286,4 +296,5 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
         packed=packed,
         same_parts=same_parts,
         vocabulary=vocabulary,
+        heads=heads,
     )
