@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+import consilience as cs
+from consilience.errors import InputError
 from tests.real_files.support import (
+    SIZES,
     Outcome,
     adapter,
     cli,
@@ -297,13 +300,13 @@ def test_an_adapter_s_tokenizer_travels(tmp_path: Path) -> None:
 
 @real_file(
     7,
-    family="Qwen2",
+    family="Mistral",
     option="evaluate BASE+ADAPTER with the adapter's own template",
     expected="PEFT, unmerged",
     before="wrong numbers",
 )
 def test_an_adapter_is_evaluated_on_its_own_template(tmp_path: Path) -> None:
-    base = tiny("Qwen2", tie_word_embeddings=False)
+    base = tiny("Mistral")
     base.save_pretrained(tmp_path / "base")
     tokenizer(tmp_path / "base")
     tuned = adapter(base, tmp_path / "a", target_modules=["q_proj"])
@@ -315,6 +318,87 @@ def test_an_adapter_is_evaluated_on_its_own_template(tmp_path: Path) -> None:
     ids = own("<|im_start|> w5 w6 <|im_end|> <|im_start|> w7 w8 <|im_end|>").input_ids
     scores = logits(tuned, torch.tensor([ids])).log_softmax(-1)[0]
     expected = -sum(scores[i - 1, ids[i]].item() for i in range(5, len(ids))) / (len(ids) - 5)
+    assert json.loads(outcome.out)["results"][0]["loss"]["value"] == pytest.approx(expected, abs=1e-4)
+
+
+@real_file(
+    7,
+    family="Llama",
+    option="BPE merges written as pairs, and as texts",
+    expected="transformers, loading both",
+    before="wrong cause named",
+)
+def test_one_tokenizer_written_in_two_ways(tmp_path: Path) -> None:
+    base, expert = pair(tmp_path)
+    core = tok.Tokenizer(tok.models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, [("a", "b"), ("ab", "c")]))
+    for folder in (base, expert):
+        hf.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+    held = read(expert, "tokenizer.json")
+    merges = [m if isinstance(m, str) else " ".join(m) for m in held["model"]["merges"]]
+    edit(expert, "tokenizer.json", model=held["model"] | {"merges": merges, "ignore_merges": False}, padding=None)
+    (expert / "tokenizer.json").write_text(json.dumps(read(expert, "tokenizer.json"), indent=7))
+    assert "rules" not in cli("doctor", base, "-e", f"e={expert}", "-q").out
+    assert "note" not in merged(base, tmp_path / "out", "--strict", e=expert).said
+    edit(expert, "tokenizer.json", model=held["model"] | {"merges": merges[:1]})
+    assert "cuts text by other rules" in merged(base, tmp_path / "other", e=expert).out
+
+
+@real_file(
+    7,
+    family="Qwen2",
+    option="doctor, of experts whose tokens share rows",
+    expected="a formula (the rows)",
+    before="silent loss",
+)
+def test_the_doctor_names_tokens_that_share_a_row(tmp_path: Path) -> None:
+    base, chat = chat_pair(tmp_path)
+    tool = tmp_path / "tool"
+    moved(tiny("Qwen2"), 2).save_pretrained(tool)
+    tokenizer(tool, "<tool_call>")
+    outcome = cli("doctor", base, "-e", f"chat={chat}", "-e", f"tool={tool}", "-q", "--json")
+    assert outcome.code == 0, outcome.said
+    found = {one["kind"]: one for one in json.loads(outcome.out)["findings"]}
+    assert found["token-rows"]["severity"] == "stop"
+    assert "'<tool_call>' in tool" in found["token-rows"]["what"]
+    assert found["chat-template"]["experts"] == ["chat"]
+
+
+@real_file(
+    7,
+    family="Llama",
+    option="a chosen tokenizer with more tokens than rows",
+    expected="the files",
+    before="silent loss",
+    now="refused, true cause",
+)
+def test_tokens_without_rows(tmp_path: Path) -> None:
+    base, expert = pair(tmp_path)
+    tokenizer(base)
+    tokenizer(expert, *(f"<t{i}>" for i in range(20)))
+    assert merged(base, tmp_path / "out", e=expert).code == 0
+    refused(merged(base, tmp_path / "no", "--tokenizer", "e", e=expert), "'<t19>' (67)", "64 rows")
+
+
+@real_file(
+    7,
+    family="Mistral",
+    option="evaluate with chat_template.jinja alone in the adapter's folder",
+    expected="PEFT, unmerged",
+    before="wrong numbers",
+)
+def test_an_adapter_with_a_template_alone(tmp_path: Path) -> None:
+    base = tiny("Mistral")
+    base.save_pretrained(tmp_path / "base")
+    own = tokenizer(tmp_path / "base")
+    tuned = adapter(base, tmp_path / "a", target_modules=["q_proj"])
+    (tmp_path / "a" / "chat_template.jinja").write_text("{% for m in messages %}w9 {{ m.content }} {% endfor %}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "w5 w6", "response": "w7 w8"}) + "\n")
+    outcome = cli("evaluate", f"{tmp_path / 'base'}+{tmp_path / 'a'}", f"t={rows}", "--json", "--no-cache")
+    assert outcome.code == 0, outcome.said
+    ids = own("w9 w5 w6 w9 w7 w8").input_ids
+    scores = logits(tuned, torch.tensor([ids])).log_softmax(-1)[0]
+    expected = -sum(scores[i - 1, ids[i]].item() for i in range(3, 6)) / 3  # what the template writes for the turn
     assert json.loads(outcome.out)["results"][0]["loss"]["value"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -547,6 +631,72 @@ def test_a_speech_model_s_files(tmp_path: Path) -> None:
     assert hf.AutoFeatureExtractor.from_pretrained(tmp_path / "own").hop_length == 80
 
 
+@real_file(
+    7,
+    family="Llava",
+    option="rope inside text_config, set by config: {text_config: ...}",
+    expected="transformers, loading the output",
+    before="silent loss",
+    now="warned",
+)
+def test_a_config_inside(tmp_path: Path) -> None:
+    text = hf.LlamaConfig(**SIZES)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    torch.manual_seed(0)
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(text_config=text, vision_config=vision, image_token_id=60))
+    base, expert = tmp_path / "base", tmp_path / "e"
+    model.save_pretrained(base)
+    moved(model, 1).save_pretrained(expert)
+    inner = read(expert)["text_config"]
+    edit(expert, text_config=inner | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    outcome = merged(base, tmp_path / "out", e=expert)
+    warned(outcome, "text_config.rope_theta 500000, in the base 10000")
+    assert outcome.err.count("warning") == 1
+    recipe = tmp_path / "r.yaml"
+    values = {"text_config": {"rope_theta": 5e5}}
+    models = [{"model": str(expert)}]
+    recipe.write_text(json.dumps({"method": "ties", "base_model": str(base), "models": models, "config": values}))
+    silent(cli("merge", recipe, tmp_path / "own", "--strict"))
+    assert hf.AutoConfig.from_pretrained(tmp_path / "own").text_config.rope_parameters["rope_theta"] == 5e5
+
+
+@real_file(
+    7,
+    family="Llama",
+    option="Python, mergekit's tokenizer keys, no base, and choices that are not there",
+    expected="the files",
+    before="silent loss",
+)
+def test_choices_of_recipes_and_of_python(tmp_path: Path) -> None:
+    one, two = pair(tmp_path)
+    tokenizer(one)
+    tokenizer(two, "<sep>")
+    edit(two, rms_norm_eps=1e-5)
+    models = [{"model": str(one), "name": "one"}, {"model": str(two), "name": "two"}]
+    recipe = tmp_path / "r.yaml"
+
+    def made(**keys: Any) -> Outcome:
+        recipe.write_text(json.dumps({"merge_method": "linear", "models": models, "parameters": {"weight": 1}} | keys))
+        return cli("merge", recipe, tmp_path / "out", "--force")
+
+    warned(made(), "two: norm epsilon", "rms_norm_eps 1e-05, in one 1e-06", "computes with one's")
+    for keys in ({"tokenizer_source": "two"}, {"tokenizer": {"source": str(two)}}):
+        assert made(**keys).code == 0
+        assert "<sep>" in hf.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    refused(made(tokenizer="union"), "union")
+    refused(made(config="tow"), "no model 'tow'", "did you mean 'two'")
+    refused(made(chat_template="two"), "no chat template")
+    assert "did you mean 'rms_norm_eps'" in made(config={"rms_norm_epz": 1e-5}).out
+    with pytest.warns(UserWarning, match="rms_norm_eps"):
+        cs.merge(one, {"two": two}, tmp_path / "python")
+    with pytest.raises(InputError, match="rms_norm_eps"):
+        cs.merge(one, {"two": two}, tmp_path / "no", strict=True)
+    cs.merge(one, {"two": two}, tmp_path / "own", strict=True, config={"rms_norm_eps": 1e-5}, tokenizer="two")
+    torch.testing.assert_close(logits(tmp_path / "own"), logits(two), atol=1e-5, rtol=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The base that an adapter names.
 
@@ -628,3 +778,35 @@ def test_hub_names_of_the_base(tmp_path: Path) -> None:
     warned(merged(local, tmp_path / "out", "--force", a=expert), "other/model")
     edit(expert, "adapter_config.json", base_model_name_or_path="org/model")
     silent(merged(local, tmp_path / "out", "--force", a=expert))
+
+
+@real_file(
+    7,
+    family="PEFT",
+    option="MODEL+ADAPTER whose adapter names that model, or the merge's base",
+    expected="the weights",
+    before="silent loss",
+    now="warned",
+)
+def test_an_adapter_on_a_model_of_its_own(tmp_path: Path) -> None:
+    base, tuned = on_base(tmp_path, "base"), on_base(tmp_path, "tuned", seed=5)
+    silent(merged(base, tmp_path / "out", "--strict", a=Path(f"{tuned}+{tmp_path / 'a-tuned'}")))
+    warned(merged(base, tmp_path / "wrong", a=Path(f"{tuned}+{tmp_path / 'a-base'}")), str(base), str(tuned))
+
+
+@real_file(
+    7,
+    family="PEFT",
+    option="an adapter trained on a merge of ours, moved with its lineage",
+    expected="the weights",
+    before="wrong cause named",
+)
+def test_a_base_that_is_described_by_its_lineage(tmp_path: Path) -> None:
+    base, other = on_base(tmp_path, "base"), tmp_path / "e"
+    moved(tiny("Llama"), 1).save_pretrained(other)
+    assert merged(base, tmp_path / "one", e=other).code == 0
+    assert merged(base, tmp_path / "two", "--set", "weight=0.5", e=other).code == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    adapter(hf.LlamaForCausalLM.from_pretrained(tmp_path / "one"), tmp_path / "a", target_modules=["q_proj"])
+    silent(merged(tmp_path / "copy", tmp_path / "out", "--strict", a=tmp_path / "a"))
+    warned(merged(tmp_path / "two", tmp_path / "wrong", a=tmp_path / "a"), str(tmp_path / "one"), str(tmp_path / "two"))

@@ -13,12 +13,12 @@ import numpy as np
 
 from consilience.engine.chosen_files import files_of_output
 from consilience.engine.origin import compare_base
-from consilience.errors import InputError
+from consilience.errors import InputError, nearest
 from consilience.experts import rope
 from consilience.experts.facts import FACTS, Fact, Level
 from consilience.experts.model import Model, Source
 from consilience.experts.model_files import ModelFiles
-from consilience.experts.vocabulary import Vocabulary, is_unused
+from consilience.experts.vocabulary import is_unused
 
 if TYPE_CHECKING:
     from consilience.engine.plan import Plan, TensorPlan
@@ -43,6 +43,18 @@ FURTHER: tuple[tuple[str, Level, str, str], ...] = (
         "`base_model_name_or_path` of an adapter (and `revision`, a commit) with the base that it is put on: folders "
         "by lineage fingerprint or samples of every tensor, hub names by snapshot folder or `_name_or_path`",
         "the update was learned on other weights: name that base, or merge the adapter into it first",
+    ),
+    (
+        "token-rows",
+        "error",
+        "the largest id of a chosen `tokenizer` with the rows of the output's embeddings",
+        "the token has no row: choose another tokenizer, or resize the base's embeddings before merging",
+    ),
+    (
+        "config-key",
+        "note",
+        "keys of the recipe's `config` with those of all models",
+        "it is written, and nothing may read it: check its spelling",
     ),
     ("base-name", "note", "the same, where neither can be found out", "check that the two are the same weights"),
 )
@@ -80,7 +92,12 @@ def differences(plan: "Plan") -> tuple[Difference, ...]:
     output = files_of_output(plan)
     files = [ModelFiles(expert) for expert in plan.experts]
     others = [own for expert, own in zip(plan.experts, files, strict=True) if expert is not donor]
-    found = _token_rows(plan, ModelFiles(donor), others)
+    base = output if plan.recipe.tokenizer in (None, "base") else ModelFiles(donor)
+    found = [
+        *_token_rows(plan, base, others),
+        *_without_rows(plan, output),
+        *_unknown_keys(plan, [ModelFiles(donor), *files]),
+    ]
     for own in files:
         found += [one for fact in FACTS if (one := _of_fact(plan, fact, own, output)) is not None]
     if plan.base is not None:
@@ -122,7 +139,7 @@ def _of_fact(plan: "Plan", fact: Fact, own: ModelFiles, output: ModelFiles) -> D
         pairs = [f"{key} {_shown(a)}, in {other} {_shown(b)}" for key, (a, b) in list(found.items())[:_SHOWN]]
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         what = f"{own.name}: {fact.title} ({fact.files.partition(',')[0].partition(';')[0]}): {'; '.join(pairs)}{more}"
-    return Difference(fact.kind, level, (own.name,), what, _mend(fact, own.name, chosen, found))
+    return Difference(fact.kind, level, (own.name,), what, _mend(fact, own.name, other, chosen, found))
 
 
 def _is_chosen(plan: "Plan", fact: Fact, found: dict[str, tuple[Any, Any]]) -> bool:
@@ -144,7 +161,8 @@ def _leaves(value: dict[str, Any]) -> list[str]:
     return [*value, *(key for inner in inside for key in _leaves(cast(dict[str, Any], inner)))]
 
 
-def _mend(fact: Fact, name: str, chosen: bool, found: dict[str, tuple[Any, Any]]) -> str:
+def _mend(fact: Fact, name: str, other: str, chosen: bool, found: dict[str, tuple[Any, Any]]) -> str:
+    """Say what becomes of an expert's own, and which key of the recipe takes it."""
     if not fact.option:
         return ""
     if chosen:
@@ -152,12 +170,12 @@ def _mend(fact: Fact, name: str, chosen: bool, found: dict[str, tuple[Any, Any]]
     if fact.kind in ("vocabulary", "chat-template") and all(base is None for _, base in found.values()):
         return f"left behind ({fact.option}: {name} takes {'them' if fact.kind == 'vocabulary' else 'it'} along)"
     if fact.option == "config":
-        computes = "the merge computes with the base's" if fact.level == "warning" else "the output has the base's"
+        computes = f"the merge computes with {other}'s" if fact.level == "warning" else f"the output has {other}'s"
         own = f"config: {name} takes {name}'s"
         single = f", config: {{{next(iter(found)).rpartition('.')[2]}: VALUE}} sets it"
         settable = fact.kind not in ("preprocessor", "generation", "labels", "one-sided")
         return f"{computes} ({own}{single if settable else ''}, config: base says that this is meant)"
-    return f"the output has the base's ({fact.option}: {name} takes {name}'s along)"
+    return f"the output has {other}'s ({fact.option}: {name} takes {name}'s along)"
 
 
 def _shown(value: Any) -> str:
@@ -197,44 +215,65 @@ def _other_base(expert: Model, base: Model) -> Difference | None:
 def _token_rows(plan: "Plan", base: ModelFiles, experts: list[ModelFiles]) -> list[Difference]:
     """Find rows of the vocabulary that stand for one token here and for another there, and that the merge mixes."""
     tensors = [t for t in plan.tensors if t.program is not None and len(t.shape) == 2 and _holds_tokens(t.name)]
-    known = [(files.name, files.vocabulary) for files in experts if files.vocabulary is not None]
-    found: list[Difference] = []
-    for k, (name, own) in enumerate(known):
-        if base.vocabulary is not None:
-            found += _conflict(tensors, (name, own), (base.name, base.vocabulary), base.name)
-        for other, theirs in known[:k]:
-            found += _conflict(tensors, (other, theirs), (name, own), base.name)
-    return found
+    pairs = [(own, base) for own in experts]
+    pairs += [(other, own) for k, own in enumerate(experts) for other in experts[:k]]
+    return [found for pair in pairs if (found := _conflict(tensors, *pair, base.name)) is not None]
+
+
+def _without_rows(plan: "Plan", output: ModelFiles) -> list[Difference]:
+    """Find tokens of a chosen tokenizer that the output has no row for: a text that holds one would be an error."""
+    choice = plan.recipe.tokenizer
+    rows = [t.shape[0] for t in plan.tensors if len(t.shape) == 2 and _holds_tokens(t.name)]
+    if choice in (None, "base") or not rows or output.vocabulary is None:
+        return []
+    beyond = {i: token for i, token in output.vocabulary.tokens.items() if i >= max(rows)}
+    if not beyond:
+        return []
+    last = max(beyond)
+    what = f"tokenizer: {choice} has tokens up to {beyond[last]!r} ({last}), and the output has {max(rows)} rows"
+    mend = "choose base, or resize the base's embeddings before merging"
+    return [Difference("token-rows", "error", (str(choice),), what, mend)]
+
+
+def _unknown_keys(plan: "Plan", files: list[ModelFiles]) -> list[Difference]:
+    """Find keys of the recipe's ``config`` that no model's config has: mistyped, or of a class that reads them."""
+    choice = plan.recipe.config
+    if not isinstance(choice, dict):
+        return []
+    known = sorted({*rope.KEYS, *(key for own in files for key in own.config)})
+    what = "config: key {!r} is in no model's config.json{}"
+    absent = [key for key in choice if key not in known]
+    return [Difference("config-key", "note", (), what.format(key, nearest(key, known)), "") for key in absent]
 
 
 def _holds_tokens(name: str) -> bool:
     return any(part in name for part in _EMBEDDINGS) and not any(part in name for part in _NO_TOKENS)
 
 
-def _conflict(
-    tensors: "list[TensorPlan]", one: tuple[str, Vocabulary], other: tuple[str, Vocabulary], donor: str
-) -> list[Difference]:
+def _conflict(tensors: "list[TensorPlan]", one: ModelFiles, other: ModelFiles, donor: str) -> Difference | None:
     """Find the first row that two models mean otherwise and both change; the donor's own is in every merge."""
-    first, second = one[1], other[1]
+    if one.same_tokenizer(other) or one.vocabulary is None or other.vocabulary is None:
+        return None
+    first, second = one.vocabulary, other.vocabulary
     ids = first.tokens.keys() if first.kind == second.kind else first.added & second.added
     differing = [
         i for i in sorted(ids)
         if i in first.tokens and i in second.tokens and first.tokens[i] != second.tokens[i]
         and not is_unused(first.tokens[i]) and not is_unused(second.tokens[i])
     ]  # fmt: skip
-    names = tuple(name for name in (one[0], other[0]) if name != donor)
+    names = tuple(name for name in (one.name, other.name) if name != donor)
     for i in differing[:_LOOKED_AT]:
         mixed = [t for t in tensors if i < t.shape[0] and all(_changes(t, name, i) for name in names)]
         if mixed:
             more = f" ({len(differing)} such ids)" if len(differing) > 1 else ""
             what = (
-                f"token id {i} is {first.tokens[i]!r} in {one[0]} and {second.tokens[i]!r} in {other[0]}, and row {i} "
-                f"of {mixed[0].name!r} would mix them{more}"
+                f"token id {i} is {first.tokens[i]!r} in {one.name} and {second.tokens[i]!r} in {other.name}, and row "
+                f"{i} of {mixed[0].name!r} would mix them{more}"
             )
             apart = ", ".join(f"{t.name!r}" for t in tensors)
             mend = f"keep these tensors apart with private: [{apart}], or leave one of the two out"
-            return [Difference("token-rows", "error", names, what, mend)]
-    return []
+            return Difference("token-rows", "error", names, what, mend)
+    return None
 
 
 def _changes(tensor: "TensorPlan", name: str, row: int) -> bool:
@@ -244,7 +283,10 @@ def _changes(tensor: "TensorPlan", name: str, row: int) -> bool:
     source = tensor.rows[tensor.row_names.index(name)]
     if source.untouched or source.pair is not None or source.dense is None or tensor.base.dense is None:
         return not source.untouched
-    if source.dense.dtype != tensor.base.dense.dtype:
+    rows = [dense.shape[0] if dense.shape else 0 for dense in (source.dense, tensor.base.dense)]
+    if row >= rows[0]:
+        return False
+    if row >= rows[1] or source.dense.dtype != tensor.base.dense.dtype:
         return True
     return _row(source, row) != _row(tensor.base, row)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from consilience.experts import rope
 from consilience.experts.model_files import PROCESSOR_FILES, SPECIAL_IDS, ModelFiles, special_ids
+from consilience.experts.vocabulary import Vocabulary
 
 Level = Literal["error", "warning", "note"]
 #: Values by key; a key that one model leaves out is not compared, unless its fact says what holds then.
@@ -263,8 +264,13 @@ def _generation(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]
     return _differing(sides[0], sides[1])
 
 
+def _vocabularies(own: ModelFiles, other: ModelFiles) -> tuple[Vocabulary | None, Vocabulary | None]:
+    """Return both models' tokenizers, where there is anything to compare."""
+    return (None, None) if own.same_tokenizer(other) else (own.vocabulary, other.vocabulary)
+
+
 def _vocabulary(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]]:
-    mine, theirs = own.vocabulary, other.vocabulary
+    mine, theirs = _vocabularies(own, other)
     if mine is None or theirs is None:
         return {}
     if mine.kind == theirs.kind and mine.kind:
@@ -276,14 +282,14 @@ def _vocabulary(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]
 
 
 def _cutting(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]]:
-    mine, theirs = own.vocabulary, other.vocabulary
+    mine, theirs = _vocabularies(own, other)
     if mine is None or theirs is None or mine.kind != theirs.kind or mine.cutting == theirs.cutting:
         return {}
     return {mine.kind or "files": ("other rules", "its own")}
 
 
 def _roles(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]]:
-    mine, theirs = own.vocabulary, other.vocabulary
+    mine, theirs = _vocabularies(own, other)
     return {} if mine is None or theirs is None else _differing(mine.roles, theirs.roles)
 
 

@@ -8,7 +8,14 @@ from typing import Any, cast
 from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError
 from consilience.experts.model import Model
-from consilience.experts.vocabulary import Vocabulary, chat_templates, has_template, has_tokenizer, read_vocabulary
+from consilience.experts.vocabulary import (
+    Vocabulary,
+    chat_templates,
+    has_template,
+    has_tokenizer,
+    read_vocabulary,
+    tokenizer_digest,
+)
 
 SPECIAL_IDS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "forced_bos_token_id",
@@ -55,6 +62,14 @@ class ModelFiles:
     def vocabulary(self) -> Vocabulary | None:
         """The tokenizer."""
         return None if self.tokenizer_folder is None else read_vocabulary(self.tokenizer_folder)
+
+    def same_tokenizer(self, other: "ModelFiles") -> bool:
+        """Whether two models' tokenizer files are the same to the byte, so that they need not be read."""
+        return self._tokenizer == other._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> tuple[tuple[str, str], ...]:
+        return () if self.tokenizer_folder is None else tokenizer_digest(self.tokenizer_folder)
 
     @cached_property
     def templates(self) -> dict[str, str] | None:

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,10 +84,9 @@ def is_unused(token: str) -> bool:
     return len(token) <= 64 and _UNUSED.fullmatch(token) is not None
 
 
-def same_tokenizer(one: Path, other: Path) -> bool:
-    """Whether two folders hold byte for byte the same tokenizer files."""
-    names = [[path.name for path in _listed(folder) if is_tokenizer_file(path.name)] for folder in (one, other)]
-    return names[0] == names[1] and all(_digest(one / name) == _digest(other / name) for name in names[0])
+def tokenizer_digest(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Return the names and contents of a folder's tokenizer files: most experts have their base's, byte for byte."""
+    return tuple((path.name, _digest(path)) for path in _listed(folder) if is_tokenizer_file(path.name))
 
 
 def _digest(path: Path) -> str:
@@ -119,19 +117,12 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     """Return a folder's tokenizer; None where it holds none. What cannot be parsed is known by its bytes alone."""
     if not has_tokenizer(folder):
         return None
-    state = tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in _listed(folder))
-    return _parsed(folder, state)
-
-
-@lru_cache(maxsize=16)
-def _parsed(folder: Path, state: tuple[Any, ...]) -> Vocabulary:
-    del state  # the key of the cache: files that changed are read again
     settings = _read(folder / "tokenizer_config.json")
     roles = {role: _text(settings[role]) for role in ROLES if _text(settings.get(role)) is not None}
     roles |= {key: settings[key] for key in ("add_bos_token", "add_eos_token", "do_lower_case") if key in settings}
     kind, tokens, cutting = next(filter(lambda found: found[1], _readings(folder)), ("", {}, ""))
     added = _added(folder, settings)
-    bytes_of = "".join(_digest(path) for path in _listed(folder) if is_tokenizer_file(path.name))
+    bytes_of = "".join(digest for _, digest in tokenizer_digest(folder))
     return Vocabulary(kind, tokens | added if tokens else {}, frozenset(added), cutting or bytes_of, roles)
 
 
