@@ -340,7 +340,7 @@ def sparse(path: Path) -> None:
 def complex_numbers(path: Path) -> None:
     import torch
 
-    torch_file(path, {"w": torch.zeros(2, dtype=torch.complex64)})
+    torch_file(path, {"w": torch.zeros(2, dtype=torch.complex128)})
 
 
 PICKLES = [
@@ -373,7 +373,7 @@ PICKLES = [
     Case("pt holds a sparse tensor", ("sparse.pt", "'w'", "sparse", "dense"), lambda: single("sparse.pt", sparse)),
     Case(
         "pt holds complex numbers",
-        ("complex.pt", "'w'", "complex64", "convert"),
+        ("complex.pt", "'w'", "complex128", "convert"),
         lambda: single("complex.pt", complex_numbers),
     ),
 ]

@@ -204,7 +204,7 @@ WRONG: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "numpy type": (lambda: cs.merge({"w": ONE}, {"math": {"w": ONE.astype(complex)}}), ["math", "'w'", "complex128"]),
     "torch type": (
         lambda: cs.merge({"w": torch.ones(2)}, {"math": {"w": torch.ones(2, dtype=torch.complex64)}}),
-        ["math", "'w'", "complex64"],
+        ["math", "'w'", "C64"],
     ),
     "output type": (lambda: cs.merge({"w": ONE}, [{"w": ONE}], out_dtype="float8"), ["out_dtype", "float8"]),
     "seed": (lambda: cs.merge({"w": ONE}, [{"w": ONE}], seed=-1), ["seed"]),

@@ -14,6 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import consilience as cs
+from consilience.api import build_recipe, plan_recipe
+from consilience.coefficients.groups import make_groups
+from consilience.student.bank import Bank, mergeable
+from consilience.student.student import Settings, make_student
 from tests.real_files.support import (
     IDS,
     Outcome,
@@ -26,6 +31,7 @@ from tests.real_files.support import (
     moved,
     peft,
     real_file,
+    refused,
     state,
     tiny,
 )
@@ -465,3 +471,119 @@ def test_inspect_knows_the_class_s_default(tmp_path: Path) -> None:
     gemma().save_pretrained(tmp_path / "base")
     edit_config(tmp_path / "base", tie_word_embeddings=None)
     assert json.loads(cli("inspect", tmp_path / "base", "--json").out)["tied_embeddings"] is True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image-text models, whose flag may lie in the text part of the config; learning; routing; the doctor.
+
+SIGHT: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+
+
+def qwen2_vl() -> Any:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = tied().config.to_dict() | {"model_type": "qwen2_vl_text", "rope_parameters": rope}
+    sight = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    return built(hf.Qwen2VLConfig(text_config=text, vision_config=sight, tie_word_embeddings=True))
+
+
+def gemma3() -> Any:
+    text = tiny("Gemma3Text", "Model", head_dim=8).config.to_dict() if hasattr(hf, "Gemma3TextModel") else {}
+    sight = SIGHT | {"model_type": "siglip_vision_model"}
+    marks = {"mm_tokens_per_image": 4, "image_token_id": 63, "boi_token_index": 62, "eoi_token_index": 61}
+    return built(hf.Gemma3Config(text_config=text, vision_config=sight, **marks))
+
+
+def llava() -> Any:
+    sight = SIGHT | {"model_type": "clip_vision_model", "projection_dim": 16}
+    return built(hf.LlavaConfig(text_config=tied().config.to_dict(), vision_config=sight, image_token_id=63))
+
+
+def built(settings: Any) -> Any:
+    """Return a seeded model of a config."""
+    torch.manual_seed(0)
+    family = type(settings).__name__.removesuffix("Config")
+    return getattr(hf, f"{family}ForConditionalGeneration")(settings).eval()
+
+
+TEXT_EMBEDDINGS = {"target_modules": r".*language_model.*(q_proj|embed_tokens)"}
+
+
+@inputs(
+    Input("Qwen2-VL", "LoRA on lm_head", REFUSED, lora("q_proj", "lm_head"), qwen2_vl),
+    Input("Gemma 3, image-text", "LoRA on the text embeddings", REFUSED, TEXT_EMBEDDINGS, gemma3),
+    Input("LLaVA", "modules_to_save lm_head", REFUSED, saved("lm_head"), llava),
+    Input("LLaVA", "LoRA on the text embeddings", REFUSED, TEXT_EMBEDDINGS, llava),
+)
+def test_image_text_models(tmp_path: Path, given: Input) -> None:
+    expected, _ = tuned(given.build(), tmp_path, **given.options)
+    same(tmp_path / "out", expected)
+    content = config(tmp_path / "out")
+    assert content["tie_word_embeddings"] is content["text_config"]["tie_word_embeddings"] is False
+
+
+@inputs(
+    Input("Qwen2, tied", "learning: LoRA on lm_head and LoRA on embed_tokens", REFUSED,
+          {"a": lora("q_proj", "lm_head"), "b": lora("q_proj", "embed_tokens")}),
+    Input("T5", "learning: LoRA on lm_head and LoRA on both embed_tokens", REFUSED,
+          {"a": lora("q", "lm_head"), "b": lora("q", "embed_tokens")}, t5()),
+    Input("BART", "learning: modules_to_save lm_head and LoRA elsewhere", REFUSED,
+          {"a": saved("lm_head"), "b": lora("q_proj")}, bart()),
+)  # fmt: skip
+def test_the_student_plays_each_expert(tmp_path: Path, given: Input) -> None:
+    given.build().save_pretrained(tmp_path / "base")
+    expected = [outputs(adapter(given.build(), tmp_path / name, **given.options[name])) for name in "ab"]
+    experts = {name: str(tmp_path / name) for name in "ab"}
+    plan = plan_recipe(build_recipe("task_arithmetic", str(tmp_path / "base"), experts, {}))
+    bank = Bank(plan, make_groups(mergeable(plan, lambda name: False), "block"), threads=1)
+    student = make_student(plan, bank, Settings(precision="float32"))
+    for number, wanted in enumerate(expected):
+        student.become(number)
+        torch.testing.assert_close(outputs(student.model), wanted, atol=2e-5, rtol=1e-4)
+    bank.close()
+    plan.close()
+
+
+@real_file(1, family="Qwen2, tied", option="route build: LoRA on lm_head, the head's own weight saved beside it",
+           expected="PEFT, unmerged", before=REFUSED)  # fmt: skip
+def test_route(tmp_path: Path) -> None:
+    wide().save_pretrained(tmp_path / "base")
+    ids = torch.tensor([with_bytes(tmp_path / "base")])
+    expected = logits(adapter(wide(), tmp_path / "x", target_modules=["q_proj", "lm_head"]), ids)
+    adapter(wide(), tmp_path / "y", seed=2, target_modules=["q_proj"])
+    models = "".join(f"  - {{name: {name}, model: {tmp_path / name}}}\n" for name in "xy")
+    recipe = f"base_model: {tmp_path / 'base'}\nrouting: {{local: arrow, scale: 0}}\nmodels:\n{models}"
+    (tmp_path / "r.yaml").write_text(recipe, encoding="utf-8")
+    outcome = cli("route", "build", tmp_path / "r.yaml", tmp_path / "routed")
+    assert outcome.code == 0, outcome.said
+    model = cs.load_routed(tmp_path / "routed")
+    with model.routing.only("x"):
+        torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-4)
+
+
+@real_file(1, family="Qwen2, tied", option="route build: adapter of another head", expected="the files differ",
+           before="wrong cause named", now="refused, true cause")  # fmt: skip
+def test_route_refuses_another_head(tmp_path: Path) -> None:
+    wide().save_pretrained(tmp_path / "base")
+    with_bytes(tmp_path / "base")
+    adapter(moved(wide(), 9), tmp_path / "x", target_modules=["q_proj", "lm_head"])
+    recipe = f"base_model: {tmp_path / 'base'}\nrouting: {{local: arrow, scale: 0}}\nmodels:\n  - {tmp_path / 'x'}\n"
+    (tmp_path / "r.yaml").write_text(recipe.replace("  - ", "  - model: "), encoding="utf-8")
+    refused(cli("route", "build", tmp_path / "r.yaml", tmp_path / "routed"), "lm_head", "not the base's")
+
+
+@real_file(1, family="Qwen2, tied", option="doctor: LoRA on lm_head and a tied fine-tune",
+           expected="a formula: norms of PEFT's update and of the differences", before=REFUSED)  # fmt: skip
+def test_doctor(tmp_path: Path) -> None:
+    pairs = three(tmp_path)
+    experts = [word for name in ("head", "full") for word in ("-e", f"{name}={tmp_path / name}")]
+    outcome = cli("doctor", tmp_path / "base", *experts, "--json")
+    assert outcome.code == 0, outcome.said
+    lengths = [row["norm"] for row in json.loads(outcome.out)["experts"]]
+    start, end = pairs["head"]
+    base, full = (state(tmp_path / name) for name in ("base", "full"))
+    squares = sum(float((full[name] - base[name]).double().square().sum()) for name in base)
+    squares += float((full[EMBED] - base[EMBED]).double().square().sum())  # the head moves with the embeddings
+    assert lengths == pytest.approx([float((end - start).double().norm()), squares**0.5], rel=1e-5)

@@ -31,6 +31,7 @@ _TORCH_DTYPES = {
     "torch.int8": "I8",
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
+    "torch.complex64": "C64",
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from consilience.engine.effect import effect_notes
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import Streamer, check_packed, integer_notes
+from consilience.engine.stream import Streamer, check_copies, integer_notes
 from consilience.experts.state_dict import StateDict, to_like
 from consilience.progress import Progress
 
@@ -30,7 +30,7 @@ def merge_in_memory(
 
     What a merge of files notes in its summary is logged here.
     """
-    check_packed(plan)
+    check_copies(plan)
     sink = MemorySink(plan)
     records = Streamer(plan, sink, threads=threads, progress=progress).run()
     for note in [*plan.alignment.notes, *plan.notes, *integer_notes(plan), *effect_notes(plan, records)]:

@@ -23,7 +23,7 @@ from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
 from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
 from consilience.engine.plan import CORRECTION, Plan
-from consilience.engine.stream import Piece, Streamer, check_packed, integer_notes, thread_count
+from consilience.engine.stream import Piece, Streamer, check_copies, integer_notes, thread_count
 from consilience.engine.summary import Summary, below_unit, rounding
 from consilience.engine.unchanged import check_files, check_stamps, check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
@@ -175,7 +175,7 @@ def merge_workdir(
     """Hold OUT for a merge; see ``workdir``. ``digest`` and ``folder`` are the plan's and its donor's by default."""
     folder = plan.alignment.donor.folder is not None if folder is None else folder
     output.check_plan(out, plan, folder=folder)
-    check_packed(plan)
+    check_copies(plan)
     named = output.inputs(plan)
     identity, keep = digest or plan.digest, (LEARNING,)
     with workdir(out, identity, folder=folder, force=force, inputs=named, keep=keep, summarised=True) as work:

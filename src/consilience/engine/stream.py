@@ -18,7 +18,7 @@ from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Worker
-from consilience.errors import MachineError
+from consilience.errors import InputError, MachineError
 from consilience.experts.quantised import changed
 from consilience.methods.program import Program
 from consilience.numbers import check_threads
@@ -272,18 +272,26 @@ def integer_notes(plan: Plan) -> list[str]:
         for expert in plan.experts:
             theirs = None if expert is donor else expert.stored(tensor.name)
             if ours is not None and theirs is not None and not same_bytes(ours, theirs):
-                kind = "complex" if info.dtype.name == "C64" else "integer"
-                notes.append(f"{tensor.name}: {kind} values of {expert.name} differ; copied from {donor.name}")
+                notes.append(f"{tensor.name}: integer values of {expert.name} differ; copied from {donor.name}")
     return notes
 
 
-def check_packed(plan: Plan) -> None:
-    """Read the experts' packed weights, and refuse one that differs from the donor's: it cannot be merged.
+def check_copies(plan: Plan) -> None:
+    """Read what is copied because it cannot be merged, packed weights and complex tensors: experts must not change it.
 
     Raises:
         InputError: names the weight, its format and what to pass instead.
     """
     donor = plan.alignment.donor
+    for name, info in plan.alignment.tensors.items():
+        ours = donor.stored(name) if info.dtype.name == "C64" else None
+        for model in plan.experts if ours is not None else ():
+            theirs = None if name in plan.alignment.private.get(model.name, ()) else model.stored(name)
+            if ours is not None and theirs is not None and not same_bytes(ours, theirs):
+                raise InputError(
+                    f"{model.reference}: tensor {name!r} is complex and differs from {donor.reference}'s; only "
+                    "real numbers are merged: save torch.view_as_real(tensor) instead in each model, then turn it back"
+                )
     for model, weight in plan.alignment.same_parts:
         for part in weight.parts:
             ours, theirs = donor.stored(part), model.stored(part)

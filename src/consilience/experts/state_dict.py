@@ -12,7 +12,7 @@ from consilience.experts.model import Model
 
 StateDict = Mapping[str, Any]
 
-_NUMPY = {"bool": "BOOL"} | {
+_NUMPY = {"bool": "BOOL", "complex64": "C64"} | {
     f"{kind}int{bits}": f"{kind.upper()}{bits}" if kind else f"I{bits}"
     for kind in ("", "u")
     for bits in (8, 16, 32, 64)
@@ -25,6 +25,12 @@ def is_torch(value: Any) -> bool:
 
 
 def _numpy_info(name: str, array: Any, where: str) -> TensorInfo:
+    masked = int(np.ma.count_masked(array)) if isinstance(array, np.ma.MaskedArray) else 0
+    if masked:
+        raise InputError(
+            f"{where}: tensor {name!r}: {masked} of its {array.size} values are masked and so have nothing to merge; "
+            "fill them in: array.filled(0.0)"
+        )
     code = ALIASES.get(array.dtype.name) or _NUMPY.get(array.dtype.name)
     if code is None:
         raise InputError(f"{where}: tensor {name!r}: dtype {array.dtype} is not one this version merges; convert it")
@@ -32,15 +38,16 @@ def _numpy_info(name: str, array: Any, where: str) -> TensorInfo:
 
 
 def _bytes(array: Any) -> Bytes:
-    flat = np.ascontiguousarray(array).reshape(-1)
+    native = array.dtype.newbyteorder("=")
+    flat = np.ascontiguousarray(array, dtype=native).reshape(-1)
     return cast(Bytes, flat.view(np.uint8)) if flat.size else np.empty(0, np.uint8)
 
 
 def from_state_dict(name: str, state: StateDict) -> Model:
-    """Wrap a state dict; tensors are viewed, not copied, where they are contiguous and on the CPU.
+    """Wrap a state dict; tensors are viewed, not copied, where they are contiguous, in native order and on the CPU.
 
     Raises:
-        InputError: a value is not a numpy array or torch tensor, or has a dtype that is not merged.
+        InputError: a value is not a numpy array or torch tensor, has a dtype that is not merged, or masked elements.
     """
     tensors: dict[str, TensorInfo] = {}
     arrays: dict[str, Bytes] = {}

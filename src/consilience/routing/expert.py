@@ -63,6 +63,11 @@ class StoredFactors:
         """Outputs and inputs."""
         return self.pair.b.shape[0], self.pair.a.shape[1]
 
+    def has_weight(self, weight: Tensor) -> bool:
+        """Whether the layer's own weight, where the adapter's file holds it too, is this one."""
+        saved = self.adapter.whole.get(self.pair.target)
+        return saved is None or torch.equal(read_tensor(self.adapter.checkpoint, saved).to(weight), weight)
+
     def check(self) -> None:
         """Read both factors once.
 
@@ -94,10 +99,11 @@ def read_factors(path: Path) -> dict[str, StoredFactors]:
         InputError: the adapter is malformed, or changes something that cannot be routed token by token.
     """
     adapter = open_adapter(path)
-    if adapter.whole:
+    trained = [name for name in adapter.whole if name not in adapter.pairs]  # PEFT saves an adapted head's own weight
+    if trained:
         raise InputError(
-            f"{path}: holds the whole tensor {next(iter(adapter.whole))!r} beside its factors, which cannot be routed; "
-            "train the adapter without modules_to_save and without biases"
+            f"{path}: holds the whole tensor {trained[0]!r} beside its factors, which cannot be routed; train the "
+            "adapter without modules_to_save and without biases"
         )
     found = {module_of(pair): StoredFactors(adapter, pair) for pair in adapter.pairs.values()}
     for module, one in found.items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from consilience.errors import InputError, nearest
 from consilience.routing import scores
-from consilience.routing.expert import Expert
+from consilience.routing.expert import Expert, StoredFactors
 from consilience.routing.layer import Experts, Factors, LowRank, RoutedLinear, put, routed
 from consilience.routing.router import Router
 from consilience.routing.settings import Settings
@@ -109,6 +109,11 @@ def check_fit(model: nn.Module, expert: Expert) -> None:
             raise InputError(
                 f"expert {expert.name!r}: {name}: adapts a layer of {width} inputs and {height} outputs, and the "
                 f"base's has {module.in_features} and {module.out_features}; check its base"
+            )
+        if isinstance(one, StoredFactors) and not one.has_weight(module.weight):
+            raise InputError(
+                f"expert {expert.name!r}: {name}: its file holds a weight of this layer that is not the base's, and "
+                "only factors are routed; give the base it was trained on"
             )
 
 

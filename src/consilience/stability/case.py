@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from consilience.engine.plan import Plan, expert_names, make_plan
-from consilience.engine.stream import check_packed
+from consilience.engine.stream import check_copies
 from consilience.errors import InputError
 from consilience.recipe.schema import ModelEntry, Recipe
 
@@ -90,7 +90,7 @@ def _planned(recipe: Recipe, entries: list[ModelEntry], where: str, root: Path |
     plain = Recipe.model_validate({"merge_method": "task_arithmetic", "models": [{"model": "x"}], **kept})
     plan = make_plan(plain.model_copy(update={"models": entries}), where=where, root=root)
     try:
-        check_packed(plan)
+        check_copies(plan)
     except InputError:
         plan.close()
         raise

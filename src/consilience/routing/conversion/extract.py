@@ -27,7 +27,7 @@ from consilience.engine.lineage import versions
 from consilience.engine.low_rank import Array, factorise
 from consilience.engine.origin import hub_ids
 from consilience.engine.plan import Plan, TensorPlan
-from consilience.engine.stream import check_packed
+from consilience.engine.stream import check_copies
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError, nearest
 from consilience.methods.program import Program, WeightedSum
@@ -180,7 +180,7 @@ def extract(
         folders = [_base_folder(plan), plan.experts[0].folder]
         inputs = [folder for folder in folders if folder is not None]
         check_out(out, force=force, inputs=inputs)
-        check_packed(plan)
+        check_copies(plan)
         known = layout(_base_folder(plan), {t.name: t.shape for t in plan.tensors}, trust_remote_code=trust_remote_code)
         facts = {"digest": plan.digest, **asdict(wanted)}
         with open_progress(progress) as shown, workdir(out, digest_of(facts), force=force, inputs=inputs) as work:
