@@ -156,14 +156,25 @@ def test_gradients_pass_through_a_layer() -> None:
         assert torch.allclose(found, layer.add(u, y.clone()), rtol=2**-7, atol=2**-5)
 
 
-def test_watchers_see_what_the_kernels_use() -> None:
-    layer, seen = _layer(Settings("phatgoose")), list[Tensor]()
-    u, y = _inputs(1, 3)
-    with torch.no_grad(), layer.router.watched(lambda _, weights: seen.append(weights)):
-        watched = layer.add(u, y.clone())
-    with torch.no_grad():
-        assert torch.allclose(layer.add(u, y.clone()), watched, rtol=2**-7, atol=2**-5)
-    assert len(seen) == 1
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 20)])
+@pytest.mark.parametrize("local", ["phatgoose", "arrow"])
+def test_a_pass_that_is_watched_is_the_pass_that_is_not(local: Any, shape: tuple[int, int]) -> None:
+    layer, seen = _layer(Settings(local, top_k=2)), list[Tensor]()
+    u, y = _inputs(*shape)
+    layer.router.bias = torch.randn(shape[0], 9, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(), layer.router.without("e"):
+        plain = layer.add(u, y.clone())
+        with layer.router.watched(lambda _, weights: seen.append(weights)):
+            assert torch.equal(layer.add(u, y.clone()), plain)
+        (weights,) = seen
+        assert weights.shape == (*shape, 9)
+        assert torch.allclose(weights.sum(-1), torch.ones(shape))
+        assert (weights > 0).sum() == 2 * shape[0] * shape[1]
+        # Their effect is what was added, up to rounding to bfloat16.
+        own = torch.cat([weights[..., [k]].expand(*shape, layer.edges[k + 1] - layer.edges[k]) for k in range(9)], -1)
+        hidden = u.float() @ layer.into[: layer.total].float().T
+        effect = (hidden * own) @ layer.out_of.float()
+        assert torch.allclose(plain.float(), y.float() + effect, rtol=2**-7, atol=2**-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 6)])

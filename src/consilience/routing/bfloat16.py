@@ -1,7 +1,8 @@
 """Routed layers in bfloat16 on a CPU: what is not a large product is done by compiled kernels.
 
 A step of a generation is many small operations, each of which takes longer to begin than to do: at hidden size 2048
-they were a quarter of the whole step. Gradients, watchers and unusual settings go the general way.
+they were a quarter of the whole step. Gradients and unusual settings go the general way. Watchers are told of the
+very weights that the kernels use, so that a pass that is watched is the pass that is not.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ WAYS: dict[Local, int] = {
 #: Experts used by all tokens together, a token's each counted, over experts there are: up to the first, only used
 #: experts' factors are read; up to the second, only their B.
 OWN, CHOSEN = 1, 8
+#: Where the weights go that nobody asks for.
+UNTOLD: Floats = np.empty((0, 0, 0), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +78,19 @@ def suits(into: Tensor, u: Tensor, y: Tensor) -> bool:
     return not graded and not recorded
 
 
-def add(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan) -> None:
-    """Add weighted factors to tokens, u [B, T, in], y [B, T, out], in the way that takes least time for so many."""
+def add(u: Tensor, y: Tensor, into: Tensor, out_of: Tensor, edges: Edges, plan: Plan, told: Floats = UNTOLD) -> None:
+    """Add weighted factors to tokens, u [B, T, in], y [B, T, out], in the way that takes least time for so many.
+
+    ``told`` [B, T, K] gets the weights, if anybody asks for them.
+    """
     if plan.reads == "own":
-        routed.add_own(bits(u), bits(into), bits(out_of), edges, *plan.rest, bits(y))
+        routed.add_own(bits(u), bits(into), bits(out_of), edges, *plan.rest, told, bits(y))
         return
     products = F.linear(u, into)
     if plan.reads == "chosen":
-        routed.add_chosen(bits(u), bits(products), bits(out_of), edges, *plan.rest, bits(y))
+        routed.add_chosen(bits(u), bits(products), bits(out_of), edges, *plan.rest, told, bits(y))
         return
-    routed.weigh(bits(u), bits(products), edges, *plan.rest)
+    routed.weigh(bits(u), bits(products), edges, *plan.rest, told)
     hidden = products.flatten(0, 1)[:, : out_of.shape[0]]
     y.view(-1, y.shape[-1]).addmm_(hidden, out_of)
 

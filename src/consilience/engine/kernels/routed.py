@@ -122,7 +122,9 @@ def _add_rows(rows: Any, at: int, end: int, hidden: Any, weight: Any, total: Any
 
 
 @reporting
-def weigh(u: Any, products: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int) -> None:
+def weigh(
+    u: Any, products: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int, told: Any
+) -> None:
     """Multiply A u of all experts by the experts' weights, in place.
 
     Args:
@@ -134,6 +136,7 @@ def weigh(u: Any, products: Any, edges: Any, bias: Any, known: Any, way: int, te
         way: to a local logit.
         temperature: divides the logits of two ways.
         k: experts a token.
+        told: the weights, float32 [B, T, K], which are written to; of no entries: nobody asks for them.
     """
     count, total = len(edges) - 1, edges[-1]
     logits, weights = np.empty(count, np.float32), np.empty(count, np.float32)
@@ -143,6 +146,8 @@ def weigh(u: Any, products: Any, edges: Any, bias: Any, known: Any, way: int, te
             for e in range(count):
                 logits[e] = widened(row[total + e])
             _choose(logits, u[b, t], bias[b], known[b], way, temperature, k, weights)
+            if told.size:
+                told[b, t] = weights
             for e in range(count):
                 for r in range(edges[e], edges[e + 1]):
                     row[r] = _narrow(widened(row[r]) * weights[e]) if weights[e] != 0 else np.uint16(0)
@@ -161,8 +166,9 @@ def _add_chosen(out_of: Any, edges: Any, hidden: Any, weights: Any, added: Any, 
 
 @reporting
 def add_chosen(
-    u: Any, products: Any, out_of: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int, y: Any
-) -> None:
+    u: Any, products: Any, out_of: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int,
+    told: Any, y: Any,
+) -> None:  # fmt: skip
     """Add to each token the B A u of the k experts that it uses, where A u of all is known; no other B is read.
 
     Args:
@@ -175,6 +181,7 @@ def add_chosen(
         way: to a local logit.
         temperature: divides the logits of two ways.
         k: experts a token.
+        told: the weights, float32 [B, T, K], which are written to; of no entries: nobody asks for them.
         y: bits of the outputs, uint16 [B, T, out], which are written to.
     """
     count, total = len(edges) - 1, edges[-1]
@@ -185,13 +192,16 @@ def add_chosen(
             for r in range(hidden.size):
                 hidden[r] = widened(products[b, t, r])
             _choose(hidden[total:], u[b, t], bias[b], known[b], way, temperature, k, weights)
+            if told.size:
+                told[b, t] = weights
             _add_chosen(out_of, edges, hidden, weights, added, y[b, t])
 
 
 @reporting
 def add_own(
-    u: Any, into: Any, out_of: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int, y: Any
-) -> None:
+    u: Any, into: Any, out_of: Any, edges: Any, bias: Any, known: Any, way: int, temperature: Any, k: int,
+    told: Any, y: Any,
+) -> None:  # fmt: skip
     """Add to each of few tokens the factors of the k experts that it uses; nothing else is read.
 
     Args:
@@ -204,6 +214,7 @@ def add_own(
         way: to a local logit.
         temperature: divides the logits of two ways.
         k: experts a token.
+        told: the weights, float32 [B, T, K], which are written to; of no entries: nobody asks for them.
         y: bits of the outputs, uint16 [B, T, out], which are written to.
     """
     count, total = len(edges) - 1, edges[-1]
@@ -215,6 +226,8 @@ def add_own(
                 x[i] = widened(u[b, t, i])
             _dots(into, total, total + count, x, hidden)
             _choose(hidden[total:], u[b, t], bias[b], known[b], way, temperature, k, weights)
+            if told.size:
+                told[b, t] = weights
             for e in range(count):
                 if weights[e] != 0:
                     _dots(into, edges[e], edges[e + 1], x, hidden)
