@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from consilience import load_routed
 from consilience.cli.app import app
 from consilience.coefficients import load_coefficients
 from consilience.methods import load, names
@@ -175,6 +176,15 @@ def test_the_routing_tutorial_does_what_it_says(tmp_path: Path, real_base: Path)
     (tmp_path / "suites").symlink_to(ROOT / "suites")
     (tmp_path / "base").symlink_to(real_base)
     run_page(DOCS / "tutorial-glider.md", tmp_path)
+    routing = load_routed(tmp_path / "routed").routing
+    queries = [
+        "Translate into Spanish: Peace be with you.",
+        "Calculate 6 * 7.",
+        "Translate into Spanish: The house is white.",
+    ]
+    said = routing.asked.semantics(queries, routing.settings)
+    assert said.scale.tolist() == pytest.approx([89, 1, 14], abs=1)
+    assert said.cosines.amax(-1).tolist() == pytest.approx([0.47, 0.06, 0.22], abs=0.01)
     assert (tmp_path / "routing.html").read_text().startswith("<!")
     assert (tmp_path / "collapsed" / "model.safetensors").is_file()
     assert not (tmp_path / "gated" / "consilience" / "experts" / "translate").exists()

@@ -177,6 +177,17 @@ def test_a_pass_that_is_watched_is_the_pass_that_is_not(local: Any, shape: tuple
         assert torch.allclose(plain.float(), y.float() + effect, rtol=2**-7, atol=2**-5)
 
 
+@pytest.mark.parametrize("local", ["phatgoose", "arrow"])
+def test_a_token_is_routed_one_way_however_many_go_with_it(local: Any) -> None:
+    layer, seen = _layer(Settings(local, top_k=2)), list[Tensor]()
+    u, y = _inputs(1, 60)
+    with torch.no_grad(), layer.router.watched(lambda _, weights: seen.append(weights[0])):
+        together = layer.add(u, y.clone())
+        alone = torch.cat([layer.add(u[:, t : t + 1].contiguous(), y[:, t : t + 1].clone()) for t in range(60)], 1)
+    assert torch.allclose(torch.cat(seen[1:]), seen[0], atol=1e-6)
+    assert torch.allclose(alone.float(), together.float(), rtol=2**-7, atol=2**-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (2, 6)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_no_number_is_not_hidden(shape: tuple[int, int], dtype: torch.dtype) -> None:

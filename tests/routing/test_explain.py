@@ -144,6 +144,18 @@ def test_what_is_left_to_the_mean_is_said() -> None:
     assert explain_page.data(replace(found, settings=Settings("none", scale=1.0)))["used"] == 2
 
 
+def test_a_fitted_threshold_is_told() -> None:
+    from consilience.routing.instructions.adaptive import Adaptive
+
+    model = routed_llama(Settings("none", scale="adaptive", most_scale=5.0, fallback="mean"))
+    assert explain(model, "aab abba", max_new_tokens=3).threshold is None
+    model.routing.asked.semantics.adaptive = Adaptive(0.25, 0.1, 0.0, 0.0, 8)
+    found = explain(model, "aab abba", max_new_tokens=3)
+    assert found.to_dict()["instructions"]["threshold"] == 0.25
+    text = found.to_text().replace("\n", " ")
+    assert "its cosine is 0.50, and queries at 0.25 are half recognised." in text
+
+
 def test_without_instructions_there_are_no_cosines(told: Explanation) -> None:
     assert told.cosines is None
     assert told.scale is None

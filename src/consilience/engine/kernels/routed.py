@@ -225,6 +225,8 @@ def add_own(
             for i in range(x.size):
                 x[i] = widened(u[b, t, i])
             _dots(into, total, total + count, x, hidden)
+            for e in range(total, total + count):
+                hidden[e] = widened(_narrow(hidden[e]))  # as those of many tokens are: a token is routed one way
             _choose(hidden[total:], u[b, t], bias[b], known[b], way, temperature, k, weights)
             if told.size:
                 told[b, t] = weights

@@ -62,9 +62,11 @@ def explain(
         said = _given(model, texts.tokenizer, str(answer)) if said is None else said
         shown.phase("explaining")
         parts, left_out = _parts(model, texts.tokenizer, prompt, asked, said)
-    cosines, scale = _similarity(routing, query)
+    cosines, scale, threshold = _similarity(routing, query)
     written = str(texts.tokenizer.decode(said, skip_special_tokens=True)).strip() if answer is None else answer
-    return Explanation(prompt, query, written, routing.names, routing.settings, parts, cosines, scale, left_out)
+    return Explanation(
+        prompt, query, written, routing.names, routing.settings, parts, cosines, scale, threshold, left_out
+    )
 
 
 def _routing(model: Any) -> Routing:
@@ -212,9 +214,11 @@ def _towers(names: Sequence[str]) -> dict[str, str]:
     return {name: ".".join(p) for name, p in parts.items()}
 
 
-def _similarity(routing: Routing, query: str) -> tuple[Any, float | None]:
-    """Return the query's cosines [K] and their scale, or nothing where instructions do not count."""
+def _similarity(routing: Routing, query: str) -> tuple[Any, float | None, float | None]:
+    """Return the query's cosines [K], their scale, and its threshold; nothing where instructions do not count."""
     if not routing.settings.instructed or routing.asked.semantics is None:
-        return None, None
+        return None, None, None
     found = routing.asked.semantics([query], routing.settings)
-    return found.cosines[0].double().cpu().numpy(), float(routing.router.scale_of(found)[0])
+    fitted = getattr(routing.asked.semantics, "adaptive", None) if routing.settings.scale == "adaptive" else None
+    threshold = None if fitted is None else float(fitted.threshold)
+    return found.cosines[0].double().cpu().numpy(), float(routing.router.scale_of(found)[0]), threshold

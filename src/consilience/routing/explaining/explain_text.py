@@ -63,6 +63,12 @@ def sentences(explanation: "Explanation") -> list[str]:
         f"{count(tokens, 'token')}, {count(layers, 'routed layer')} in {count(len(explanation.by_block), 'block')}; "
         f"local router {settings.local}, {told}, experts used: {used}.",
     ]
+    if explanation.cosines is not None and explanation.threshold is not None:
+        nearest = int(explanation.cosines.argmax())
+        found.append(
+            f"The query is nearest to what “{printable(explanation.experts[nearest])}” was made for: its cosine is "
+            f"{explanation.cosines[nearest]:.2f}, and queries at {explanation.threshold:.2f} are half recognised."
+        )
     if explanation.left_out:
         found.append(f"{count(len(explanation.left_out), 'layer')} left out: they do not see every token.")
     return found

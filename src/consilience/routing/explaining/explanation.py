@@ -57,6 +57,7 @@ class Explanation:
         parts: the text, or what the encoder and what the decoder saw.
         cosines: [K], the query's with the experts' instructions; None: instructions do not count.
         scale: what cosines were multiplied with; None as well.
+        threshold: the largest cosine at which an adaptive scale is half of its most; None: it is a number.
         left_out: layers whose tokens are not the text's (a layer of a mixture gets a part of them).
     """
 
@@ -68,6 +69,7 @@ class Explanation:
     parts: tuple[Part, ...]
     cosines: Shares | None = None
     scale: float | None = None
+    threshold: float | None = None
     left_out: tuple[str, ...] = ()
 
     @property
@@ -133,7 +135,9 @@ class Explanation:
             "answer": self.answer,
             "experts": list(self.experts),
             "settings": self.settings.to_dict(),
-            "instructions": None if cosines is None else {"scale": self.scale, "cosines": cosines},
+            "instructions": None
+            if cosines is None
+            else {"scale": self.scale, "threshold": self.threshold, "cosines": cosines},
             "entropy": round(self.entropy, 4),
             "shares": {
                 "all": self._named(self.shares),
