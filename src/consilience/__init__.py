@@ -67,7 +67,16 @@ __all__ = [
 ]
 
 
+def _missing(name: str, error: ImportError) -> Exception:
+    from consilience.errors import missing_extra
+
+    return missing_extra(error, f"consilience.{name}") or error
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        try:
+            return getattr(import_module(_HOME[name]), name)
+        except ImportError as error:
+            raise _missing(name, error) from None
     raise AttributeError(f"module 'consilience' has no attribute {name!r}")

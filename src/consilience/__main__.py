@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from consilience.cli.app import app
-    from consilience.errors import ConsilienceError, command_line
+    from consilience.errors import ConsilienceError, command_line, missing_extra
     from consilience.workdir import whole_command
 
     # Newer typers carry their own click, older ones use the package: BadParameter's parents are right in both.
@@ -69,8 +69,20 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        missing = (
+            missing_extra(error, f"this command ({_shown(arguments)})") if isinstance(error, ImportError) else None
+        )
+        if missing is not None:
+            _say(str(missing))
+            return missing.exit_status
         _say(_unforeseen(error))
         return 1
+
+
+def _shown(arguments: list[str]) -> str:
+    """Return the command's words, up to its first option or path."""
+    words = arguments[: 2 if arguments[:1] == ["route"] else 1]
+    return " ".join(["consilience", *words])
 
 
 def _unforeseen(error: Exception) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from consilience.checkpoints.files import path_of
 from consilience.errors import InputError, nearest, option
 from consilience.numbers import check_threads
 
@@ -63,17 +64,6 @@ def _check_model(value: Any, name: str) -> None:
         return
     hint = "pass its state_dict()" if hasattr(value, "state_dict") else "give a path, a hub reference or a state dict"
     raise InputError(f"{name}: is a {type(value).__name__}; {hint}")
-
-
-def path_of(value: Any, name: str) -> Path:
-    """Return a path that was given as text or as a path.
-
-    Raises:
-        InputError: it is neither; ``name`` names the argument.
-    """
-    if isinstance(value, str | Path):
-        return Path(value)
-    raise InputError(f"{name}: {value!r} is no path; give one as text")
 
 
 def _recipe_of(recipe: Any) -> "tuple[Recipe, str, Path | None]":
@@ -375,6 +365,9 @@ def plan_recipe(
     )
     check_differences(plan.differences, where, strict=strict)
     if plan.unlearned:
+        from consilience.tasks.load import require_transformers
+
+        require_transformers(f"{where}: method {plan.method.name!r}")
         from consilience.learned.learn import check_data
 
         check_data(plan)
@@ -418,7 +411,7 @@ def learn(
     try:
         with open_progress(progress) as shown:
             settings = _Learning(threads, device, tensorboard, trust_remote_code, shown).arguments()
-            check_learning(plan, settings["tensorboard"])
+            check_learning(plan, settings["tensorboard"], device)
             if out is None:
                 return learn_plan(plan, **settings)
             with merge_workdir(plan, Path(out), force=force, digest=_work_digest(plan, None, None)) as work:

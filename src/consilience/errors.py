@@ -5,7 +5,7 @@ Every message is one line that names the file, the tensor or key, and the mend.
 
 import contextlib
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 #: What stands between a scheme and a host: a user's name and password, or a token.
 _SECRET = re.compile(r"(?<=://)[^/\s'\"]*@")
@@ -53,6 +53,21 @@ def option(name: str, value: str = "") -> str:
     return f"{name}={value or 'True'}"
 
 
+#: Packages that not every installation has, and the extra that brings each.
+_EXTRAS = {
+    "torch": "hf", "transformers": "hf", "peft": "hf", "accelerate": "hf", "PIL": "hf", "gguf": "gguf",
+    "matplotlib": "report", "cma": "evolve", "nevergrad": "evolve", "scipy": "mixing", "tensorboard": "tensorboard",
+}  # fmt: skip
+
+
+def missing_extra(error: ImportError, purpose: str) -> "InputError | None":
+    """Return the error of a package that an extra brings, which ``purpose`` needs; None: it is no such package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return InputError(f"{purpose} needs {package}; install it with: pip install 'consilience[{_EXTRAS[package]}]'")
+
+
 class ConsilienceError(Exception):
     """Base of the errors that reach a user as one line without a traceback."""
 
@@ -84,3 +99,9 @@ def nearest(word: str, known: Sequence[str], *, cutoff: float = 0.6) -> str:
     by_lower = {other.lower(): other for other in known if other != word}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def nearest_tensor(name: str, known: Iterable[str]) -> str:
+    """As ``nearest``, of names of tensors or modules: never one of another layer."""
+    numbers = re.findall(r"\d+", name)
+    return nearest(name, [other for other in known if re.findall(r"\d+", other) == numbers], cutoff=0.75)

@@ -383,6 +383,7 @@ class Workdir:
         delivered: what an earlier run of the same digest reported when it installed OUT and was killed before it had
             tidied up; nothing is left to be done.
         notes: what the user should be told of the installation.
+        needs: the bytes that the output takes; 0: not known.
     """
 
     def __init__(self, out: Path, digest: str, *, folder: bool, force: bool, keep: Sequence[str]) -> None:
@@ -391,6 +392,7 @@ class Workdir:
         self.resumed = False
         self.delivered: dict[str, Any] | None = None
         self.notes: list[str] = []
+        self.needs = 0
         self._keep = keep
         self._earlier: set[str] = set()
         self._finished = False
@@ -400,6 +402,12 @@ class Workdir:
     def result(self) -> Path:
         """Where the output is made: a folder, or a file with OUT's ending."""
         return self.path / (_RESULT if self.folder else f"{_RESULT}{self.out.suffix}")
+
+    def space(self) -> str:
+        """Say how much room the output needs, and how much is left."""
+        free = shutil.disk_usage(self.out.absolute().parent).free
+        needs = f"needs {self.needs / 1e9:.3g} GB of disk" if self.needs else "needs more disk"
+        return f"{needs}, and {free / 1e9:.3g} GB are free"
 
     def new_result(self) -> Path:
         """Return an empty folder to make the output in."""
@@ -662,6 +670,8 @@ def workdir(
         finally:
             work.close()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # of a copy the system names the source
+            raise MachineError(f"{out}: {work.space()} ({error.strerror}); free some, {_AGAIN}") from error
         place = error.filename or str(work.path)
         raise MachineError(f"{place}: {error.strerror or error}; free space or fix the disk, {_AGAIN}") from error
     except Exception as error:

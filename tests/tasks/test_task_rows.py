@@ -93,7 +93,7 @@ def test_any_json_object_is_a_row_or_one_line_of_error(value: dict[str, Any]):
         ('{"text": "a", "prompt": "b"}', "both text and prompt"),
         ('{"text": "a", "response": "b"}', "response goes with prompt"),
         ('{"text": ""}', "text: String should have at least 1 character"),
-        ('{"text": 3}', "text: Input should be a valid string"),
+        ('{"text": 3}', "text: is a number, and must be text"),
         ('{"text": "a", "label": true}', "label"),
         ('{"messages": []}', "messages is empty"),
         ('{"messages": [{"role": "human", "content": "a"}]}', "messages.0.role: Input should be 'system'"),

@@ -8,11 +8,12 @@ import shutil
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from consilience.errors import InputError
+from consilience.errors import InputError, nearest
 
 
 def regular_size(path: Path) -> int:
@@ -167,6 +168,68 @@ class Descriptors:
         with self._lock:
             for key in [key for key in list(self._open) if key[0] == self._owner]:
                 self._shut(key)
+
+
+def path_of(value: Any, name: str) -> Path:
+    """Return a path that was given as text or as a path.
+
+    Raises:
+        InputError: it is neither; ``name`` names the argument.
+    """
+    if isinstance(value, str | Path):
+        return Path(value)
+    raise InputError(f"{name}: {value!r} is no path; give one as text")
+
+
+def why_absent(path: Path, known: Sequence[str] | None = None, what: str = "file or folder") -> str:
+    """Say why nothing can be opened at ``path``, and what to do.
+
+    Args:
+        path: where ``exists`` finds nothing.
+        known: names that may have been meant; by default those beside it.
+        what: what there should be.
+    """
+    try:
+        path.lstat()
+        path.stat()
+    except (OSError, ValueError) as error:
+        code, why = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        if code == errno.ELOOP:
+            return "is a link that leads back to itself; remove it, or name the place that was meant"
+        if code == errno.EACCES:
+            return f"cannot be read ({why}); change its permissions, or those of a folder above it"
+        if os.path.islink(path):
+            return f"is a link to {os.readlink(path)}, which is not there; restore that, or name another"
+        if code not in (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return f"cannot be read ({why}); check the path"
+    names = siblings(path) if known is None else known
+    return f"no such {what}{nearest(path.name, names) or '; check the path'}"
+
+
+def check_readable(path: Path) -> None:
+    """Check that a folder may be listed and entered.
+
+    Raises:
+        InputError: names it.
+    """
+    try:
+        if path.is_dir():
+            os.scandir(path).close()
+            os.stat(f"{path}/.")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from None
+
+
+def mistaken(head: bytes) -> str | None:
+    """Say what a file is that begins so and was taken for something else; None: it cannot be told."""
+    start = head.lstrip()[:100].lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself; fetch that with: git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not the file itself; download it again"
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file under another ending; name it .gguf"
+    return None
 
 
 def siblings(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from consilience.checkpoints.files import regular_size
+from consilience.checkpoints.files import mistaken, regular_size
 from consilience.errors import InputError
 
 #: Deeper nesting than any config has; writing it back recurses.
@@ -61,6 +61,9 @@ def read_object(path: Path, limit: int = 64 << 20) -> dict[str, Any]:
             text = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); restore it") from None
+    known = mistaken(text[:256])
+    if known is not None:
+        raise InputError(f"{path}: {known}")
     value = parse_object(text, str(path))
     if _deeper_than(value, DEPTH_LIMIT):
         raise InputError(f"{path}: nested more than {DEPTH_LIMIT} levels deep; restore the file from its source")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.checkpoint import Bytes, Checkpoint, FileStorage, MemoryStorage, TensorInfo, from_entries
-from consilience.checkpoints.files import Stamp, exists, regular_size, siblings, stamp
+from consilience.checkpoints.files import Stamp, exists, regular_size, stamp, why_absent
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.modules import joined, module_folders
 from consilience.checkpoints.safetensors_file import read_header
-from consilience.errors import InputError, nearest
+from consilience.errors import InputError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -19,7 +19,9 @@ WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".gguf", ".h5", ".msgpack", 
 
 def safe_name(name: Any, where: str) -> str:
     """Return ``name`` if it can only be a file inside its own folder; a stranger's index must not lead out of it."""
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+    if not isinstance(name, str):
+        raise InputError(f"{where}: {name!r} is no file name; restore the index")
+    if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise InputError(f"{where}: file name {name!r} leads out of the checkpoint's folder; restore the index")
     return name
 
@@ -166,7 +168,7 @@ def open_checkpoint(path: str | Path, label: str | None = None) -> Checkpoint:
     path = Path(path)
     label = label or str(path)
     if not exists(path):
-        raise InputError(f"{path}: no such file or folder{nearest(path.name, siblings(path))}")
+        raise InputError(f"{path}: {why_absent(path)}")
     if path.is_dir():
         try:
             checkpoint = _open_folder(label, path)

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from consilience.checkpoints.files import exists, siblings
-from consilience.errors import InputError, MachineError, nearest
+from consilience.checkpoints.files import check_readable, exists, siblings, why_absent
+from consilience.errors import InputError, MachineError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$")
 _WANTED = ["*.safetensors", "*.json", "*.bin", "*.model", "*.txt", "*.jinja", "*.py", "*.md"]
@@ -62,12 +62,13 @@ def _locate(text: str, root: Path | None) -> Path:
         raise InputError("a model's path is empty; name a folder, a file or a hub id")
     found = _existing(text, root)
     if found is not None:
+        check_readable(found)
         return found
     path = Path(text).expanduser()
     if is_hub_id(text) and not exists(path.parent):
         return _download(text)
     known = siblings(path) + (siblings(root / path) if root is not None and not path.is_absolute() else [])
-    raise InputError(f"{text}: no such file or folder{nearest(path.name, known) or '; check the path'}")
+    raise InputError(f"{text}: {why_absent(path, known)}")
 
 
 def resolve(text: str, root: Path | None = None) -> Reference:

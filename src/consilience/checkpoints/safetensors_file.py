@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.dtypes import DTYPES, DType
-from consilience.checkpoints.files import regular_size
+from consilience.checkpoints.files import mistaken, regular_size
 from consilience.checkpoints.json_files import parse_object
 from consilience.errors import InputError
 
@@ -98,6 +98,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             head = file.read(8)
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > size - 8:
+                known = mistaken(head + file.read(256))
+                if known is not None:
+                    raise InputError(f"{path}: {known}")
                 raise InputError(
                     f"{path}: truncated or not a safetensors file ({size} bytes, header wants {length}); "
                     "download it again"

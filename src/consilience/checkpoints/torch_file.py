@@ -14,7 +14,7 @@ import numpy as np
 
 from consilience.checkpoints.checkpoint import Bytes, TensorInfo
 from consilience.checkpoints.dtypes import DTYPES
-from consilience.checkpoints.files import regular_size
+from consilience.checkpoints.files import mistaken, regular_size
 from consilience.errors import InputError
 
 #: Keys under which training scripts nest the state dict.
@@ -80,6 +80,11 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
+    regular_size(path)
+    with open(path, "rb") as file:
+        known = mistaken(file.read(256))
+    if known is not None:
+        raise InputError(f"{path}: {known}")
     torch = import_torch(f"{path}: reading a torch file")
     _refuse_compressed(path)
     for mmap in (True, False):  # the legacy (not zip) format cannot be mapped

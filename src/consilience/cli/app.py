@@ -92,19 +92,28 @@ def parse_assignment(text: str, option: str) -> tuple[str, str]:
     return key, value
 
 
-def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, Any]:
-    """Return the method's parameters from ``--set`` options; per-expert ones as mappings by expert name."""
+def parse_values(settings: list[str]) -> dict[str, Any]:
+    """Return the values of ``--set`` options by key.
+
+    Raises:
+        InputError: a key is given twice, or a value is not written as YAML has it.
+    """
     from consilience.recipe.yaml_file import parse_yaml
 
-    shared: dict[str, Any] = {}
-    own: dict[str, dict[str, Any]] = {}
-    given: set[str] = set()
+    values: dict[str, Any] = {}
     for text in settings:
         key, raw = parse_assignment(text, "--set")
-        if key in given:
+        if key in values:
             raise InputError(f"--set {key}: is given twice; keep one")
-        given.add(key)
-        value = parse_yaml(raw, f"--set {key}")
+        values[key] = parse_yaml(raw, f"--set {key}")
+    return values
+
+
+def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, Any]:
+    """Return the method's parameters from ``--set`` options; per-expert ones as mappings by expert name."""
+    shared: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for key, value in parse_values(settings).items():
         name, dot, parameter = key.partition(".")
         if dot and name not in experts:
             from consilience.errors import nearest

@@ -42,16 +42,16 @@ Setting = Annotated[
 
 def loaded(folder: Path, base: str | None, device: str, dtype: str, settings: list[str] | None) -> Any:
     """Load a routed model with settings changed."""
-    from consilience.cli.app import parse_assignment
-    from consilience.recipe.yaml_file import parse_yaml
+    from consilience.cli.app import parse_values
     from consilience.routing import Settings, load_routed
     from consilience.routing.folder import store
 
-    changes = {
-        key: parse_yaml(raw, f"--set {key}") for key, raw in (parse_assignment(t, "--set") for t in settings or [])
-    }
+    changes = parse_values(settings or [])
     # A wrong setting is told before the model is loaded.
-    Settings.from_plain(store.read_description(folder).settings.to_dict() | changes, "--set")
+    description = store.read_description(folder)
+    used = Settings.from_plain(description.settings.to_dict() | changes, "--set").top_k
+    if "top_k" in changes and used > len(description.experts):
+        raise InputError(f"--set top_k={used}: of {len(description.experts)} experts; write 0 for all of them")
     model = load_routed(folder, base=base, device=device, dtype=dtype)
     if changes:
         model.routing.set(**changes)

@@ -23,7 +23,7 @@ from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.safetensors_file import encode_header, read_header
 from consilience.coefficients.groups import Group, Piece, pieces_of
-from consilience.errors import InputError, nearest
+from consilience.errors import InputError, nearest_tensor
 
 Alpha = npt.NDArray[np.float64]
 FORMAT = 1
@@ -313,7 +313,7 @@ def fit(
     for group in coefficients.groups:
         for name, numel in group.tensors:
             if name not in tensors:
-                raise InputError(f"{where}: tensor {name!r} is not in the base{nearest(name, list(tensors))}")
+                raise InputError(f"{where}: tensor {name!r} is not in the base{nearest_tensor(name, tensors)}")
             if tensors[name] != numel:
                 raise InputError(
                     f"{where}: tensor {name!r} has {tensors[name]} elements in the base but {numel} there; the "

@@ -27,7 +27,7 @@ from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprin
 from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import check_learned, merge_workdir, recipe_text, recipe_value
-from consilience.engine.output import write_chosen
+from consilience.engine.output import check_space, write_chosen
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import Streamer
 from consilience.engine.unchanged import check_unchanged
@@ -261,6 +261,8 @@ def adapter_in(
         found.append(_factors(plan, tensor, kind, rank, threads))
         progress.advance()
     ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
+    work.needs = sum(f.a.size + f.b.size for f in found) * DTYPES[plan.recipe.output_dtype or "F32"].itemsize
+    check_space(work.out, work.needs)
     result = work.new_result()
     _write_weights(plan, result / WEIGHTS, found, DTYPES[plan.recipe.output_dtype or "F32"])
     write_json(result / CONFIG, adapter_config(plan, ranks))

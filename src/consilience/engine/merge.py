@@ -204,7 +204,8 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
     records = _resume(work, plan)
     resumed, threads, progress = len(records), thread_count(threads), progress or NullProgress()
     sizes = {r.tensor: plan.tensors[r.tensor] for r in records.values()}
-    output.check_space(work.out, plan, sum(t.nbytes for t in sizes.values()))
+    work.needs = output.output_size(plan)
+    output.check_space(work.out, work.needs, sum(t.nbytes for t in sizes.values()))
     beside = [stamp(path) for path in output.beside(plan)]
     sink = FileSink(work.path, plan)
     try:

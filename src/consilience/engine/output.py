@@ -85,14 +85,14 @@ def check_plan(out: Path, plan: Plan, *, folder: bool) -> None:
         check_side_files(donor)
 
 
-def check_space(out: Path, plan: Plan, written: int) -> None:
-    """Refuse to start what cannot fit.
+def check_space(out: Path, size: int, written: int = 0) -> None:
+    """Refuse to start what cannot fit: ``size`` bytes, of which ``written`` are there.
 
     Raises:
         MachineError: the disk has less free space than the output still needs.
     """
     free = shutil.disk_usage(out.absolute().parent).free
-    need = plan.layout.size - written + (8 << 20)
+    need = size - written + (8 << 20)
     if free < need:
         raise MachineError(
             f"{out}: needs {need / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; free some, then run the same "
@@ -197,6 +197,11 @@ def side_files(folder: Path) -> list[Path]:
         for f in _files(folder)
         if not f.name.endswith(left_out) and not f.name.startswith(".git") and f.name not in papers
     ]
+
+
+def output_size(plan: Plan) -> int:
+    """Return the bytes of a merged model with all that comes along."""
+    return plan.layout.size + sum(file.stat().st_size for file in beside(plan))
 
 
 def weights_in_subfolders(folder: Path, modules: Collection[str] = ()) -> list[str]:

@@ -1,10 +1,9 @@
 """Why a tensor of one model has no counterpart in another: the cause that an error names."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
-from consilience.errors import nearest
+from consilience.errors import nearest_tensor
 from consilience.experts.conversions import rules_for
 from consilience.experts.model import Model
 from consilience.experts.names import adapter_fits, alike, same_shape
@@ -19,7 +18,7 @@ def why_missing(model: Model, name: str, donor: Model) -> str:
     return (
         _architectures(model.checkpoint.config, base.config)
         or _form(name, model.checkpoint.config, base.config, extra)
-        or f"{_nearest(name, extra)}; pass the complete model, or name it under 'private:'"
+        or f"{nearest_tensor(name, extra)}; pass the complete model, or name it under 'private:'"
     )
 
 
@@ -34,7 +33,7 @@ def why_extra(model: Model, name: str, donor: Model) -> str:
         _architectures(model.checkpoint.config, base.config)
         or _form(name, model.checkpoint.config, base.config, free)
         or _several(alike(name, same_shape(tensors[name]), free))
-        or f"{_nearest(name, base.tensors)}; nothing is dropped silently: name it under 'private:' to keep it with "
+        or f"{nearest_tensor(name, free)}; nothing is dropped silently: name it under 'private:' to keep it with "
         "its expert"
     )
 
@@ -52,7 +51,7 @@ def why_untargeted(model: Model, name: str, donor: Model) -> str:
     return (
         _form(name, None, base.config, base.tensors, adapter=True)
         or _several(alike(name, fits[name], {n: i for n, i in base.tensors.items() if n not in fits}))
-        or f"{_nearest(name, base.tensors)} ({there}); give the base it was trained on"
+        or f"{nearest_tensor(name, base.tensors)} ({there}); give the base it was trained on"
     )
 
 
@@ -88,9 +87,3 @@ def _several(names: list[str]) -> str:
     if len(names) < 2:
         return ""
     return f" under this name: it may be {' or '.join(map(repr, names[:3]))}; rename it to the one that is meant"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Suggest a name, never another layer's."""
-    numbers = re.findall(r"\d+", name)
-    return nearest(name, [other for other in known if re.findall(r"\d+", other) == numbers])

@@ -9,6 +9,7 @@ from consilience.errors import InputError, MachineError
 from consilience.learned.answers import questions
 from consilience.learned.run import Machine, Run, base_folder, groups_of, require_tensorboard
 from consilience.progress import NullProgress, Progress
+from consilience.tasks.gradients import gradients
 
 
 def check_data(plan: Plan) -> None:
@@ -41,17 +42,18 @@ def learn_state(
         return plan.method.learn(run, **plan.learning)
 
 
-def check_learning(plan: Plan, tensorboard: Path | None) -> None:
-    """Refuse a plan that learns nothing, and packages that are missing.
+def check_learning(plan: Plan, tensorboard: Path | None, device: str) -> None:
+    """Refuse a plan that learns nothing, packages that are missing, and devices that are not there.
 
     Raises:
-        InputError: names the method, or the extra to install.
+        InputError: names the method, the extra to install, or the device.
     """
     if plan.method.learn is None:
         raise InputError(f"{plan.where}: method {plan.method.name!r} learns nothing; see 'consilience methods'")
-    from consilience.tasks.load import require_transformers
+    from consilience.tasks.load import check_device, require_transformers
 
     require_transformers(f"method {plan.method.name!r}")
+    check_device(device)
     if tensorboard is not None:
         require_tensorboard()
 
@@ -67,14 +69,14 @@ def learn_plan(
     progress: Progress | None = None,
 ) -> Coefficients:
     """Learn the coefficients of a plan, with its state in ``folder``; see ``consilience.api.learn``."""
-    check_learning(plan, tensorboard)
+    check_learning(plan, tensorboard, device)
     assert plan.method.learn is not None
     run = Run(
         plan, plan.root, folder, tensorboard, Machine(device, threads, trust_remote_code), progress or NullProgress(),
         plan.where,
     )  # fmt: skip
     try:
-        with compilation_shown(run.progress):
+        with compilation_shown(run.progress), gradients():
             return plan.method.learn(run, **plan.learning)
     except MemoryError as error:
         raise _full(str(error)) from error

@@ -8,6 +8,7 @@ Source: GLUE (arXiv:2512.22467): both points of a step come from one [2, K] x [K
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,10 +87,11 @@ class ExpertBank:
         )
         copied: dict[str, Tensor] = {}
         for row, name in enumerate(states):
-            state = states[name]
+            state = check_state(states[name], f"expert {name!r}")
             _read(f"expert {name!r}", state, layout, matrix[row], buffers[row])
             copied = copied or {name: state[name].detach().clone() for name in layout.copied}
         if base is not None:
+            check_state(base, "base")
             _read("base", base, layout, matrix[-1], buffers[-1])
         dtypes = {name: value.dtype for name, value in module.state_dict().items() if name in layout.names}
         return cls(tuple(states), layout, matrix, buffers, copied, dtypes, base is not None)
@@ -175,6 +177,18 @@ def _product(weights: Tensor, matrix: Tensor, spans: Iterable[Span], out: Tensor
     for span in spans:
         part = slice(span.start, span.stop)
         torch.mm(weights[:, :, span.index], matrix[:, part], out=out[:, part])
+
+
+def check_state(state: Any, where: str) -> StateDict:
+    """Return a state dict.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(state, Mapping):
+        return cast(StateDict, state)
+    hint = "; pass its state_dict()" if isinstance(state, nn.Module) else ""
+    raise InputError(f"{where}: is a {type(state).__name__}, not a state dict{hint}")
 
 
 def _read(who: str, state: StateDict, layout: Layout, row: Tensor, buffers: Tensor) -> None:

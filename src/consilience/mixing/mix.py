@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -35,6 +35,7 @@ from consilience.optimizers.spaces import Space as Plain
 from consilience.optimizers.spaces import cluster, hierarchical, low_rank, make_space, screen, trust
 from consilience.optimizers.spsa import record_of
 from consilience.progress import ProgressOption, open_progress
+from consilience.tasks.gradients import gradients
 
 Space = Plain | Literal["low_rank", "hierarchical"]
 _SPACES = (*get_args(Plain), "low_rank", "hierarchical")
@@ -193,6 +194,10 @@ def mix(
         parts, seed, every, patience, settings,
     )  # fmt: skip
     _check(search, base)
+    check_module(module)
+    experts = named_experts(experts)
+    if target is None and not isinstance(measure, RemoteScore):
+        raise InputError("target: is missing; give (inputs, labels) tensors, a data set of (input, label), or a Target")
     held = target if isinstance(target, Target) else _target(target, measure, batch_size, holdout, seed)
     remote = isinstance(held.measure, RemoteScore)
     policy: Policy = bn or ("recalibrate" if held.train is not None and not remote else "blend")
@@ -239,7 +244,7 @@ def mix_bank(
     traced = Traced(_optimizer(search, mapped), loss.counts)
     stoppable = loss.target.validation is not None or isinstance(loss.target.measure, RemoteScore)
     stopping = Stopping(loss.validate, search.every, search.patience) if stoppable and search.steps else None
-    with open_progress(progress) as shown:
+    with open_progress(progress) as shown, gradients():
         shown.phase("mixing", search.steps)
         learned = descend(
             traced,
@@ -278,6 +283,29 @@ def entropy(alpha: Alpha) -> float:
         return math.nan
     logs = np.log(np.where(alpha > 0, alpha, 1.0))
     return float(-(alpha * logs).sum(0).mean())
+
+
+def check_module(module: Any) -> None:
+    """Check that a module was given.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module: is a {type(module).__name__}; give a torch module of the experts' architecture")
+
+
+def named_experts(experts: Any) -> Mapping[str, StateDict]:
+    """Return experts by name; those of a list are called expert-1, expert-2, ...
+
+    Raises:
+        InputError: they are neither a mapping nor a list.
+    """
+    if isinstance(experts, list | tuple):
+        experts = {f"expert-{k}": one for k, one in enumerate(cast(Sequence[Any], experts), 1)}
+    if not isinstance(experts, Mapping):
+        raise InputError(f"experts: is a {type(experts).__name__}; give state dicts by name, or a list of them")
+    return cast(Mapping[str, StateDict], experts)
 
 
 def _target(data: Any, measure: str | Measure, batch_size: int, holdout: float, seed: int) -> Target:

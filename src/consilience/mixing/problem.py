@@ -16,7 +16,7 @@ from consilience.errors import InputError
 from consilience.mixing.bank import Blends, ExpertBank
 from consilience.mixing.batchnorm import Policy, mode, recalibrate
 from consilience.mixing.student import Student
-from consilience.mixing.target import LossOf, RemoteScore, Target, noise, passes, run
+from consilience.mixing.target import LossOf, RemoteScore, Subset, Target, Tensors, noise, passes, run, scalar
 from consilience.optimizers.gradient import Terms
 
 #: Rows of one forward pass where nothing is learned.
@@ -70,6 +70,19 @@ class TargetLoss:
         self.student = Student(module, bank)
         self.room: Blends = bank.room(max(1, together))
         self.counts = Counts()
+        self._finite = False
+
+    def _advice(self) -> str:
+        """Say what to do about a loss that is not finite."""
+        rows = self.target.train
+        rows = rows.rows if isinstance(rows, Subset) else rows
+        if isinstance(rows, Tensors) and rows.inputs.is_floating_point():
+            bad = int((~rows.inputs.isfinite().flatten(1).all(1)).sum())
+            if bad:
+                return f"{bad} of its {len(rows)} rows hold NaN or Inf; repair or remove them"
+        if not self._finite:
+            return "it was never finite, so no step can mend it; look at the rows, the measure and the experts"
+        return "lower learning_rate or mu, or keep space='simplex'"
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +103,7 @@ class TargetLoss:
         inputs, labels = self.target.batch(self.seed, step, self.device)
         module = self.student.show(self.bank.blends([alpha], self.room))
         with mode(module, self.bn, training=self.training), noise(self.seed, step, self.device):
-            loss = measure.loss(run(module, inputs), labels)
+            loss = scalar(measure.loss(run(module, inputs), labels), "loss")
             self.counts.forwards += 1
             slope = self.bank.slopes(self.student.gradient(loss))
             self.counts.backwards += 1
@@ -123,20 +136,20 @@ class TargetLoss:
         """Return a loss, or a score with its sign turned."""
         measure = self.target.measure
         if isinstance(measure, LossOf):
-            return float(measure.loss(run(module, inputs), labels))
+            return float(scalar(measure.loss(run(module, inputs), labels), "loss"))
         assert not isinstance(measure, RemoteScore)
-        return -float(measure.score(module, inputs, labels))
+        return -float(scalar(measure.score(module, inputs, labels), "score"))
 
     def _remote(self, measure: RemoteScore, point: Alpha) -> float:
         self.counts.forwards += 1
-        return -float(measure.score(self.bank.state(point)))
+        return -float(scalar(measure.score(self.bank.state(point)), "score"))
 
     def _terms(self, value: float, point: Alpha) -> Terms:
         if not np.isfinite(value):
             raise InputError(
-                f"target: the loss is {value:g} at coefficients up to {np.abs(point).max():.3g}; lower learning_rate "
-                "or mu, or keep space='simplex'"
+                f"target: the loss is {value:g} at coefficients up to {np.abs(point).max():.3g}; {self._advice()}"
             )
+        self._finite = True
         return {"target": value}
 
     def validate(self, alpha: Alpha) -> float:
@@ -148,7 +161,7 @@ class TargetLoss:
         measure = self.target.measure
         if isinstance(measure, RemoteScore):
             self.counts.validation += 1
-            return -float(measure.score(self.bank.state(alpha)))
+            return -float(scalar(measure.score(self.bank.state(alpha)), "score"))
         if self.target.validation is None:
             raise ValueError("no rows are held out")
         module = self.delivered(alpha)

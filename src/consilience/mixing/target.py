@@ -163,8 +163,29 @@ def run(module: nn.Module, inputs: Any) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """``-log softmax(z)[y]`` in nats, the mean over rows summed in float64: [n, C], [n] -> scalar."""
-    each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    try:
+        each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    except IndexError:
+        raise InputError(
+            f"target: a label is out of range: the labels go from {int(labels.min())} to {int(labels.max())}, and the "
+            f"module has {logits.shape[1]} outputs, counted from 0"
+        ) from None
     return each.double().sum() / each.numel()
+
+
+def scalar(value: Any, what: str) -> Any:
+    """Return what a loss or score came to, one number.
+
+    Raises:
+        InputError: it is something else; ``what`` says what returned it.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise InputError(
+            f"measure: the {what} returned a tensor of shape {list(value.shape)}; return one number, such as its mean"
+        )
+    if not isinstance(value, Tensor | int | float | np.number | np.ndarray) or isinstance(value, bool):
+        raise InputError(f"measure: the {what} returned {value!r}; return one number")
+    return value
 
 
 def accuracy(module: nn.Module, inputs: Any, labels: Tensor) -> float:

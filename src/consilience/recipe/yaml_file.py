@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from consilience.checkpoints.files import exists, siblings
-from consilience.errors import InputError, nearest
+from consilience.checkpoints.files import exists, why_absent
+from consilience.errors import InputError
 
 SIZE_LIMIT = 1 << 20
 NODE_LIMIT = 100_000
@@ -39,7 +39,7 @@ class _Loader(_Base):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.style is None and key.tag in _IMPLICIT:
+            if isinstance(key, yaml.ScalarNode) and key.tag in _IMPLICIT:
                 key.tag = _TEXT
         return super().construct_mapping(node, deep)
 
@@ -149,7 +149,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """Parse the YAML document in the file ``path`` (a pipe will do: only as much as a recipe may hold is read)."""
     if not exists(path):
-        raise InputError(f"{path}: no such recipe file{nearest(path.name, siblings(path)) or '; check the path'}")
+        raise InputError(f"{path}: {why_absent(path, what='recipe file')}")
     try:
         with open(path, "rb") as file:
             text = file.read(SIZE_LIMIT + 1).decode("utf-8-sig")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from consilience.checkpoints.files import path_of
+
 if TYPE_CHECKING:
     from consilience.progress import ProgressOption
     from consilience.routing.folder.load import load_routed
@@ -41,6 +43,9 @@ def build_routed(
         InputError: the recipe, an adapter or a row is wrong; nothing is left behind.
         MachineError: memory or disk ran out; the same call continues.
     """
+    from consilience.tasks.load import require_transformers
+
+    require_transformers("routing")
     from consilience.routing.folder.build import build
     from consilience.routing.folder.recipe import parse_route_recipe, read_route_recipe
 
@@ -50,9 +55,10 @@ def build_routed(
         "progress": progress,
         "trust_remote_code": trust_remote_code,
     }
+    path_of(out, "out")
     if isinstance(recipe, Mapping):
         return build(parse_route_recipe(dict(recipe), "recipe"), out, where="recipe", **more)
-    path = Path(recipe)
+    path = path_of(recipe, "recipe")
     return build(read_route_recipe(path), out, root=path.parent, where=str(path), **more)
 
 

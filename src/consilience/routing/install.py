@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consilience.errors import InputError, nearest
+from consilience.errors import InputError, nearest_tensor
 from consilience.routing import scores
 from consilience.routing.expert import Expert, StoredFactors
 from consilience.routing.layer import Experts, Factors, LowRank, RoutedLinear, put, routed
@@ -95,8 +95,8 @@ def check_fit(model: nn.Module, expert: Expert) -> None:
         module = modules.get(name)
         if module is None:
             raise InputError(
-                f"expert {expert.name!r}: adapts {name!r}, which the base has not{nearest(name, list(modules))}; "
-                "check which base it was trained on"
+                f"expert {expert.name!r}: adapts {name!r}, which the base does not have"
+                f"{nearest_tensor(name, modules)}; check which base it was trained on"
             )
         if type(module) not in (nn.Linear, RoutedLinear):
             raise InputError(

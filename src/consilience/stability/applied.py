@@ -1,11 +1,10 @@
 """What the doctor measured, applied: the best weights of the quadratic model, and what they are made of."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from consilience.errors import InputError
-from consilience.learned.run import Run
 from consilience.stability.bound import stability_leading
 from consilience.stability.case import Case
 from consilience.stability.from_training import power
@@ -15,8 +14,11 @@ from consilience.stability.probe import Probe
 from consilience.stability.training import Training, read_training
 from consilience.stability.weights import bounded_weights, stability_penalties
 
+if TYPE_CHECKING:
+    from consilience.learned.run import Run
 
-def case_of(run: Run) -> Case:
+
+def case_of(run: "Run") -> Case:
     """Return the case of a learned method's run."""
     entries = tuple(entry for entry in run.plan.recipe.models if entry.model != run.plan.recipe.base_model)
     return Case(run.plan, entries, (), run.where, run.root)

@@ -20,7 +20,7 @@ from consilience.stability.diagnosis import BlockFacts, Diagnosis, ExpertFacts, 
 from consilience.stability.findings import Finding, ranked
 from consilience.stability.geometry import Geometry, Vector
 from consilience.stability.probe import Probe
-from consilience.stability.probing import ProbeSettings, has_probes
+from consilience.stability.probing import ProbeSettings, check_probes, has_probes
 from consilience.stability.survey import Survey, TensorSurvey, sum_of, survey
 from consilience.stability.training import Training, compare
 from consilience.stability.trying import Tried, check_methods, try_methods
@@ -65,6 +65,7 @@ def diagnose(
                 f"{where}: no expert has data: {{probe: FILE}}, and methods are tried on probe rows; add them"
             )
         if probes is not None:
+            check_probes(probes, where, probed=probed)
             check_methods(probes.methods, case, recipe)
         read = survey(case.plan, threads=threads, exact=exact, seed=seed, progress=progress)
         beside = from_files.findings(case.plan)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from consilience.engine.plan import resolve_file
-from consilience.errors import InputError
+from consilience.errors import InputError, option
 from consilience.progress import Progress
 from consilience.stability import from_probe
 from consilience.stability.candidates import Candidate, candidates, tried
@@ -18,6 +18,7 @@ from consilience.stability.landscape import RecipeLandscape
 from consilience.stability.probe import SCAN, Probe, probe
 from consilience.stability.saturation import expected_losses
 from consilience.stability.trying import Tried, Wanted
+from consilience.tasks.load import check_device, require_transformers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,20 @@ def has_probes(case: Case) -> bool:
         assert entry.data.probe is not None
         resolve_file(entry.data.probe, case.root)
     return all(given)
+
+
+def check_probes(settings: ProbeSettings, where: str, *, probed: bool) -> None:
+    """Check, before anything takes time, that probes can run where they are to, and that the choice has an effect.
+
+    Raises:
+        InputError: there is no such device, or torch is missing, or nothing runs the model.
+    """
+    if probed:
+        require_transformers("measuring losses on probe rows")
+        check_device(settings.device)
+    elif settings.device != "cpu":
+        shown = option("device", settings.device)
+        raise InputError(f"{where}: {shown}: has no effect, since no expert has data: {{probe: FILE}}; leave it out")
 
 
 def measure(

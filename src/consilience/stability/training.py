@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from consilience.checkpoints.files import exists, siblings
-from consilience.errors import InputError, nearest
+from consilience.checkpoints.files import exists, why_absent
+from consilience.errors import InputError
 from consilience.stability.bound import Maybe, gradient_power, temperature
 from consilience.stability.logs.combine import Conflict, combine
 from consilience.stability.logs.curve import Curve
@@ -148,8 +148,18 @@ def _readings(source: Any, where: str) -> list[Reading]:
         raise InputError(f"{where}: logs: must be a path or a mapping, not a {type(source).__name__}; name a log")
     path = Path(source)
     if not exists(path):
-        raise InputError(f"{path}: no such log or folder{nearest(path.name, siblings(path)) or '; check the path'}")
+        raise InputError(f"{path}: {why_absent(path, what='log or folder')}")
     return read_folder(path) if path.is_dir() else [read_file(path)]
+
+
+def _skipped(reading: Reading) -> list[str]:
+    """Say what of a log's curve was left out."""
+    if not reading.curve.skipped:
+        return []
+    return [
+        f"{reading.curve.first_skipped}: is a value that no log can have, and was left out with "
+        f"{reading.curve.skipped - 1} more"
+    ]
 
 
 def assemble(readings: Sequence[Reading], name: str) -> Training:
@@ -160,7 +170,7 @@ def assemble(readings: Sequence[Reading], name: str) -> Training:
     return Training(
         name=name, **named, length=said.length, curve=said.curve, conflicts=said.conflicts,
         sources={key: fact.source for key, fact in said.facts.items()},
-        unread=tuple(line for reading in readings for line in reading.unread),
+        unread=tuple(line for reading in readings for line in (*reading.unread, *_skipped(reading))),
     )  # fmt: skip
 
 

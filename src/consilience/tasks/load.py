@@ -10,7 +10,7 @@ from typing import Any
 from consilience.checkpoints.checkpoint import Checkpoint
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.packed import packing, quantization_of
-from consilience.errors import InputError, MachineError
+from consilience.errors import InputError, MachineError, option
 from consilience.experts.vocabulary import chat_templates, has_tokenizer
 
 
@@ -40,7 +40,18 @@ def explained(what: str, verb: str) -> Generator[None]:
     except MemoryError as error:
         raise MachineError(f"{what}: not enough memory to load it") from error
     except Exception as error:
-        first = str(error).strip().splitlines()[:1] or [""]
+        text = str(error).strip()
+        first = text.splitlines()[:1] or [""]
+        if "trust_remote_code" in text:
+            raise InputError(
+                f"{what}: comes with .py files that must be run to load it; if you trust them, pass "
+                f"{option('trust_remote_code')}"
+            ) from error
+        if "weights_only" in text or "Weights only load failed" in text:
+            raise InputError(
+                f"{what}: its weights are pickled with objects other than tensors, which could run code; save its "
+                "state dict as safetensors"
+            ) from error
         if "can't allocate memory" in first[0] or "out of memory" in first[0]:
             raise MachineError(f"{what}: not enough memory to load it") from error
         raise InputError(f"{what}: {verb} ({type(error).__name__}: {first[0][:300]})") from error
@@ -237,10 +248,17 @@ def check_device(device: str) -> None:
     import torch
 
     try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {device!r}: torch knows none of this name; use cpu, cuda or cuda:1") from None
+    try:
         torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"device = {device!r}: torch cannot use it ({first}); try cpu") from None
+        raise InputError(
+            f"device {device!r}: torch cannot use it: this machine, or this torch {torch.__version__}, has no {kind} "
+            f"device of that number ({first}); use cpu"
+        ) from None
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

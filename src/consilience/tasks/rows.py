@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
-from consilience.checkpoints.files import exists, regular_size, siblings
+from consilience.checkpoints.files import exists, regular_size, why_absent
 from consilience.errors import InputError, nearest
 
 #: Stems that say which part of a data set a file is, not which task: the parent folder names the task instead.
@@ -135,8 +135,15 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON; write a number or null")
 
 
+#: What a field must be, by pydantic's kind of error, and what JSON calls what it is.
+_WANTED = {"string_type": "text", "list_type": "a list", "tuple_type": "a list", "model_type": "an object",
+           "int_type": "a whole number"}  # fmt: skip
+_JSON_KINDS = {int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object",
+               type(None): "null", str: "text"}  # fmt: skip
+
+
 def _explain(error: ValidationError, where: str) -> InputError:
-    errors = error.errors(include_url=False, include_input=False)
+    errors = error.errors(include_url=False)
     unknown = [e for e in errors if e["type"] == "extra_forbidden"]
     first = (unknown or errors)[0]
     place = [
@@ -148,6 +155,9 @@ def _explain(error: ValidationError, where: str) -> InputError:
             f"{where}: unknown key {'.'.join(place)!r}{nearest(place[-1], known)}; the keys are {', '.join(known)}"
         )
     message = first["msg"].removeprefix("Value error, ")
+    wanted = _WANTED.get(first["type"])
+    if wanted is not None:
+        message = f"is {_JSON_KINDS.get(type(first['input']), 'another value')}, and must be {wanted}"
     if first["type"] == "string_unicode":  # JSON can spell half a surrogate pair, "\\ud800"
         message = "holds half a surrogate pair, which is not text; remove it"
     return InputError(f"{where}: {'.'.join(place)}: {message}" if place else f"{where}: {message}")
@@ -191,7 +201,7 @@ def read_rows(path: Path | str) -> tuple[Row, ...]:
     """
     path = Path(path)
     if not exists(path):
-        raise InputError(f"{path}: no such file{nearest(path.name, siblings(path))}")
+        raise InputError(f"{path}: {why_absent(path, what='file')}")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a .jsonl file in it")
     regular_size(path)

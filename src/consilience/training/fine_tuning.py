@@ -13,6 +13,7 @@ from consilience.engine.output import check_side_files
 from consilience.errors import InputError, MachineError
 from consilience.progress import LossProgressOption, Progress, open_progress
 from consilience.tasks.cache import fingerprint
+from consilience.tasks.gradients import gradients
 from consilience.tasks.load import check_device, check_folder, require_transformers
 from consilience.tasks.rows import Task
 from consilience.training.data import Examples, read_examples
@@ -121,6 +122,7 @@ def fine_tune(
     with (
         workdir(out, digest_of(plan), force=force, inputs=inputs) as work,
         _threads(threads),
+        gradients(),
         open_progress(progress, ("loss",)) as shown,
     ):
         if work.delivered is not None:

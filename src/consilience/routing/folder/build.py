@@ -26,6 +26,7 @@ from consilience.routing.queries import Texts
 from consilience.routing.settings import Settings
 from consilience.routing.values import read_settings
 from consilience.tasks.encoding import encode
+from consilience.tasks.gradients import gradients
 from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
 from consilience.tasks.readout import decoder_start
 from consilience.tasks.rows import Task, read_rows
@@ -169,13 +170,21 @@ def build(
     check_folder(folder)
     sources = sources_of(recipe, root, where)
     inputs = [folder, *_read(sources, told), *([Path(where)] if Path(where).is_file() else [])]
+    if int(recipe.routing.get("top_k") or 0) > len(sources):
+        raise InputError(
+            f"{where}: routing: top_k: {settings.top_k} of {len(sources)} experts; write 0 for all of them, or add some"
+        )
     described = store.Base.of(folder, recipe.base_model)
     read = [file for path in inputs for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
     before = [stamp(file) for file in read]
     states = [one[:3] for one in before if one.path != where]  # of the recipe counts what it says
     digest = digest_of({"base": asdict(described), "recipe": recipe.model_dump(), "inputs": states})
     base = Base(folder, device, trust_remote_code)
-    with open_progress(progress) as shown, workdir(out, digest, force=force, inputs=inputs, keep=(GATES,)) as work:
+    with (
+        gradients(),
+        open_progress(progress) as shown,
+        workdir(out, digest, force=force, inputs=inputs, keep=(GATES,)) as work,
+    ):
         if work.delivered is not None:
             return store.read_description(out)
         experts = [Expert(source.name, read_factors(source.adapter)) for source in sources]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from consilience.checkpoints.files import path_of
 from consilience.errors import InputError
 from consilience.routing.folder import store
 from consilience.routing.instructions.semantics import Instructions
@@ -41,7 +42,7 @@ def load_routed(
         MachineError: not enough memory.
     """
     require_transformers("routing")
-    folder = Path(folder)
+    folder = path_of(folder, "folder")
     description = store.read_description(folder)
     place = store.find_base(description.base, folder, base)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Endpoint:
         url: of chat completions, or what comes before ``/chat/completions``.
         model: the model's name there.
         key: the environment variable that holds the key; empty: none is sent.
-        timeout: seconds until a request is given up.
+        timeout: seconds until a request is given up, however its answer trickles in.
         retries: further attempts where the network or the server fails.
         tokens: the most tokens of an answer.
     """
@@ -70,8 +71,7 @@ class Endpoint:
     def _try(self, request: urllib.request.Request) -> tuple[bytes | str, bool]:
         """Return the answer's bytes, or in words why there are none, and whether that may pass."""
         try:
-            with urllib.request.build_opener(_Here()).open(request, timeout=self.timeout) as reply:
-                return reply.read(_LONGEST_ANSWER), False
+            return _read(request, self.timeout), False
         except HTTPError as error:
             error.close()
             return f"answered {error.code} {error.reason}", error.code in _PASSING
@@ -100,6 +100,42 @@ class Endpoint:
         return content
 
 
+def _read(request: urllib.request.Request, timeout: float) -> bytes:
+    """Return the whole answer to a request.
+
+    The socket's own timeout bounds each of its reads, and a server may send a byte at a time: the request runs in a
+    thread that is waited for as long and no longer, and that ends soon after.
+
+    Raises:
+        TimeoutError: it took longer than ``timeout`` seconds.
+        OSError: the network or the server failed.
+    """
+    found: list[bytes | Exception] = []
+    deadline = time.monotonic() + timeout
+
+    def read() -> None:
+        try:
+            with urllib.request.build_opener(_Here()).open(request, timeout=timeout) as reply:
+                parts, size = list[bytes](), 0
+                while (part := reply.read1(1 << 16)) and size < _LONGEST_ANSWER:
+                    parts.append(part)
+                    size += len(part)
+                    if time.monotonic() > deadline:
+                        return
+            found.append(b"".join(parts))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not found:
+        raise TimeoutError
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 def check_url(url: str) -> None:
     """Check an address before anything is sent to it.
 
@@ -108,6 +144,11 @@ def check_url(url: str) -> None:
     """
     try:
         parts = urlsplit(url)
+        if parts.username is not None or parts.password is not None:
+            raise InputError(
+                f"url: {parts.scheme}://{parts.hostname}: a name or password in an address is sent to nobody; name "
+                "the environment variable that holds the key as key"
+            )
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         sound = False

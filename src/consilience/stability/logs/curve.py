@@ -23,8 +23,10 @@ _COLUMN_OF = {
 _STEPS = ("step", "steps", "global_step", "trainer_global_step", "current_steps", "iteration", "iter", "it")
 #: Rows with this key are transformers' summary of a run: their ``train_loss`` is the mean over all steps.
 _SUMMARY = "train_runtime"
-#: Beyond this a step is no integer in float64.
-_LAST_STEP = 1 << 53
+#: No run has more steps.
+_LAST_STEP = 10**10
+#: No run has a larger learning rate.
+_LARGEST_RATE = 1e3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +48,11 @@ class Series:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """Series by column; ``skipped`` counts values of known columns that were no finite numbers."""
+    """Series by column; ``skipped`` counts values of known columns that no log can have, the first in words."""
 
     series: Mapping[str, Series] = field(default_factory=dict[str, Series])
     skipped: int = 0
+    first_skipped: str = ""
 
 
 def column(key: str) -> str | None:
@@ -70,35 +73,39 @@ def collect(rows: Iterable[tuple[Any, Mapping[str, Any]]], source: str) -> Curve
     """Return the curve of rows of (step, values by any key), in the order they were logged.
 
     Where a step is smaller than the one before, the run was restarted there: what was logged from that step on is
-    replaced. Rows without a usable step are skipped, and so are values that are no finite numbers and summaries.
+    replaced. Rows without a usable step are skipped, and so are values that no log can have (no finite numbers, rates
+    below 0 or above 1000), and summaries.
     """
     found: dict[str, list[tuple[int, float]]] = {}
-    skipped, before = 0, 0
+    skipped: list[str] = []
+    before = 0
     for given, values in rows:
         if _SUMMARY in values:
             continue
         step = number(given)
         if step is None or not 0 <= step <= _LAST_STEP:
-            skipped += 1
+            skipped.append(f"{source}: step {given!r}")
             continue
         now = int(step)
         if now < before:
             found = {name: [point for point in points if point[0] < now] for name, points in found.items()}
         before = now
-        skipped += _keep(found, now, values)
-    return Curve({name: _series(points, source) for name, points in found.items() if points}, skipped)
+        skipped += [f"{source}: step {now}: {said}" for said in _keep(found, now, values)]
+    series = {name: _series(points, source) for name, points in found.items() if points}
+    return Curve(series, len(skipped), skipped[0] if skipped else "")
 
 
-def _keep(found: dict[str, list[tuple[int, float]]], step: int, values: Mapping[str, Any]) -> int:
-    """Append a row's values, of a column that is named twice in a step the last; return how many were skipped."""
-    skipped = 0
+def _keep(found: dict[str, list[tuple[int, float]]], step: int, values: Mapping[str, Any]) -> list[str]:
+    """Append a row's values, of a column that is named twice in a step the last; return those that were skipped."""
+    skipped: list[str] = []
     for key, given in values.items():
         name = column(str(key))
         if name is None or given is None or given == "":
             continue
         value = number(given)
-        if value is None or (value < 0 and name != "loss"):
-            skipped += 1
+        absurd = value is not None and name == "learning_rate" and value > _LARGEST_RATE
+        if value is None or (value < 0 and name != "loss") or absurd:
+            skipped.append(f"{key} {given!r}")
             continue
         points = found.setdefault(name, [])
         if points and points[-1][0] == step:
@@ -119,4 +126,5 @@ def join(curves: Sequence[Curve]) -> Curve:
         for name, series in curve.series.items():
             if name not in best or series.last_step > best[name].last_step:
                 best[name] = series
-    return Curve(best, sum(curve.skipped for curve in curves))
+    first = next((curve.first_skipped for curve in curves if curve.skipped), "")
+    return Curve(best, sum(curve.skipped for curve in curves), first)

@@ -25,6 +25,8 @@ _NUMBERS = {
     "epochs": 0.0, "planned_epochs": 0.0, "weight_decay": 0.0, "clip": 0.0, "lora_alpha": 0.0, "noise_scale": 0.0,
     "length": 0.0, "final_loss": -LARGEST, "cycles": 0.0, "decay_power": 0.0, "timescale": 0.0,
 }  # fmt: skip
+#: The greatest that numbers can be: beyond it they are mistakes.
+_MOST = {"warmup_ratio": 1.0, "learning_rate": 1e3, "least_rate": 1e3, "steps": 1e10, "planned_steps": 1e10}
 _TEXTS = ("schedule", "optimizer")
 FIELDS = (*_COUNTS, *_NUMBERS, *_TEXTS, "adapter", "data")
 
@@ -146,8 +148,8 @@ def _numeric(field: str, value: Any, where: str) -> tuple[str, float | int | Non
     if field == "warmup_steps" and 0 < found < 1:
         return "warmup_ratio", found
     least = _COUNTS.get(field, _NUMBERS.get(field, 0.0))
-    if found < least or (field == "warmup_ratio" and found > 1):
-        if field in _OPEN or field == "steps":
+    if found < least or found > _MOST.get(field, LARGEST):
+        if found < least and (field in _OPEN or field == "steps"):
             return field, None
         raise InputError(f"{where}: {value!r} is out of its range; restore it, or leave it out")
     if field in _COUNTS and found != int(found):

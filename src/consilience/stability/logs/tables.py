@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,12 @@ def read_csv(path: Path) -> Reading:
     header, rows = rows[0], [row for row in rows[1:] if row]
     if rows and len(rows[-1]) < len(header) and not ended:
         rows.pop()
-    return _reading(path, header, [dict(zip(header, row, strict=False)) for row in rows])
+    ragged = [number for number, row in enumerate(rows, 2) if len(row) != len(header)]
+    reading = _reading(path, header, [dict(zip(header, row, strict=False)) for row in rows])
+    if not ragged:
+        return reading
+    said = f"{path}: {len(ragged)} rows have more or fewer fields than the header (the first is row {ragged[0]})"
+    return replace(reading, unread=(*reading.unread, f"{said}; their fields were taken from the left"))
 
 
 def read_jsonl(path: Path) -> Reading:
