@@ -194,6 +194,10 @@ def bart(family: str = "Bart", head: str = "ForConditionalGeneration") -> Callab
     return lambda: tiny(family, head, **BART)
 
 
+def unshared() -> Any:
+    return tiny("Marian", "MTModel", **BART, share_encoder_decoder_embeddings=False)
+
+
 def whisper() -> Any:
     return tiny("Whisper", "ForConditionalGeneration", **WHISPER)
 
@@ -217,6 +221,8 @@ def bert() -> Any:
     Input("mBART", "LoRA on shared", WRONG, lora("q_proj", "shared"), bart("MBart")),
     Input("Pegasus", "modules_to_save lm_head", REFUSED, saved("lm_head"), bart("Pegasus")),
     Input("Marian", "LoRA on lm_head", REFUSED, lora("q_proj", "lm_head"), bart("Marian", "MTModel")),
+    Input("Marian, two vocabularies", "LoRA on lm_head", REFUSED, lora("q_proj", "lm_head"), unshared),
+    Input("Marian, two vocabularies", "LoRA elsewhere", RIGHT, lora("q_proj"), unshared),
     Input("Whisper", "LoRA on proj_out", REFUSED, lora("q_proj", "proj_out"), whisper),
     Input("Whisper", "modules_to_save embed_tokens", WRONG, saved("embed_tokens"), whisper),
     Input("BERT, masked LM", "LoRA on the decoder", REFUSED, lora("query", "decoder"), bert),

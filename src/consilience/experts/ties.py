@@ -31,6 +31,8 @@ _FLAG = "tie_word_embeddings"
 _FLAGS = (_FLAG, "tie_embedding", "tie_codebooks_embeddings")
 #: Parts of a composite model's config that may hold the flag of its language model.
 _PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder", "fine_acoustics_config")
+#: What Marian ties where encoder and decoder have vocabularies of their own.
+_UNSHARED = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 #: Model types whose flag says how the head's inputs are scaled, and not, or not only, what is tied: it has to stay.
 _SCALING = ("t5", "mt5", "umt5", "longt5", "pop2piano", "udop", "switch_transformers")
 
@@ -124,10 +126,11 @@ def _declared(config: Config | None, tensors: Mapping[str, TensorInfo]) -> dict[
     if entry is None:
         found = {alias: next((name for name in names if name in tensors), None) for alias, names in _USUAL}
         return {alias: name for alias, name in found.items() if name is not None}
-    named = {*entry.ties, *entry.ties.values()}
+    ties = entry.ties if (config or {}).get("share_encoder_decoder_embeddings") is not False else _UNSHARED
+    named = {*ties, *ties.values()}
     others = [name for name in tensors if name not in named]
     out: dict[str, str] = {}
-    for alias, source in entry.ties.items():
+    for alias, source in ties.items():
         ours = source if source in tensors else _spelled(source, others) or _like(source, others) or source
         beginning = source.removesuffix(ours)  # what the file leaves out of its names
         out[alias if alias in tensors else _spelled(alias, others) or alias.removeprefix(beginning or "\0")] = ours
