@@ -1,5 +1,6 @@
 """Vocabularies that were resized or trained in part, and PEFT's spellings of what is saved whole."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.real_files.support import adapter, hf, logits, merged, moved, peft, real_file, refused, state, tiny
+from tests.real_files.support import adapter, cli, hf, logits, merged, moved, peft, real_file, refused, state, tiny
+from tests.real_files.test_ties import with_bytes
 
 BOTH = ["embed_tokens", "lm_head"]
 
@@ -149,7 +151,7 @@ def test_a_resized_embedding_without_its_head(tmp_path: Path) -> None:
     save = {"save_embedding_layers": False}
     adapter(model, tmp_path / "a", save=save, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     outcome = merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "a")
-    refused(outcome, "embed_tokens", "lm_head.weight", "save_embedding_layers=True")
+    refused(outcome, "embed_tokens", "lm_head.weight", "give the resized base")
 
 
 @real_file(
@@ -201,3 +203,114 @@ def test_spellings_of_an_adapter(tmp_path: Path, rename: Any) -> None:
     tuned = adapter(model, tmp_path / "a", target_modules=["q_proj", "gate_proj"], modules_to_save=["lm_head"])
     respelled(tmp_path / "a", rename)
     is_right(tmp_path, tuned)
+
+
+TIED: dict[str, tuple[int | None, dict[str, Any]]] = {
+    "rows of the embedding": (None, {"trainable_token_indices": [7, 2, 5]}),
+    "rows of the head alone": (None, {"trainable_token_indices": {"lm_head": [3]}}),
+    "rows of both": (None, {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3]}}),
+    "resized, added rows": (68, {"trainable_token_indices": [1, 66]}),
+    "resized, factors on the embedding": (68, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "resized, a saved embedding": (68, {"modules_to_save": ["embed_tokens"]}),
+    "cut, both saved": (60, {"modules_to_save": BOTH}),
+}
+
+
+@pytest.mark.parametrize("option", TIED)
+@real_file(
+    8, family="Qwen2", option="rows trained alone and resized vocabularies on a tied base", expected="PEFT, unmerged",
+    before="wrongly refused",
+)  # fmt: skip
+def test_vocabularies_of_a_tied_base(tmp_path: Path, option: str) -> None:
+    rows, more = TIED[option]
+    tiny("Qwen2", tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = loaded(tmp_path / "base", rows)
+    config: dict[str, Any] = {"target_modules": ["q_proj"], **more}
+    is_right(tmp_path, adapter(model, tmp_path / "a", **config))
+
+
+def loss_of(model: Any, ids: list[int]) -> float:
+    likely = logits(model, torch.tensor([ids]))[0].log_softmax(-1)
+    return -sum(likely[i - 1, ids[i]].item() for i in range(1, len(ids))) / (len(ids) - 1)
+
+
+EVALUATED: dict[str, tuple[int | None, dict[str, Any], Any]] = {
+    "resized": (270, {"modules_to_save": BOTH}, None),
+    "resized and untouched": (280, {}, None),
+    "rows": (None, {"trainable_token_indices": [97, 98]}, None),
+    "compiled": (None, {"modules_to_save": ["lm_head"]}, lambda n: n.replace(".model.", ".model._orig_mod.", 1)),
+    "ddp": (None, {"modules_to_save": ["lm_head"]}, lambda n: f"module.{n}"),
+    "named": (None, {}, lambda n: n.replace(".weight", ".mine.weight")),
+}
+
+
+@pytest.mark.parametrize("option", EVALUATED)
+@real_file(
+    8, family="Qwen2", option="evaluate BASE+ADAPTER: resized, wrapped, another name", expected="PEFT, unmerged",
+    before="wrongly refused",
+)  # fmt: skip
+def test_evaluating_an_adapter(tmp_path: Path, option: str) -> None:
+    rows, config, rename = EVALUATED[option]
+    base = base_of(tmp_path, vocab_size=256)
+    ids = with_bytes(base)
+    tuned = adapter(loaded(base, rows), tmp_path / "a", target_modules=["q_proj"], **config)
+    if rename is not None:
+        respelled(tmp_path / "a", rename)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "abcdefgh"}), encoding="utf-8")
+    outcome = cli("evaluate", f"{base}+{tmp_path / 'a'}", tmp_path / "rows.jsonl", "--json", "--no-cache")
+    assert outcome.code == 0, outcome.said
+    assert json.loads(outcome.out)["results"][0]["loss"]["value"] == pytest.approx(loss_of(tuned, ids), abs=2e-5)
+
+
+@real_file(
+    8, family="Qwen2", option="route build of an adapter that trains rows alone", expected="the message",
+    before="wrongly refused", now="refused, true cause",
+)  # fmt: skip
+def test_rows_cannot_be_routed(tmp_path: Path) -> None:
+    base = base_of(tmp_path)
+    for name in "ab":
+        adapter(loaded(base), tmp_path / name, target_modules=["q_proj"], trainable_token_indices=[7])
+    refused(routed(tmp_path), "trains rows of", "embed_tokens")
+
+
+def routed(tmp_path: Path) -> Any:
+    models = "".join(f"  - {{model: {tmp_path / name}, name: {name}}}\n" for name in "ab")
+    recipe = f"base_model: {tmp_path / 'base'}\nmodels:\n{models}routing: {{local: arrow, top_k: 2}}\n"
+    (tmp_path / "r.yaml").write_text(recipe, encoding="utf-8")
+    return cli("route", "build", tmp_path / "r.yaml", tmp_path / "out", "-q")
+
+
+@real_file(
+    8, family="Qwen2", option="route build of adapters of compiled and distributed modules", expected="it builds",
+    before="wrongly refused",
+)  # fmt: skip
+def test_routing_wrapped_adapters(tmp_path: Path) -> None:
+    base = base_of(tmp_path, vocab_size=256)
+    with_bytes(base)
+    for name, seed in (("a", 1), ("b", 2)):
+        adapter(loaded(base), tmp_path / name, seed=seed, target_modules=["q_proj"])
+    respelled(tmp_path / "a", lambda n: n.replace(".model.", ".model._orig_mod.", 1))
+    respelled(tmp_path / "b", lambda n: f"module.{n}")
+    outcome = routed(tmp_path)
+    assert outcome.code == 0, outcome.said
+
+
+@real_file(
+    8, family="Qwen2", option="the doctor on adapters of a resized vocabulary", expected="it reads them",
+    before="wrong cause named",
+)  # fmt: skip
+def test_the_doctor_on_a_resized_vocabulary(tmp_path: Path) -> None:
+    base = base_of(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        adapter(loaded(base, 68), tmp_path / name, seed=seed, target_modules=["q_proj"], modules_to_save=BOTH)
+    experts = [word for name in "ab" for word in ("-e", f"{name}={tmp_path / name}")]
+    outcome = cli("doctor", base, *experts)
+    assert outcome.code == 0, outcome.said
+
+
+@real_file(8, family="Qwen2", option="inspect an adapter of rows", expected="the file", before="wrongly refused")
+def test_inspecting_rows(tmp_path: Path) -> None:
+    adapter(loaded(base_of(tmp_path)), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[7, 9])
+    outcome = cli("inspect", tmp_path / "a", "--json")
+    assert outcome.code == 0, outcome.said
+    assert json.loads(outcome.out)["adapter"]["rows"] == {"model.embed_tokens.weight": 2}

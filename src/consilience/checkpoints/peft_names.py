@@ -101,3 +101,19 @@ def _saved(name: str, adapters: set[str]) -> str:
 def _bare(name: str) -> str:
     """Return a name without the layers that PEFT wraps around the base's."""
     return name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
+
+
+def as_saved(names: Iterable[str]) -> dict[str, str]:
+    """Return each name of an adapter's file as ``save_pretrained`` would have written it, without second spellings."""
+    names = list(names)
+    adapters = _adapters(names)
+    found: dict[str, str] = {}
+    for name in names:
+        plain = unwrapped(name)
+        factor = _PAIR.match(plain)
+        if factor is not None and factor["adapter"]:
+            plain = re.sub(rf"\.{re.escape(factor['adapter'])}(?=(\.weight)?$)", "", plain)
+        elif ".modules_to_save." in plain:
+            plain = _saved(plain, adapters)
+        found[name] = f"base_model.model.{plain}"
+    return found

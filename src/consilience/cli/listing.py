@@ -76,6 +76,7 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
             "ranks": dict(ranks),
             "scales": scales,
             "whole": sorted(model.adapter.whole),
+            "rows": {name: len(tokens.rows) for name, tokens in sorted(model.adapter.tokens.items())},
         }
     packed = packing(model.checkpoint)
     if packed.weights:

@@ -151,7 +151,7 @@ def _check_complete(donor: Model, holders: Mapping[str, list[Model]], names: Ite
         if name not in names and info.shape[:1] == (before,) and _is_vocabulary(name, info, None):
             raise InputError(
                 f"{model.reference}: resizes {next(iter(holders))!r} but not {name!r}, which {donor.reference} has at "
-                f"{before} rows; save both (PEFT: save_embedding_layers=True)"
+                f"{before} rows: its other rows are in no file; give the resized base that it was trained on"
             )
 
 

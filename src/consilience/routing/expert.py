@@ -105,6 +105,11 @@ def read_factors(path: Path) -> dict[str, StoredFactors]:
             f"{path}: holds the whole tensor {trained[0]!r} beside its factors, which cannot be routed; train the "
             "adapter without modules_to_save and without biases"
         )
+    if adapter.tokens:
+        raise InputError(
+            f"{path}: trains rows of {next(iter(adapter.tokens))!r} beside its factors, which cannot be routed; train "
+            "the adapter without trainable_token_indices"
+        )
     found = {module_of(pair): StoredFactors(adapter, pair) for pair in adapter.pairs.values()}
     for module, one in found.items():
         if len(one.pair.a.shape) != 2 or len(one.pair.b.shape) != 2:

@@ -12,6 +12,7 @@ from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.packed import packing, quantization_of
 from consilience.errors import InputError, MachineError, option
 from consilience.experts.vocabulary import chat_templates, has_tokenizer
+from consilience.tasks.peft_files import loadable, resize_vocabulary
 
 
 @contextmanager
@@ -270,7 +271,9 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         raise InputError(f"{adapter}: an adapter needs peft; install it with: pip install 'consilience[hf]'") from None
     with warnings.catch_warnings(record=True) as said, explained(str(adapter), "does not fit as an adapter"):
         warnings.simplefilter("always")
-        adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+        resize_vocabulary(model, adapter)
+        with loadable(adapter) as folder:
+            adapted: Any = PeftModel.from_pretrained(model, str(folder))
     missing = next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None)
     if missing:
         raise InputError(f"{adapter}: does not fit the model ({missing[:300]}); check which base it was trained on")
