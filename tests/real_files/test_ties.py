@@ -233,6 +233,43 @@ def test_families(tmp_path: Path, given: Input) -> None:
     same(tmp_path / "out", expected)
 
 
+def ends(
+    family: str, head: str = "ForCausalLM", *, embeddings: bool = False, before: str = "", **settings: Any
+) -> Input:
+    """Return a row of a family whose output layer, or input embeddings, an adapter is on."""
+
+    def build() -> Any:
+        return tiny(family, head, **settings)
+
+    return Input(family, "LoRA on the input embeddings" if embeddings else "LoRA on the output layer",
+                 before or (WRONG if embeddings else REFUSED), {"embeddings": embeddings}, build)  # fmt: skip
+
+
+@inputs(
+    ends("Bloom", n_layer=2, n_head=4),
+    ends("Falcon", embeddings=True),
+    ends("OPT", ffn_dim=48, word_embed_proj_dim=32),
+    ends("Mamba"),
+    ends("Cohere", embeddings=True),
+    ends("GPTNeoX", tie_word_embeddings=True),
+    ends("Lfm2", layer_types=["full_attention", "full_attention"]),
+    ends("Qwen3", tie_word_embeddings=True, head_dim=8, embeddings=True),
+    ends("Roberta", "ForMaskedLM", max_position_embeddings=80, type_vocab_size=1),
+    ends("DistilBert", "ForMaskedLM", dim=32, n_layers=2, n_heads=4, hidden_dim=48),
+    ends("Electra", "ForMaskedLM", embedding_size=16, embeddings=True),
+    ends("ModernBert", "ForMaskedLM", cls_token_id=1, sep_token_id=2),
+    ends("M2M100", "ForConditionalGeneration", **BART),
+    ends("FSMT", "ForConditionalGeneration", **BART, src_vocab_size=64, tgt_vocab_size=64, langs=["en", "de"],
+         tie_word_embeddings=True, embeddings=True, before=REFUSED),
+)  # fmt: skip
+def test_further_families(tmp_path: Path, given: Input) -> None:
+    base = given.build()
+    end = base.get_input_embeddings() if given.options["embeddings"] else base.get_output_embeddings()
+    name = next(name for name, module in base.named_modules() if module is end)
+    expected, _ = tuned(base, tmp_path, target_modules=[name])
+    same(tmp_path / "out", expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Full fine-tunes.
 
