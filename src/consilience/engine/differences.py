@@ -81,7 +81,9 @@ class Difference:
     @property
     def text(self) -> str:
         """All of it in one line."""
-        return f"{self.what}; {self.mend}" if self.mend else self.what
+        if not self.mend:
+            return self.what
+        return f"{self.what}; {self.mend}" if self.level == "error" else f"{self.what} ({self.mend})"
 
 
 def differences(plan: "Plan") -> tuple[Difference, ...]:
@@ -139,7 +141,8 @@ def _of_fact(plan: "Plan", fact: Fact, own: ModelFiles, output: ModelFiles) -> D
         pairs = [f"{key} {_shown(a)}, in {other} {_shown(b)}" for key, (a, b) in list(found.items())[:_SHOWN]]
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         what = f"{own.name}: {fact.title} ({fact.files.partition(',')[0].partition(';')[0]}): {'; '.join(pairs)}{more}"
-    return Difference(fact.kind, level, (own.name,), what, _mend(fact, own.name, other, chosen, found))
+    what += _outcome(fact, found, other, chosen)
+    return Difference(fact.kind, level, (own.name,), what, "" if chosen else _mend(fact, found, own.name))
 
 
 def _is_chosen(plan: "Plan", fact: Fact, found: dict[str, tuple[Any, Any]]) -> bool:
@@ -161,21 +164,25 @@ def _leaves(value: dict[str, Any]) -> list[str]:
     return [*value, *(key for inner in inside for key in _leaves(cast(dict[str, Any], inner)))]
 
 
-def _mend(fact: Fact, name: str, other: str, chosen: bool, found: dict[str, tuple[Any, Any]]) -> str:
-    """Say what becomes of an expert's own, and which key of the recipe takes it."""
+def _outcome(fact: Fact, found: dict[str, tuple[Any, Any]], other: str, chosen: bool) -> str:
+    """Say what becomes of an expert's own."""
     if not fact.option:
         return ""
     if chosen:
-        return f"{fact.option} chooses otherwise"
+        return f", as {fact.option} chooses"
     if fact.kind in ("vocabulary", "chat-template") and all(base is None for _, base in found.values()):
-        return f"left behind ({fact.option}: {name} takes {'them' if fact.kind == 'vocabulary' else 'it'} along)"
-    if fact.option == "config":
-        computes = f"the merge computes with {other}'s" if fact.level == "warning" else f"the output has {other}'s"
-        own = f"config: {name} takes {name}'s"
-        single = f", config: {{{next(iter(found)).rpartition('.')[2]}: VALUE}} sets it"
-        settable = fact.kind not in ("preprocessor", "generation", "labels", "one-sided")
-        return f"{computes} ({own}{single if settable else ''}, config: base says that this is meant)"
-    return f"the output has {other}'s ({fact.option}: {name} takes {name}'s along)"
+        return ", left behind"
+    return f"; the merge computes with {other}'s" if fact.level == "warning" else f"; the output has {other}'s"
+
+
+def _mend(fact: Fact, found: dict[str, tuple[Any, Any]], name: str) -> str:
+    """Say which key of the recipe takes an expert's own along."""
+    if fact.option != "config":
+        return f"{fact.option}: {name} takes {name}'s along" if fact.option else ""
+    key = next(iter(found)).rpartition(".")[2]
+    by_value = fact.kind not in ("preprocessor", "generation", "labels", "one-sided")
+    single = f", config: {{{key}: VALUE}} sets it" if by_value else ""
+    return f"config: {name} takes {name}'s{single}, config: base says that this is meant"
 
 
 def _shown(value: Any) -> str:
