@@ -470,6 +470,7 @@ def merge_recipe(
     trust_remote_code: bool = False,
     coefficients: "Coefficients | None" = None,
     strict: bool = False,
+    check_load: bool = False,
     progress: "ProgressOption" = False,
     learned: "Callable[[Coefficients], None] | None" = None,
     warned: Callable[[str], None] = _warn,
@@ -494,6 +495,8 @@ def merge_recipe(
         trust_remote_code: run ``.py`` files that come with the base.
         coefficients: what a learned method found before.
         strict: refuse experts that differ from the base in what the model computes, where the recipe chooses nothing.
+        check_load: open the output with its own library (transformers, PEFT) even where names, shapes and config are
+            the base's own, and refuse where that cannot be done.
         progress: True for a bar on standard error (lines where it is no terminal), or what is told of progress.
         learned: called with the coefficients as soon as they are found.
         warned: called with each such difference before any work; by default it becomes a Python warning.
@@ -504,6 +507,7 @@ def merge_recipe(
     """
     from consilience.engine.adapter_output import adapter_in, check_adapter
     from consilience.engine.differences import by_level
+    from consilience.engine.load_check import LoadCheck, check_model
     from consilience.engine.merge import merge_in, merge_workdir
     from consilience.progress import open_progress
 
@@ -531,13 +535,16 @@ def merge_recipe(
             if work.delivered is None:
                 for text in by_level(plan.differences, "warning"):
                     warned(text)
+            check, loader = LoadCheck(check_load, trust_remote_code), ""
+            if work.delivered is None and kind is None:
+                loader = check_model(plan, check, shown)
             if work.delivered is None and plan.unlearned:
                 plan = _learned(plan, work, _Learning(threads, device, tensorboard, trust_remote_code, shown))
                 if learned is not None and plan.coefficients is not None:
                     learned(plan.coefficients)
             if kind is not None:
-                return adapter_in(plan, work, kind, rank or 0, threads=threads, progress=shown)
-            return merge_in(plan, work, threads=threads, progress=shown)
+                return adapter_in(plan, work, kind, rank or 0, threads=threads, progress=shown, check=check)
+            return merge_in(plan, work, loader=loader, threads=threads, progress=shown)
     finally:
         plan.close()
 

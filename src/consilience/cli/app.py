@@ -227,6 +227,9 @@ def merge(
     device: Annotated[str, typer.Option(help="Where a learned method runs the model: cpu, cuda, ...")] = "cpu",
     tensorboard: Annotated[Path | None, typer.Option(help="Log a learned method's losses to this folder.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run .py files that come with the base.")] = False,
+    check_load: Annotated[
+        bool, typer.Option("--check-load", help="Open OUT with its own library, even if nothing but values is new.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Merge a base and its experts into one verified checkpoint."""
@@ -253,6 +256,7 @@ def merge(
         rank=rank,
         force=force,
         threads=threads,
+        check_load=check_load,
         **learning,
         **settings,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from consilience.engine.adapter_output import AdapterSummary
+from consilience.engine.load_check import OWN
 from consilience.engine.summary import Summary
 from consilience.errors import printable
 
@@ -80,6 +81,8 @@ def _show_notes(summary: "Summary | AdapterSummary") -> None:
         typer.echo(f"  warning: {printable(text)}")
     for note in summary.notes:
         typer.echo(f"  note: {printable(note)}")
+    if summary.loader not in ("", OWN):
+        typer.echo(f"  {printable(summary.loader)}")
 
 
 def show_summary(summary: Summary) -> None:

@@ -24,6 +24,7 @@ from consilience.engine.chosen_files import adapter_files
 from consilience.engine.differences import by_level
 from consilience.engine.effect import effect_notes
 from consilience.engine.lineage import checkpoint_fingerprints, model_fingerprint, versions
+from consilience.engine.load_check import LoadCheck, check_adapter_output
 from consilience.engine.low_rank import Array, LowRank, sketch, truncate
 from consilience.engine.memory import MemorySink
 from consilience.engine.merge import check_learned, merge_workdir, recipe_text, recipe_value
@@ -44,7 +45,7 @@ Kind = Literal["cat", "svd"]
 class AdapterSummary:
     """What was written: modules, largest rank, and the share of the update's squared norm that truncation discarded.
 
-    ``warnings`` are as a merge's (``Summary``).
+    ``warnings`` and ``loader`` are as a merge's (``Summary``).
     """
 
     out: str
@@ -53,6 +54,7 @@ class AdapterSummary:
     discarded: float
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    loader: str = ""
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> "AdapterSummary":
@@ -246,6 +248,7 @@ def adapter_in(
     *,
     threads: int | None = None,
     progress: Progress | None = None,
+    check: LoadCheck | None = None,
 ) -> AdapterSummary:
     """Write the adapter in a folder that is held, and deliver it; see ``write_adapter``."""
     if work.delivered is not None:
@@ -275,17 +278,18 @@ def adapter_in(
     ]
     if not any(f.a.any() and f.b.any() for f in found):
         notes.append("the result changes nothing: every factor is 0; look at weights, densities and lora_alpha")
-    _write_papers(result, plan, work.out.name, kind, notes)
+    loader = check_adapter_output(plan, result, check or LoadCheck(), progress)
+    _write_papers(result, plan, work.out.name, kind, notes, loader)
     check_unchanged(plan, {}, {})
     kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
     discarded = max(0.0, 1.0 - kept / total) if kind == "svd" and total else 0.0
     warnings = tuple(by_level(plan.differences, "warning"))
-    summary = AdapterSummary(str(work.out), len(found), max(ranks.values()), discarded, tuple(notes), warnings)
+    summary = AdapterSummary(str(work.out), len(found), max(ranks.values()), discarded, tuple(notes), warnings, loader)
     work.deliver(asdict(summary))
     return replace(summary, notes=(*summary.notes, *work.notes))
 
 
-def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[str]) -> None:
+def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[str], loader: str) -> None:
     from consilience.checkpoints.adapter import open_adapter
 
     own = checkpoint_fingerprints(open_adapter(result).checkpoint)
@@ -308,6 +312,7 @@ def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[
         "recipe": recipe_value(plan),
         "defaults": plan.defaults,
         "differences": [asdict(one) for one in plan.differences],
+        "loader": loader,
         "notes": notes,
     }
     write_chosen(result, adapter_files(plan))

@@ -21,6 +21,7 @@ from consilience.engine.differences import by_level
 from consilience.engine.effect import effect_notes
 from consilience.engine.journal import Journal, read_journal
 from consilience.engine.lineage import lineage
+from consilience.engine.load_check import LoadCheck, check_model
 from consilience.engine.output import JOURNAL, LEARNING, PLAN, FileSink
 from consilience.engine.plan import CORRECTION, Plan
 from consilience.engine.stream import Piece, Streamer, check_copies, integer_notes, thread_count
@@ -152,6 +153,7 @@ def run_merge(
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    check: LoadCheck | None = None,
 ) -> Summary:
     """Carry a plan out: after it, OUT is complete, verified and on disk, or (on any error) absent.
 
@@ -165,7 +167,8 @@ def run_merge(
     """
     check_learned(plan)
     with merge_workdir(plan, out, force=force) as work:
-        return merge_in(plan, work, threads=threads, progress=progress)
+        loader = check_model(plan, check or LoadCheck(), progress) if work.delivered is None else ""
+        return merge_in(plan, work, loader=loader, threads=threads, progress=progress)
 
 
 @contextlib.contextmanager
@@ -182,19 +185,26 @@ def merge_workdir(
         yield work
 
 
-def merge_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress: Progress | None = None) -> Summary:
-    """Merge in a folder that is held, and deliver; if an earlier run had delivered, return what that one reported."""
+def merge_in(
+    plan: Plan, work: Workdir, *, loader: str, threads: int | None = None, progress: Progress | None = None
+) -> Summary:
+    """Merge in a folder that is held, and deliver; if an earlier run had delivered, return what that one reported.
+
+    ``loader`` is what ``check_model`` said of the plan.
+    """
     if work.delivered is not None:
         summary = Summary.from_dict(work.delivered)
     else:
         started = time.perf_counter()
-        summary = stream_in(plan, work, threads=threads, progress=progress)
+        summary = stream_in(plan, work, loader=loader, threads=threads, progress=progress)
         summary = replace(summary, seconds=time.perf_counter() - started)
         work.deliver(summary.to_dict())
     return replace(summary, notes=(*summary.notes, *work.notes))
 
 
-def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress: Progress | None = None) -> Summary:
+def stream_in(
+    plan: Plan, work: Workdir, *, loader: str, threads: int | None = None, progress: Progress | None = None
+) -> Summary:
     """Leave the merged model in ``work.result``, complete and verified.
 
     Raises:
@@ -225,7 +235,7 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         notes = [*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note"), *integer_notes(plan)]
         notes += [*licences(plan)[1], *_policy_notes(plan), *effect_notes(plan, records)]
         document, fingerprint = lineage(plan, records)
-        document |= {"recipe": recipe_value(plan), "defaults": plan.defaults, "notes": notes}
+        document |= {"recipe": recipe_value(plan), "defaults": plan.defaults, "loader": loader, "notes": notes}
         text = recipe_text(plan)
         if work.folder:
             card = render_card(plan, work.out.name, fingerprint, text, notes)
@@ -253,6 +263,7 @@ def stream_in(plan: Plan, work: Workdir, *, threads: int | None = None, progress
         fingerprint=fingerprint,
         notes=tuple(notes),
         warnings=tuple(by_level(plan.differences, "warning")),
+        loader=loader,
     )
 
 

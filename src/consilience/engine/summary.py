@@ -25,7 +25,8 @@ class ExpertLoss:
 class Summary:
     """The result of a merge, as numbers.
 
-    ``warnings`` are differences of experts from the base that change what the model computes.
+    ``warnings`` are differences of experts from the base that change what the model computes. ``loader`` says which
+    library was shown to open the output, or why none was.
     ``rounding`` is ||rounded - exact|| / ||exact - base|| (or / ||exact|| for averages of weights), nan when unknown.
     """
 
@@ -44,6 +45,7 @@ class Summary:
     fingerprint: str
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    loader: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

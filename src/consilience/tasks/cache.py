@@ -1,20 +1,17 @@
 """Results kept as small JSON files, under the hash of everything they depend on.
 
-The folder is ``$CONSILIENCE_CACHE/evaluate``, or ``$XDG_CACHE_HOME/consilience/evaluate``, or
-``~/.cache/consilience/evaluate``. Deleting it costs time only. A file that does not parse is ignored and rewritten, and
-a folder that cannot be written turns the cache off without a word: it is never a reason to fail.
+They are in the folder ``evaluate`` of the cache (see ``consilience.cache``).
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from consilience import cache
 from consilience.errors import InputError
-from consilience.workdir import write_file
 
 #: Change when the meaning of a stored result changes.
 VERSION = 2
@@ -26,12 +23,7 @@ _IRRELEVANT = (".md", ".txt.gz", ".png", ".jpg", ".svg", ".lock")
 
 def cache_folder() -> Path:
     """Return where results are kept; it need not exist."""
-    own = os.environ.get("CONSILIENCE_CACHE")
-    if own:
-        return Path(own) / "evaluate"
-    shared = os.environ.get("XDG_CACHE_HOME")
-    base = Path(shared) if shared and os.path.isabs(shared) else Path.home() / ".cache"
-    return base / "consilience" / "evaluate"
+    return cache.cache_root() / "evaluate"
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -40,27 +32,14 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return blake2b(text.encode(), digest_size=20).hexdigest()
 
 
-def _place(kind: str, key: str) -> Path:
-    return cache_folder() / kind / key[:2] / f"{key}.json"
-
-
 def recall(kind: str, key: str) -> dict[str, Any] | None:
     """Return what was remembered under a key, or None (also for a file that is damaged)."""
-    try:
-        value: Any = json.loads(_place(kind, key).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return cast(dict[str, Any], value) if isinstance(value, dict) else None
+    return cache.recall(cache_folder() / kind, key)
 
 
 def remember(kind: str, key: str, value: Mapping[str, Any]) -> None:
     """Write a value under a key, whole or not at all."""
-    place = _place(kind, key)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_file(place, json.dumps(value, allow_nan=False).encode())
-    except OSError:
-        return
+    cache.remember(cache_folder() / kind, key, value)
 
 
 def file_digest(path: Path) -> str:
