@@ -251,13 +251,13 @@ def check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
-        raise InputError(f"device {device!r}: torch knows none of this name; use cpu, cuda or cuda:1") from None
+        raise InputError(f"device = {device!r}: torch knows none of this name; use cpu, cuda or cuda:1") from None
     try:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"device {device!r}: torch cannot use it: this machine, or this torch {torch.__version__}, has no {kind} "
+            f"device = {device!r}: torch cannot use it: this machine, or this torch {torch.__version__}, has no {kind} "
             f"device of that number ({first}); use cpu"
         ) from None
 
