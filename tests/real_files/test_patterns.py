@@ -177,7 +177,7 @@ def test_a_pattern_on_a_name_that_the_file_has_otherwise(tmp_path: Path) -> None
 
 @real_file(
     4, family="Qwen2", option="a pattern that takes exponential time", expected="ends within seconds",
-    before="wrong numbers", now="refused, true cause",
+    before="never ends", now="refused, true cause",
 )  # fmt: skip
 def test_an_exponential_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qwen(tmp_path)

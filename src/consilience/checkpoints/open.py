@@ -11,6 +11,11 @@ from consilience.checkpoints.modules import joined, module_folders
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.errors import InputError
 
+#: What an empty tensor is, where its model has values.
+EMPTY = (
+    "it was saved on one of several machines or cards, each with a part (DeepSpeed ZeRO-3, FSDP); save it gathered "
+    "(stage3_gather_16bit_weights_on_model_save), or build it with zero_to_fp32.py"
+)
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -97,6 +102,12 @@ def _sharded(folder: Path, index: Path) -> tuple[list[Path], dict[str, list[str]
     return [folder / name for name in sorted(shards)], shards
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model's weights under the names they go by, whatever else is there."""
+    names = ("model.safetensors", SAFETENSORS_INDEX, "pytorch_model.bin", TORCH_INDEX)
+    return any((folder / name).is_file() for name in names)
+
+
 def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
     """Return a model folder's weight files, or its index where it is sharded; safetensors go before pickles."""
     single, index, torch_index = (folder / n for n in ("model.safetensors", SAFETENSORS_INDEX, TORCH_INDEX))
@@ -116,9 +127,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
     found = found or [p for p in entries if p.name == "pytorch_model.bin" and p.is_file()]
     found = found or [p for p in entries if p.suffix in (".pt", ".pth") and p.is_file()]
     if not found:
-        hint = ": an adapter needs its base" if (folder / "adapter_config.json").exists() else ""
         raise InputError(
-            f"{folder}: holds no model weights (no .safetensors, pytorch_model.bin, .pt or .pth file){hint}; "
+            f"{folder}: holds no model weights (no .safetensors, pytorch_model.bin, .pt or .pth file); "
             "name a model's folder or file"
         )
     if len(found) > 1:

@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from consilience.checkpoints.checkpoint import TensorInfo
+from consilience.checkpoints.lora_names import FactorName, factor_name, first_factor, other_kind
 from consilience.errors import InputError
 
 #: Parts of a name that training wrappers add, wherever they stand.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 #: What PEFT and DDP put before every name.
 _BEFORE = re.compile(r"^(base_model\.model\.|module\.)+")
-_PAIR = re.compile(
-    r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.(?!weight$|bias$)(?P<adapter>[^.]+))?(\.weight)?$"
-)
 _ROWS = re.compile(r"^(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?$")
 
 Sides = dict[tuple[str, bool], dict[str, TensorInfo]]
@@ -48,15 +46,17 @@ def sort_tensors(tensors: dict[str, TensorInfo], where: str) -> PeftTensors:
         InputError: a name is no LoRA parameter of a known kind, or two speak of the same weight.
     """
     found, copies = PeftTensors(), dict[str, TensorInfo]()
-    adapters = _adapters(tensors)
+    factors = {name: factor_name(unwrapped(name)) for name in tensors}
+    modules = {factor.module for factor in factors.values() if factor is not None and factor.part != "alpha"}
+    adapters = _adapters(factors.values())
     for name, tensor in tensors.items():
-        plain = unwrapped(name)
-        factor, rows = _PAIR.match(plain), _ROWS.match(plain)
-        if factor is None and ".lora_" in plain:
+        plain, factor = unwrapped(name), factors[name]
+        rows = _ROWS.match(plain)
+        if other_kind(name) or (factor is None and (first_factor([plain]) or ".lora_" in plain)):
             raise _unknown(name, where)
-        if factor is not None:
-            key = (_bare(factor["module"]), bool(factor["embedding"]))
-            _put(found.sides.setdefault(key, {}), factor["side"], tensor, where)
+        if factor is not None and factor.module in modules:
+            key = (_bare(factor.module), factor.embedding)
+            _put(found.sides.setdefault(key, {}), factor.part, tensor, where)
         elif rows is not None:
             _put(found.rows, f"{_bare(rows['module'])}.weight", tensor, where)
         elif ".modules_to_save." in plain:
@@ -69,11 +69,13 @@ def sort_tensors(tensors: dict[str, TensorInfo], where: str) -> PeftTensors:
 
 
 def _unknown(name: str, where: str) -> InputError:
-    if "lora_magnitude" in name:
+    advice = "merge the adapter into its base with PEFT, or whatever trained it, and pass the model"
+    kind = other_kind(name)
+    if kind is not None:
         return InputError(
-            f"{where}: tensor {name!r}: DoRA magnitudes are not supported; merge it into its base with PEFT"
+            f"{where}: tensor {name!r} makes this a {kind} adapter, which is no plain LoRA and not supported; {advice}"
         )
-    return InputError(f"{where}: tensor {name!r} is not a LoRA factor this version knows; merge it with PEFT")
+    return InputError(f"{where}: tensor {name!r} is not a LoRA factor this version knows; {advice}")
 
 
 def _put(place: dict[str, TensorInfo], key: str, tensor: TensorInfo, where: str) -> None:
@@ -85,10 +87,9 @@ def _put(place: dict[str, TensorInfo], key: str, tensor: TensorInfo, where: str)
     place[key] = tensor
 
 
-def _adapters(names: Iterable[str]) -> set[str]:
+def _adapters(factors: Iterable[FactorName | None]) -> set[str]:
     """Return what adapters may be called in a file; ``save_pretrained`` leaves the name out."""
-    matches = (_PAIR.match(name) for name in names)
-    return {"default", *(match["adapter"] for match in matches if match is not None and match["adapter"])}
+    return {"default", *(factor.adapter for factor in factors if factor is not None and factor.adapter)}
 
 
 def _saved(name: str, adapters: set[str]) -> str:
@@ -106,13 +107,14 @@ def _bare(name: str) -> str:
 def as_saved(names: Iterable[str]) -> dict[str, str]:
     """Return each name of an adapter's file as ``save_pretrained`` would have written it, without second spellings."""
     names = list(names)
-    adapters = _adapters(names)
+    factors = {name: factor_name(unwrapped(name)) for name in names}
+    adapters = _adapters(factors.values())
     found: dict[str, str] = {}
     for name in names:
         plain = unwrapped(name)
-        factor = _PAIR.match(plain)
-        if factor is not None and factor["adapter"]:
-            plain = re.sub(rf"\.{re.escape(factor['adapter'])}(?=(\.weight)?$)", "", plain)
+        factor = factors[name]
+        if factor is not None and factor.adapter:
+            plain = re.sub(rf"\.{re.escape(factor.adapter)}(?=(\.weight)?$)", "", plain)
         elif ".modules_to_save." in plain:
             plain = _saved(plain, adapters)
         found[name] = f"base_model.model.{plain}"

@@ -168,7 +168,7 @@ def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int
         )
     else:
         found = sketch(dense_update(plan, tensor, threads), rank)
-    a, b = (found.b.T, found.a.T) if pair.transposed else (found.a, found.b)
+    a, b = (found.b.T, found.a.T) if pair.transposed != pair.swapped else (found.a, found.b)
     if len(tensor.shape) > 2:  # a convolution: A has its kernel, B one of size 1
         a = a.reshape(len(a), *tensor.shape[1:])
         b = b.reshape(*b.shape, *(1 for _ in tensor.shape[2:]))
@@ -184,9 +184,10 @@ def _write_weights(plan: Plan, path: Path, found: list[_Factors], dtype: DType) 
 
 
 def called(plan: Plan, target: str) -> str:
-    """Return what the adapters themselves call a tensor of the base."""
+    """Return what adapters of PEFT's form themselves call a tensor of the base; others have names of other programs."""
     adapters = (expert.adapter for expert in plan.experts)
-    return next((a.names[target] for a in adapters if a is not None and target in a.names), target)
+    own = (adapter for adapter in adapters if adapter is not None and "peft_type" in adapter.config)
+    return next((adapter.names[target] for adapter in own if target in adapter.names), target)
 
 
 def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
         weights,
         base=named[0] if len(set(named)) == 1 else plan.recipe.base_model,
         task_type=configs[0].get("task_type"),
-        fan_in_fan_out=any(pair.transposed and not pair.embedding for a in adapters for pair in a.pairs.values()),
+        fan_in_fan_out=any(p.transposed != (p.embedding or p.swapped) for a in adapters for p in a.pairs.values()),
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import yaml
 
 from consilience import __version__
-from consilience.checkpoints.json_files import read_object
 from consilience.engine.differences import by_level
 from consilience.engine.origin import fetched_id, front_matter, hub_ids, parts_of
 from consilience.engine.plan import Plan
@@ -60,7 +59,7 @@ def label(model: Model) -> str:
 def _adapter_base(model: Model) -> str:
     if model.adapter is None:
         return ""
-    named = read_object(model.adapter.path / "adapter_config.json").get("base_model_name_or_path")
+    named = model.adapter.config.get("base_model_name_or_path")
     return f" (LoRA on {named})" if named else " (LoRA)"
 
 

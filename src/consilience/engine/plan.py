@@ -19,6 +19,7 @@ from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter
 from consilience.experts.conv1d import orient
 from consilience.experts.embeddings import with_trained_rows
+from consilience.experts.flattened import unflatten
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
 from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
@@ -219,7 +220,7 @@ def open_models(
     recipe: Recipe, method: Method, where: str, root: Path | None
 ) -> tuple[Model | None, list[tuple[Model, int]]]:
     """Open the base and the experts; with each expert comes its entry's number in ``recipe.models``."""
-    base = open_model("base", recipe.base_model, root) if recipe.base_model is not None else None
+    base = open_model("base", recipe.base_model, root, base=True) if recipe.base_model is not None else None
     names = expert_names([(entry.model, entry.name) for entry in recipe.models], where)
     experts: list[tuple[Model, int]] = []
     for number, (entry, name) in enumerate(zip(recipe.models, names, strict=True)):
@@ -342,6 +343,8 @@ def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple
     donor = replace(first.checkpoint, tensors=first.named)
 
     def followed(model: Model) -> Model:
+        if model.adapter is not None:
+            model = replace(model, adapter=unflatten(model.adapter, donor.tensors))
         model = follow_base(model, donor)
         return model if model.adapter is None else replace(model, adapter=orient(model.adapter, donor))
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from consilience.checkpoints.checkpoint import Storage, TensorInfo, same_bytes
 from consilience.checkpoints.modules import module_of
+from consilience.checkpoints.open import EMPTY
 from consilience.checkpoints.packed import PackedWeight, Packing, packing
 from consilience.errors import InputError
 from consilience.experts.absent import why_extra, why_missing, why_untargeted
 from consilience.experts.embeddings import Resized, resized
 from consilience.experts.embeddings import notes as resizing_notes
 from consilience.experts.heads import Heads, heads_of
+from consilience.experts.loose_factors import needs_base, refuse_factors
 from consilience.experts.model import Model, Source
 from consilience.experts.quantised import packed_alike, packed_notes, refuse_packed_target
 from consilience.experts.ties import keeps_flag, same_update, says_tied
@@ -77,6 +79,7 @@ def _check_dense(
     """
     checkpoint = model.checkpoint
     assert checkpoint is not None
+    refuse_factors(model, checkpoint, private)
     own: list[str] = []
     modules = donor.checkpoint.modules if donor.checkpoint is not None else ()
     absent = [module for module in modules if module not in checkpoint.modules]
@@ -111,6 +114,9 @@ def _check_shape(model: Model, donor: Model, name: str, ours: TensorInfo, theirs
         )
     if ours.shape == theirs.shape:
         return
+    for info, who in ((ours, model), (theirs, donor)):
+        if info.numel == 0:
+            raise InputError(f"{who.reference}: tensor {name!r} has shape {list(info.shape)}: {EMPTY}")
     vocabulary = (
         len(ours.shape) == 2
         and ours.shape[1:] == theirs.shape[1:]
@@ -245,7 +251,9 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     """
     donor = base or experts[0]
     if donor.checkpoint is None:
-        raise InputError(f"{donor.reference}: is an adapter, and an adapter needs its base; name one as base_model")
+        raise InputError(needs_base(donor, experts))
+    if base is None:
+        refuse_factors(donor, donor.checkpoint, private_filter(private))
     is_private = private_filter(private)
     vocabulary = resized(donor, experts if base is not None else [])
     named = donor.named | vocabulary.tensors
@@ -270,9 +278,7 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
             own += [name for name in model.checkpoint.tensors if is_private(name) and name in tensors]
         if model.adapter is not None:
             if model.checkpoint is None and base is None:
-                raise InputError(
-                    f"{model.reference}: is an adapter, and an adapter needs its base; name one as base_model"
-                )
+                raise InputError(needs_base(model, experts))
             refuse_packed_target(model, donor, packed)
             own += _check_adapter(model, donor, known | heads.tensors, is_private)
         notes += _reading_notes(model)

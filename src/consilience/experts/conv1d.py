@@ -72,10 +72,10 @@ def _oriented(adapter: Adapter, pair: LoraPair, base: Checkpoint) -> LoraPair:
     flat = (target.shape[0], math.prod(target.shape[1:]))
     fitting = [turned for turned in (False, True) if replace(pair, transposed=turned).delta_shape == flat]
     if len(target.shape) > 2 or not fitting:  # a convolution; what fits no way is refused by whoever checks shapes
-        return replace(pair, transposed=False)
+        return replace(pair, transposed=pair.swapped)
     if len(fitting) == 1:
         return replace(pair, transposed=fitting[0])
-    return replace(pair, transposed=_square_is_conv1d(adapter, pair, base))
+    return replace(pair, transposed=_square_is_conv1d(adapter, pair, base) != pair.swapped)
 
 
 def _square_is_conv1d(adapter: Adapter, pair: LoraPair, base: Checkpoint) -> bool:
@@ -113,5 +113,5 @@ def _evidence(adapter: Adapter, base: Checkpoint) -> dict[str, set[bool]]:
     for name, pair in adapter.pairs.items():
         target = base.tensors.get(name)
         if target is not None and not pair.embedding and len(target.shape) == 2 and target.shape[0] != target.shape[1]:
-            add(name, (pair.b.shape[0], math.prod(pair.a.shape[1:])) != target.shape)
+            add(name, ((pair.b.shape[0], math.prod(pair.a.shape[1:])) != target.shape) != pair.swapped)
     return found

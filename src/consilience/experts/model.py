@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from consilience.checkpoints.adapter import Adapter, LoraPair, is_adapter, open_adapter
+from consilience.checkpoints.adapter import Adapter, LoraPair, open_adapter
+from consilience.checkpoints.adapter_files import adapter_files
 from consilience.checkpoints.checkpoint import Checkpoint, Storage, TensorInfo
 from consilience.checkpoints.files import Stamp
-from consilience.checkpoints.open import open_checkpoint
+from consilience.checkpoints.open import holds_model, open_checkpoint
 from consilience.checkpoints.reference import resolve
 from consilience.checkpoints.rows import Matrix
-from consilience.errors import InputError
 from consilience.experts.ties import ties_of
 
 
@@ -62,7 +62,7 @@ class Model:
         """The folder with this model's card, config and tokenizer."""
         if self.checkpoint is not None:
             return self.checkpoint.folder
-        return self.adapter.path if self.adapter else None
+        return self.adapter.folder if self.adapter else None
 
     @property
     def low_rank(self) -> bool:
@@ -126,15 +126,14 @@ class Model:
         return None
 
 
-def open_model(name: str, reference: str, root: Path | None = None) -> Model:
-    """Open a model, adapter or ``model+adapter`` by reference, from headers alone."""
+def open_model(name: str, reference: str, root: Path | None = None, *, base: bool = False) -> Model:
+    """Open a model, adapter or ``model+adapter`` by reference, from headers alone.
+
+    A folder that holds both a model and an adapter is the adapter, and as a ``base`` the model.
+    """
     found = resolve(reference, root)
     if found.adapter is not None:
-        if not is_adapter(found.adapter):
-            raise InputError(
-                f"{found.adapter}: the part after '+' must be a PEFT adapter (no adapter_config.json there)"
-            )
         return Model(name, reference, open_checkpoint(found.model), open_adapter(found.adapter))
-    if found.model.is_dir() and is_adapter(found.model):
-        return Model(name, reference, None, open_adapter(found.model))
-    return Model(name, reference, open_checkpoint(found.model))
+    if adapter_files(found.model) is None or (base and holds_model(found.model)):
+        return Model(name, reference, open_checkpoint(found.model))
+    return Model(name, reference, None, open_adapter(found.model))

@@ -69,13 +69,15 @@ def file_digest(path: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """Hash the names and contents of the files at the top of a model or adapter folder, but for cards and pictures.
 
+    An adapter may also be a file alone.
+
     Raises:
         InputError: the folder or a file in it cannot be read.
     """
     try:
         files = sorted(
             path
-            for path in folder.iterdir()
+            for path in ([folder] if folder.is_file() else folder.iterdir())
             if path.is_file() and not path.name.startswith(".") and path.suffix.lower() not in _IRRELEVANT
         )
         return key_of({"files": [[path.name, path.stat().st_size, file_digest(path)] for path in files]})

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from consilience.checkpoints.adapter_files import locate_adapter
 from consilience.checkpoints.reference import Reference, resolve
 from consilience.errors import InputError
 from consilience.experts.vocabulary import has_tokenizer
@@ -36,7 +37,8 @@ class _Source:
         """What the cache knows the model by; None for a model in memory, whose results are not cached."""
         if self.path is None:
             return None
-        return [fingerprint(folder) for folder in (self.path.model, self.path.adapter) if folder is not None]
+        adapter = self.path.adapter
+        return [fingerprint(self.path.model), *([fingerprint(locate_adapter(adapter).home)] if adapter else [])]
 
     def load(self, device: str, trust_remote_code: bool) -> Any:
         if self.path is None:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from consilience.checkpoints.adapter_files import CONFIG, adapter_files, locate_adapter
 from consilience.checkpoints.checkpoint import Checkpoint
-from consilience.checkpoints.open import open_checkpoint
+from consilience.checkpoints.open import holds_model, open_checkpoint
 from consilience.checkpoints.packed import packing, quantization_of
 from consilience.errors import InputError, MachineError, option
 from consilience.experts.vocabulary import chat_templates, has_tokenizer
@@ -77,14 +78,19 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: it is no folder, an adapter without its base, or has no config.json.
     """
+    if (folder / CONFIG).is_file() and holds_model(folder):
+        raise InputError(
+            f"{folder}: holds an adapter beside a model, and transformers would load that and the base it names; write "
+            f"BASE+{folder}, or move {CONFIG} away"
+        )
+    if (not (folder / "config.json").is_file() or (folder / CONFIG).is_file()) and adapter_files(folder) is not None:
+        raise InputError(f"{folder}: holds an adapter, not a model; write BASE+{folder}")
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such model folder; give a Hugging Face folder (config.json, weights, tokenizer)"
         )
     if (folder / "config.json").is_file():
         return
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder}: holds an adapter, not a model; write BASE+{folder}")
     raise InputError(f"{folder}: holds no config.json; give a Hugging Face model folder")
 
 
@@ -157,7 +163,7 @@ def load_model(
     Args:
         folder: a Hugging Face folder of a causal, encoder-decoder or image-text model; its weights are read with
             ``weights_only`` and no code in it is run.
-        adapter: a PEFT adapter folder to put on top.
+        adapter: a LoRA adapter, or any folder that PEFT opens, to put on top.
         device: a torch device.
         trust_remote_code: run the ``.py`` files of the folder (only for models you trust).
         dtype: of the weights; "auto": as they are stored.
@@ -263,16 +269,20 @@ def check_device(device: str) -> None:
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter}: holds no adapter_config.json; give a PEFT adapter folder")
+    place = locate_adapter(adapter).folder
+    if place is None:
+        from consilience.tasks.fold import fold_adapter
+
+        fold_adapter(model, adapter)
+        return model
     try:
         from peft import PeftModel
     except ImportError:
         raise InputError(f"{adapter}: an adapter needs peft; install it with: pip install 'consilience[hf]'") from None
     with warnings.catch_warnings(record=True) as said, explained(str(adapter), "does not fit as an adapter"):
         warnings.simplefilter("always")
-        resize_vocabulary(model, adapter)
-        with loadable(adapter) as folder:
+        resize_vocabulary(model, place)
+        with loadable(place) as folder:
             adapted: Any = PeftModel.from_pretrained(model, str(folder))
     missing = next((str(w.message) for w in said if "missing adapter keys" in str(w.message)), None)
     if missing:

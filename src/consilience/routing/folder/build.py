@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from consilience.checkpoints.adapter import is_adapter
+from consilience.checkpoints.adapter_files import adapter_files
 from consilience.checkpoints.files import stamp
 from consilience.checkpoints.reference import resolve
 from consilience.engine.plan import expert_names, resolve_file
@@ -122,12 +122,18 @@ def source_of(name: str, entry: RoutedEntry, root: Path | None, where: str) -> S
         raise InputError(f"{where}: expert {name!r} cannot name a folder; give it a name: without / \\ . or =")
     if name in RESERVED:
         raise InputError(f"{where}: expert {name!r}: means something else to route's commands; give it another name:")
-    place = resolve(entry.model, root)
-    folder = place.adapter or place.model
-    if not folder.is_dir() or not is_adapter(folder):
+    place, said = resolve(entry.model, root), f"{where}: expert {name!r}: {entry.model}"
+    files = adapter_files(place.adapter or place.model)
+    if files is None:
         raise InputError(
-            f"{where}: expert {name!r}: {entry.model} is no PEFT adapter (no adapter_config.json); make one of a "
-            "fine-tuned model with: consilience route extract BASE MODEL OUT"
+            f"{said} is no LoRA adapter (no adapter_config.json, no tensors of one); make one of a fine-tuned model "
+            "with: consilience route extract BASE MODEL OUT"
+        )
+    folder = files.folder
+    if folder is None:
+        raise InputError(
+            f"{said} is no adapter in PEFT's form; make one: consilience merge BASE OUT -e {name}={entry.model} "
+            "--as-adapter cat"
         )
     store.check_adapter(folder)
     return Source(name, folder, entry, root)
