@@ -110,6 +110,24 @@ def test_plain_values_in_a_torch_file_are_read_and_a_bomb_is_not(tmp_path: Path)
         read_file(path)
 
 
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_settings_are_read_off_a_pickle_s_opcodes_and_nests_are_not_walked(tmp_path: Path, protocol: int) -> None:
+    nest: list[Any] = []
+    for _ in range(60):  # 2^60 entries to whoever walks it
+        nest = [nest, nest]
+    arguments = TrainingArguments(str(tmp_path), learning_rate=0.5, optim="sgd", report_to=[], use_cpu=True)
+    arguments.hub_token = nest  # type: ignore[assignment]
+    path = tmp_path / "training_args.bin"
+    torch.save(arguments, path, pickle_protocol=protocol)
+    facts = read_file(path).facts
+    assert (facts["learning_rate"].value, facts["optimizer"].value) == (0.5, "sgd")
+    tuples = b"".join(b"q%ch%c\x86" % (i, i) for i in range(60))  # a key that takes for ever to hash
+    for pickled in (b"\x80\x02})" + tuples + b"K\x01s.", b"\x80\x02]q\x00h\x00a.", b"."):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+        assert "left unread" in read_file(path).unread[0]
+
+
 AXOLOTL = """
 base_model: some/model
 adapter: lora
