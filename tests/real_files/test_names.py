@@ -252,6 +252,45 @@ def test_multihead_attention(tmp_path: Path) -> None:
 
 
 @real_file(
+    8, family="torch", option="--as-adapter on nn.MultiheadAttention", expected="the message",
+    before="wrong cause named", now="refused, true cause",
+)  # fmt: skip
+def test_multihead_attention_as_an_adapter(tmp_path: Path) -> None:
+    """It would have to be under names of PEFT's own making, at half its size."""
+    save_file(Block().state_dict(), tmp_path / "base.safetensors")
+    adapter(Block(), tmp_path / "a", target_modules=["attn"])
+    named = ("-e", f"a={tmp_path / 'a'}", "--as-adapter", "cat")
+    refused(cli("merge", tmp_path / "base.safetensors", tmp_path / "out", *named), "nn.MultiheadAttention")
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+@real_file(
+    8, family="ViT", option="--as-adapter of two adapters of transformers 5", expected="a sum of PEFT's merges",
+    before="wrong cause named",
+)  # fmt: skip
+def test_adapters_of_other_names_as_an_adapter(tmp_path: Path, kind: str) -> None:
+    """The file has the module names, which PEFT loads."""
+    image_classifier("ViT").save_pretrained(tmp_path / "base")
+    full = image_classifier("ViT")
+    total = {name: value.clone() for name, value in full.state_dict().items()}
+    for name, seed in (("a", 1), ("b", 2)):
+        model = image_classifier("ViT")
+        tuned = adapter(model, tmp_path / name, seed=seed, target_modules=["q_proj", "fc1"])
+        for key, value in tuned.merge_and_unload().state_dict().items():
+            total[key] += value - full.state_dict()[key]
+    full.load_state_dict(total)
+    named = [word for name in "ab" for word in ("-e", f"{name}={tmp_path / name}")]
+    more = ["--rank", "8"] if kind == "svd" else []
+    outcome = cli("merge", tmp_path / "base", tmp_path / "out", *named, "--as-adapter", kind, *more)
+    assert outcome.code == 0, outcome.said
+    base = hf.ViTForImageClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    merge = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(merge(pixels).logits, full(pixels).logits, atol=1e-4, rtol=1e-3)
+
+
+@real_file(
     8, family="DINOv2", option="adapter on layers that the file holds as one (SwiGLU)", expected="the message",
     before="wrong cause named", now="refused, true cause",
 )  # fmt: skip

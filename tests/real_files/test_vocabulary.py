@@ -314,3 +314,14 @@ def test_inspecting_rows(tmp_path: Path) -> None:
     outcome = cli("inspect", tmp_path / "a", "--json")
     assert outcome.code == 0, outcome.said
     assert json.loads(outcome.out)["adapter"]["rows"] == {"model.embed_tokens.weight": 2}
+
+
+@real_file(
+    8, family="Qwen2", option="--as-adapter of rows trained alone", expected="the message", before="wrongly refused",
+    now="refused, true cause",
+)  # fmt: skip
+def test_rows_as_an_adapter(tmp_path: Path) -> None:
+    base = base_of(tmp_path)
+    adapter(loaded(base), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[7])
+    outcome = cli("merge", base, tmp_path / "out", "-e", f"a={tmp_path / 'a'}", "--as-adapter", "cat")
+    refused(outcome, "trains rows of 'model.embed_tokens.weight'", "--as-adapter")

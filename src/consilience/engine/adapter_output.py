@@ -92,6 +92,17 @@ def check_low_rank(plan: Plan) -> None:
                 f"{expert.reference}: is not a plain LoRA adapter{why}, so the merge is not one; leave "
                 f"{option('as_adapter', 'cat')} out"
             )
+        for name in expert.adapter.tokens:
+            raise InputError(
+                f"{expert.reference}: trains rows of {name!r} alone, which a merged adapter has no place for; leave "
+                f"{option('as_adapter', 'cat')} out"
+            )
+        for name in expert.adapter.pairs:
+            if name.endswith("in_proj_weight"):
+                raise InputError(
+                    f"{expert.reference}: adapts {name!r} of an nn.MultiheadAttention, which PEFT loads from no file "
+                    f"but its own; leave {option('as_adapter', 'cat')} out"
+                )
 
 
 def _is_base(base: Model, expert: Model, name: str) -> bool:
