@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.real_files.support import (
     State,
@@ -271,6 +271,19 @@ def test_a_quantised_expert_on_a_plain_base(tmp_path: Path) -> None:
     outcome = merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "e")
     refused(outcome, "/e:", "GPTQ", "qweight", "q_proj.weight", "F32", "unquantised")
     refused(cli("doctor", recipe(tmp_path, "e")), "GPTQ", "unquantised")
+
+
+@pytest.mark.parametrize("pack", [nf4, torchao])
+@real_file(2, family="Llama", option="NF4, torchao: LoRA saved under a composite model's names",
+           expected="its own format named", before="wrong cause named", now="refused, true cause")  # fmt: skip
+def test_an_adapter_of_other_names(tmp_path: Path, pack: Any) -> None:
+    adapter(base_of(tmp_path), tmp_path / "a", target_modules=["q_proj"])
+    quantise(tmp_path / "base", pack, {"quant_method": "any"}, "q_proj")
+    path = tmp_path / "a/adapter_model.safetensors"
+    renamed = {n.replace("model.layers", "model.language_model.layers"): value for n, value in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+    outcome = merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "a")
+    refused(outcome, "language_model.layers.0.self_attn.q_proj.weight", "is quantised", "unquantised")
 
 
 def recipe(tmp_path: Path, *experts: str) -> Path:

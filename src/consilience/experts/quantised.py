@@ -13,7 +13,9 @@ from consilience.checkpoints.packed import (
     quantization_of,
 )
 from consilience.errors import InputError
+from consilience.experts.conversions import rules_for
 from consilience.experts.model import Model
+from consilience.experts.names import Fits, renamed
 
 
 def packed_alike(model: Model, donor: Model, packed: Packing, private: Callable[[str], bool]) -> Packing:
@@ -82,13 +84,25 @@ def refuse_packed_target(model: Model, donor: Model, packed: Packing) -> None:
     """
     adapter = model.adapter
     assert adapter is not None
-    for name in sorted(adapter.pairs.keys() | adapter.whole.keys()):
-        weight = packed.get(name)
+    targets = sorted(adapter.pairs.keys() | adapter.whole.keys() | adapter.tokens.keys())
+    renames = _packed_names(targets, donor, packed)
+    for name in targets:
+        weight = packed.get(renames.get(name, name))
         if weight is not None:
             raise InputError(
                 f"{model.reference}: it adapts {name!r}, and in {donor.reference} {_stored(donor, weight)}; "
                 f"{weight.advice}"
             )
+
+
+def _packed_names(targets: list[str], donor: Model, packed: Packing) -> dict[str, str]:
+    """Return an adapter's name -> the packed weight's, for targets that the donor has under no name of its own."""
+    checkpoint = donor.checkpoint
+    assert checkpoint is not None
+    lost = [name for name in targets if name not in checkpoint.tensors and packed.get(name) is None]
+    weights = {name: checkpoint.tensors[weight.parts[0]] for name, weight in packed.weights.items()}
+    fits: dict[str, Fits] = {name: lambda tensor: True for name in lost}
+    return renamed(fits, weights, rules_for(checkpoint.config)) if lost and weights else {}
 
 
 def changed(model: Model, donor: Model, weight: PackedWeight) -> InputError:
