@@ -402,6 +402,34 @@ def test_an_adapter_with_a_template_alone(tmp_path: Path) -> None:
     assert json.loads(outcome.out)["results"][0]["loss"]["value"] == pytest.approx(expected, abs=1e-4)
 
 
+@real_file(
+    7,
+    family="Llama",
+    option="experts that were resized for tokens of their own: the same ids, other tokens",
+    expected="transformers, loading the output",
+    before="wrongly refused",
+)
+def test_rows_that_experts_added(tmp_path: Path) -> None:
+    base = tiny("Llama")
+    base.save_pretrained(tmp_path / "base")
+    words = [*WORDS, *(f"v{i}" for i in range(16))]
+    tokenizer(tmp_path / "base", words=words)
+    for seed, (name, token) in enumerate(
+        {"chat": "<|im_start|>", "twin": "<|im_start|>", "tool": "<tool_call>"}.items()
+    ):
+        model = tiny("Llama")
+        model.resize_token_embeddings(65)
+        moved(model, seed + 1).save_pretrained(tmp_path / name)
+        tokenizer(tmp_path / name, token, words=words)
+    both = {"chat": tmp_path / "chat", "tool": tmp_path / "tool"}
+    refused(merged(tmp_path / "base", tmp_path / "no", **both), "token id 64", "'<tool_call>' in tool", "private")
+    agreed = {"chat": tmp_path / "chat", "twin": tmp_path / "twin"}
+    outcome = merged(tmp_path / "base", tmp_path / "out", "--tokenizer", "chat", **agreed)
+    assert outcome.code == 0, outcome.said
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "out")("<|im_start|>").input_ids == [64]
+    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight.shape[0] == 65
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What the model computes.
 
