@@ -5,6 +5,7 @@ tasks. Every cell is one whole command, generation included, on two cores, and i
 other studies of the language suite.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,8 +130,16 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     found = load_coefficients(out)
     result = {"losses": losses(str(out), "test"), "seconds": round(seconds, 1), "learned": facts(found)}
+    result |= _load()
     result |= {"compared": found.facts.get("compared"), "tokens": _tokens(found)}
     return result
+
+
+def _load() -> dict[str, Any]:
+    """Return how many threads a cell had and how busy the machine was: its seconds mean little on a shared one."""
+    import torch
+
+    return {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[1], 1)}
 
 
 def _tokens(found: Coefficients) -> dict[str, Any]:
@@ -165,7 +174,7 @@ def _fresh(setting: Mapping[str, Any], files: Mapping[str, str], out: Path) -> d
     tasks = _answers(setting["method"], files, out.parent / "state")
     fine_tune(base_path(), tasks, out, steps=setting["steps"], **FRESH_LORA)
     seconds = time.perf_counter() - begun
-    return {"losses": losses(f"{base_path()}+{out}", "test"), "seconds": round(seconds, 1)}
+    return {"losses": losses(f"{base_path()}+{out}", "test"), "seconds": round(seconds, 1)} | _load()
 
 
 STUDY = Study("answers", _cells(), run, tables)

@@ -22,11 +22,11 @@ INTRODUCTION = (
     "the base writes. Losses are nats per response token on 100 held-out test rows a domain, at most 60 tokens "
     "each, of the merged checkpoint in bfloat16. ± is the standard deviation over draws. *Gain kept* is (base - "
     "merge) / (base - own expert), mean over domains, with the least of them. Differences from joint training carry "
-    "95% bootstrap intervals over test rows (paired; draws averaged). *Seconds* are those of the whole command on "
-    "two cores, answers included. Joint training saw all domains' labelled training rows for 600 steps. A fresh "
-    "LoRA is trained on the very answers that merge + distil learns from, those to written prompts included, or on "
-    "those to the given prompts alone. Settings were tuned on validation rows of the first draw; test rows were "
-    "read once."
+    "95% bootstrap intervals over test rows (paired; draws averaged). *Seconds* are those of the whole command, "
+    "answers included, where it had two cores to itself. Joint training saw all domains' labelled training rows for "
+    "600 steps. A fresh LoRA is trained on the very answers that merge + distil learns from, those to written "
+    "prompts included, or on those to the given prompts alone. Settings were tuned on validation rows of the first "
+    "draw; test rows were read once."
 )
 
 
@@ -53,6 +53,11 @@ def _runs(cells: Sequence[Cell], kind: str) -> dict[tuple[str, int], list[Mappin
     return found
 
 
+def _alone(result: Mapping[str, Any]) -> bool:
+    """Whether a cell had both cores to itself, so that its seconds are the command's."""
+    return result.get("threads", 2) == 2 and result.get("load", 0.0) < 2.5
+
+
 def _table(cells: Sequence[Cell], kind: str, title: str) -> list[str]:
     runs = _runs(cells, kind)
     mixture = runs.get((MIXTURE, 0), [{}])[0].get("losses")
@@ -76,7 +81,7 @@ def _table(cells: Sequence[Cell], kind: str, title: str) -> list[str]:
         losses = [result["losses"] for result in results]
         shares = np.mean([gains(one, base, own) for one in losses], 0)
         value, low, high = bootstrap(losses, [mixture])
-        seconds = [result["seconds"] for result in results if "seconds" in result]
+        seconds = [result["seconds"] for result in results if "seconds" in result and _alone(result)]
         cells_of_row = [
             label, prompts or "", len(results), spread([mean_loss(one) for one in losses]),
             "" if label == MIXTURE else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]",
