@@ -325,3 +325,19 @@ def test_rows_as_an_adapter(tmp_path: Path) -> None:
     adapter(loaded(base), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[7])
     outcome = cli("merge", base, tmp_path / "out", "-e", f"a={tmp_path / 'a'}", "--as-adapter", "cat")
     refused(outcome, "trains rows of 'model.embed_tokens.weight'", "--as-adapter")
+
+
+@real_file(
+    8, family="Qwen2", option="a learned merge of adapters of a resized vocabulary", expected="the message",
+    before="wrong cause named", now="refused, true cause",
+)  # fmt: skip
+def test_learning_on_a_resized_vocabulary(tmp_path: Path) -> None:
+    base = base_of(tmp_path, vocab_size=258)
+    with_bytes(base)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "abcd", "response": "efgh"}), encoding="utf-8")
+    named: list[str] = []
+    for name, seed in (("a", 1), ("b", 2)):
+        adapter(loaded(base, 264), tmp_path / name, seed=seed, target_modules=["q_proj"], modules_to_save=BOTH)
+        named += ["-e", f"{name}={tmp_path / name}", "--calibration", f"{name}={tmp_path / 'rows.jsonl'}"]
+    outcome = cli("merge", base, tmp_path / "out", *named, "--method", "expert_merging")
+    refused(outcome, "258 rows", "264", "resize the base")

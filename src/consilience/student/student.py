@@ -80,6 +80,12 @@ def _folder(plan: Plan) -> Any:
             f"{base.reference if base else 'base_model'}: learning needs a Hugging Face folder (config.json, weights, "
             "tokenizer) as the base"
         )
+    vocabulary = plan.alignment.vocabulary
+    if vocabulary.tensors:
+        raise InputError(
+            f"{base.reference}: has a vocabulary of {vocabulary.before} rows and the experts of {vocabulary.after}, and "
+            "learning runs the base; resize the base to the experts' tokenizer, or use a data-free method"
+        )
     return base.checkpoint.folder
 
 
