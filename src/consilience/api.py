@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from consilience.checkpoints.files import path_of
 from consilience.errors import InputError, nearest, option
-from consilience.numbers import check_threads
+from consilience.numbers import check_threads, is_count
 
 if TYPE_CHECKING:
     from consilience.coefficients import Coefficients
@@ -212,7 +212,11 @@ def merge(
         if value is not None or name != "base":
             _check_model(value, name)
     in_memory = isinstance(base, Mapping) or any(isinstance(value, Mapping) for value in named.values())
-    extra: dict[str, Any] = {"seed": seed, "private": [private] if isinstance(private, str) else list(private)}
+    for name, value in {"calibration": calibration, "target": target}.items():
+        if value is not None and not isinstance(cast(Any, value), Mapping):
+            raise InputError(f"{name}: is a {type(value).__name__}; give files by name, as a mapping")
+    globs = list(private) if isinstance(cast(Any, private), Sequence) and not isinstance(private, str) else private
+    extra: dict[str, Any] = {"seed": seed, "private": globs}
     extra |= {"out_dtype": out_dtype} if out_dtype is not None else {}
     extra |= {"coefficients": str(coefficients)} if coefficients is not None else {}
     extra |= {"target": {key: str(path) for key, path in target.items()}} if target is not None else {}
@@ -345,7 +349,7 @@ def plan_recipe(
     from consilience.engine.differences import check_differences
     from consilience.engine.plan import SHARD_SIZE, make_plan
 
-    if shard_size is not None and (isinstance(shard_size, bool) or shard_size < 1):
+    if shard_size is not None and not is_count(shard_size):
         raise InputError(f"shard_size: {shard_size!r} must be a number of bytes of at least 1")
     given = recipe
     recipe, where, root = _recipe_of(recipe)

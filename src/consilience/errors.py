@@ -97,11 +97,11 @@ def nearest(word: str, known: Sequence[str], *, cutoff: float = 0.6) -> str:
     import difflib
 
     by_lower = {other.lower(): other for other in known if other != word}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=cutoff)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def nearest_tensor(name: str, known: Iterable[str]) -> str:
     """As ``nearest``, of names of tensors or modules: never one of another layer."""
     numbers = re.findall(r"\d+", name)
-    return nearest(name, [other for other in known if re.findall(r"\d+", other) == numbers], cutoff=0.75)
+    return nearest(name, [other for other in known if re.findall(r"\d+", other) == numbers])

@@ -557,6 +557,15 @@ CALLS: dict[str, Callable[[], Any]] = {
     "seed a flag": lambda: cs.merge(ARRAYS, [TUNED], seed=True),
     "weight None": lambda: cs.merge(ARRAYS, [TUNED], weight=None),
     "weight an array of words": lambda: cs.merge(ARRAYS, [TUNED], weight=np.array([["a"]])),
+    "shard size a text": lambda: cs.merge_recipe({"models": [{"model": "a"}]}, "out", shard_size="5GB"),  # pyright: ignore
+    "private None": lambda: cs.merge("base", ["a"], "out", private=None),  # pyright: ignore[reportArgumentType]
+    "calibration a list": lambda: cs.merge("base", ["a"], "out", calibration=["x"]),  # pyright: ignore
+    "open_checkpoint 3": lambda: cs.open_checkpoint(3),  # pyright: ignore[reportArgumentType]
+    "load_coefficients None": lambda: cs.load_coefficients(None),  # pyright: ignore[reportArgumentType]
+    "read_recipe 3": lambda: cs.read_recipe(3),  # pyright: ignore[reportArgumentType]
+    "evaluate 3": lambda: cs.evaluate("base", 3),  # pyright: ignore[reportArgumentType]
+    "batch size a text": lambda: cs.evaluate("base", "r.jsonl", batch_size="3"),  # pyright: ignore[reportArgumentType]
+    "weight of no name": lambda: cs.merge(ARRAYS, {"a": TUNED}, weight={1: 2}),
     "calibration of nothing learned": lambda: cs.merge("base", {"a": "a"}, "out", calibration={"a": "rows.jsonl"}),
 }
 
@@ -706,6 +715,8 @@ MIXES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("label is out of range", "0 to 7", "2 outputs"),
     ),
     "NaN inputs": ({"target": (torch.full((8, 3), torch.nan), torch.arange(8) % 2)}, ("8 of its 8 rows hold NaN",)),
+    "labels that are no classes": ({"target": (torch.randn(8, 3), torch.rand(8))}, ("labels of torch.float32",)),
+    "steps below 0": ({"steps": -1}, ("steps: -1",)),
     "a loss that is never finite": ({"measure": loss_of(lambda z, y: z.sum() * torch.inf)}, ("it was never finite",)),
 }
 

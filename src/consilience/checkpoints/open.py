@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.checkpoint import Bytes, Checkpoint, FileStorage, MemoryStorage, TensorInfo, from_entries
-from consilience.checkpoints.files import Stamp, exists, regular_size, stamp, why_absent
+from consilience.checkpoints.files import Stamp, exists, path_of, regular_size, stamp, why_absent
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.modules import joined, module_folders
 from consilience.checkpoints.safetensors_file import read_header
@@ -175,7 +175,7 @@ def open_checkpoint(path: str | Path, label: str | None = None) -> Checkpoint:
     Raises:
         InputError: the path does not exist, or what is there is not a readable checkpoint.
     """
-    path = Path(path)
+    path = path_of(path, "path")
     label = label or str(path)
     if not exists(path):
         raise InputError(f"{path}: {why_absent(path)}")

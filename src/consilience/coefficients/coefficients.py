@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from consilience.checkpoints.dtypes import DTYPES
+from consilience.checkpoints.files import path_of
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.safetensors_file import encode_header, read_header
@@ -227,7 +228,7 @@ def load_coefficients(path: Path | str) -> Coefficients:
     Raises:
         InputError: a file is missing or malformed; the message names the key.
     """
-    weights, papers = _pair(Path(path))
+    weights, papers = _pair(path_of(path, "coefficients"))
     for file in (weights, papers):
         if not exists(file):
             raise InputError(f"{file}: no such file; a coefficients file is {WEIGHTS} and {PAPERS} side by side")

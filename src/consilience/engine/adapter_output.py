@@ -35,6 +35,7 @@ from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError, option
 from consilience.experts.model import Model
 from consilience.methods.program import WeightedSum
+from consilience.numbers import is_count
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, digest_of, write_json
 
@@ -125,6 +126,8 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
         raise InputError(f"{option('as_adapter', repr(kind))}: choose cat (exact) or svd (with a rank)")
     if (kind == "svd") != (rank is not None):
         raise InputError(f"{option('rank', 'R')}: goes with {option('as_adapter', 'svd')}, which needs it")
+    if rank is not None and not is_count(rank):
+        raise InputError(f"{option('rank', repr(rank))}: must be a whole number of at least 1")
     if kind == "cat" and plan.method.name == "expert_merging_pp":
         raise InputError(
             f"{option('as_adapter', 'cat')}: chunks of a tensor have coefficients of their own, which factors cannot "

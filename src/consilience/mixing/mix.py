@@ -26,6 +26,7 @@ from consilience.mixing.problem import Counts, TargetLoss
 from consilience.mixing.spectrum import Spectrum
 from consilience.mixing.target import Measure, RemoteScore, Target, as_rows, measure_of, split
 from consilience.mixing.trajectory import Traced
+from consilience.numbers import is_count, is_number
 from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.diagnosis import FEWEST, Diagnosis, Record, diagnose
 from consilience.optimizers.gradient import Descent, Optimizer
@@ -318,6 +319,10 @@ def _target(data: Any, measure: str | Measure, batch_size: int, holdout: float, 
 
 
 def _check(search: Search, base: StateDict | None) -> None:
+    if not is_count(search.steps, 0):
+        raise InputError(f"steps: {search.steps!r} must be a whole number of at least 0")
+    if not is_number(search.learning_rate) or search.learning_rate < 0:
+        raise InputError(f"learning_rate: {search.learning_rate!r} must be a number of at least 0")
     if search.space not in _SPACES:
         raise InputError(f"space {search.space!r} is unknown (known: {', '.join(_SPACES)})")
     if (search.space == "task_vector") != (base is not None):

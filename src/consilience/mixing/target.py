@@ -165,6 +165,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """``-log softmax(z)[y]`` in nats, the mean over rows summed in float64: [n, C], [n] -> scalar."""
     try:
         each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    except RuntimeError as error:
+        if "target dtype" not in str(error) and "scalar type" not in str(error):
+            raise
+        raise InputError(
+            f"target: labels of {labels.dtype} are no classes; give whole numbers, or a measure of your own"
+        ) from None
     except IndexError:
         raise InputError(
             f"target: a label is out of range: the labels go from {int(labels.min())} to {int(labels.max())}, and the "

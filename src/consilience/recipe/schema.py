@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from consilience.checkpoints.dtypes import ALIASES
+from consilience.checkpoints.files import path_of
 from consilience.errors import InputError, nearest
 from consilience.recipe.yaml_file import read_yaml
 
@@ -355,4 +356,4 @@ def parse_recipe(value: Any, where: str) -> Recipe:
 
 def read_recipe(path: Path | str) -> Recipe:
     """Read a recipe from a YAML file."""
-    return parse_recipe(read_yaml(Path(path)), str(path))
+    return parse_recipe(read_yaml(path_of(path, "recipe")), str(path))

@@ -5,12 +5,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from consilience.checkpoints.adapter_files import locate_adapter
 from consilience.checkpoints.reference import Reference, resolve
 from consilience.errors import InputError
 from consilience.experts.vocabulary import has_tokenizer
+from consilience.numbers import is_count
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.tasks.cache import fingerprint, key_of, recall, remember
 from consilience.tasks.leaks import learned_on
@@ -63,7 +64,11 @@ def _source(model: ModelLike, adapter: Path | str | None = None, name: str | Non
 
 
 def _tasks(tasks: Sequence[Task | Path | str] | Task | Path | str) -> list[Task]:
-    return load_tasks([tasks] if isinstance(tasks, Task | Path | str) else tasks)
+    if isinstance(tasks, Task | Path | str):
+        return load_tasks([tasks])
+    if not isinstance(cast(Any, tasks), Sequence | None):
+        raise InputError(f"tasks: is a {type(tasks).__name__}; give JSONL files, or tasks")
+    return load_tasks(tasks)
 
 
 @contextmanager
@@ -190,8 +195,8 @@ class _Run:
 def _check(batch_size: int, max_examples: int | None, max_tokens: int | None, dtype: str, threads: int | None) -> None:
     counts = {"batch_size": batch_size, "max_examples": max_examples, "max_tokens": max_tokens, "threads": threads}
     for setting, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(f"{setting} {value} must be at least 1")
+        if value is not None and not is_count(value):
+            raise InputError(f"{setting} {value!r} must be a whole number, and must be at least 1")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype {dtype!r} must be float32 or bfloat16")
 

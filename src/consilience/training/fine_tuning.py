@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from consilience.checkpoints.files import path_of
 from consilience.checkpoints.reference import resolve
 from consilience.engine.output import check_side_files
 from consilience.errors import InputError, MachineError
@@ -112,7 +113,7 @@ def fine_tune(
         seed=seed,
         precision=precision,
     )
-    folder, out = _base(base), Path(out)
+    folder, out = _base(base), path_of(out, "out")
     check_device(device)
     if lora_rank is None:
         check_side_files(folder)
