@@ -83,8 +83,8 @@ def _folder(plan: Plan) -> Any:
     vocabulary = plan.alignment.vocabulary
     if vocabulary.tensors:
         raise InputError(
-            f"{base.reference}: has a vocabulary of {vocabulary.before} rows and the experts of {vocabulary.after}, and "
-            "learning runs the base; resize the base to the experts' tokenizer, or use a data-free method"
+            f"{base.reference}: has a vocabulary of {vocabulary.before} rows and the experts of {vocabulary.after}; "
+            "learning runs the base: resize the base to the experts' tokenizer, or use a data-free method"
         )
     return base.checkpoint.folder
 
