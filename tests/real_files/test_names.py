@@ -244,7 +244,9 @@ def test_multihead_attention(tmp_path: Path) -> None:
     tuned = adapter(block, tmp_path / "a", target_modules=["attn", "mlp"])
     with torch.no_grad():
         wanted = tuned(x)
-    assert merged(tmp_path / "base.safetensors", tmp_path / "out.safetensors", x=tmp_path / "a").code == 0
+    outcome = merged(tmp_path / "base.safetensors", tmp_path / "out.safetensors", x=tmp_path / "a")
+    assert outcome.code == 0, outcome.said
+    assert "out_proj.weight counts twice" in outcome.out
     found = Block().eval()
     found.load_state_dict(state(tmp_path / "out.safetensors"))
     with torch.no_grad():

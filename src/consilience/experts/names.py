@@ -54,13 +54,17 @@ def _follow(adapter: Adapter, renames: Mapping[str, str]) -> Adapter:
         return renames.get(name, name)
 
     pairs = {new(name): replace(pair, target=new(name)) for name, pair in adapter.pairs.items()}
+    notes = adapter.notes
     for name in [name for name in pairs if name.endswith(f".{_IN_PROJ}") and name in renames.values()]:
         out = f"{name.removesuffix(_IN_PROJ)}out_proj.weight"
         if out in pairs:  # PEFT adds this update twice, in training as in merging (lora.MultiheadAttention.merge)
             pairs[out] = replace(pairs[out], scale=2 * pairs[out].scale)
+            notes = (*notes, f"the update of {out} counts twice, as PEFT counts it in nn.MultiheadAttention")
     whole = {new(name): info for name, info in adapter.whole.items()}
     tokens = {new(name): rows for name, rows in adapter.tokens.items()}
-    return replace(adapter, pairs=pairs, whole=whole, tokens=tokens, names={new: old for old, new in renames.items()})
+    return replace(
+        adapter, pairs=pairs, whole=whole, tokens=tokens, notes=notes, names={new: old for old, new in renames.items()}
+    )
 
 
 def same_shape(info: TensorInfo) -> Fits:
