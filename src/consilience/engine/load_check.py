@@ -64,7 +64,8 @@ def check_model(plan: Plan, how: LoadCheck, progress: Progress | None = None) ->
         return _unopened(problem, how)
     code = str(donor.folder) if how.trust_remote_code and config.get("auto_map") else None
     request = {"config": config, "tensors": tensors, "code": code}
-    own = {"config": donor.config or {}, "tensors": _stored(donor), "code": code}
+    # With a head that the base lacks the output is of another class, which may ignore what the base's own class has.
+    own = {"config": plan.alignment.heads.config(donor.config or {}), "tensors": _stored(donor), "code": code}
     return _verdict("the output", request, own, ("transformers",), how, progress)
 
 
