@@ -18,6 +18,7 @@ from consilience.api import build_recipe, plan_recipe
 from consilience.coefficients import Coefficients, make_groups
 from consilience.coefficients.coefficients import WEIGHTS
 from consilience.engine.adapter_output import called
+from consilience.engine.load_check import LoadCheck, check_model
 from consilience.engine.merge import stream_in
 from consilience.engine.output import check_side_files
 from consilience.engine.plan import Plan
@@ -120,7 +121,8 @@ def collapse(
                 if work.delivered is not None:
                     known = tuple(map(Evaluation.from_dict, work.delivered["evaluations"]))
                     return Collapsed(str(out), plan.coefficients, shares, known)
-                stream_in(plan, work, progress=shown)
+                loader = check_model(plan, LoadCheck(trust_remote_code=trust_remote_code), shown)
+                stream_in(plan, work, loader=loader, progress=shown)
                 compared = _compared(routed, work.result, measured, batch_size, max_examples, shown)
                 found = Collapsed(str(out), plan.coefficients, shares, compared)
                 write_json(work.result / OURS / RECORD, found.to_dict())
