@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from consilience.checkpoints.json_files import read_object
 from consilience.errors import InputError, nearest
+from consilience.experts import rope
+from consilience.experts.config_parts import expanded, language_part, nested_like
 from consilience.experts.model import Model
 from consilience.experts.model_files import PROCESSOR_FILES, SPECIAL_IDS, ModelFiles, special_ids
-from consilience.experts.rope import spelled_like
+from consilience.experts.ties import SCALED_OUTPUTS, scales_outputs
 from consilience.experts.vocabulary import TEMPLATES, is_tokenizer_file
 from consilience.recipe.schema import Recipe
 
@@ -80,6 +82,22 @@ def check_choices(recipe: Recipe, models: list[Model], where: str) -> None:
             _check_holds(files, key, f"{where}: {key}: {value!r}")
         elif key == "config" and not (models[0].folder / "config.json").is_file():
             raise InputError(f"{where}: config: the base {models[0].reference} has no config.json; add it")
+        elif key == "config":
+            _check_places(expanded(cast(Mapping[str, Any], value)), ModelFiles(models[0]).config, f"{where}: config")
+
+
+def _check_places(changes: dict[str, Any], config: dict[str, Any], where: str) -> None:
+    """Refuse a key beside the config of the language model that reads it: it would have no effect."""
+    part = language_part(config)
+    if part is None:
+        return
+    rotary = rope.KEYS if rope.rope(config) is None and rope.rope(config[part]) is not None else ()
+    for key in changes:
+        if key not in config and key != "model_type" and (key in config[part] or key in rotary):
+            raise InputError(
+                f"{where}: the base's config.json has {key!r} inside {part}, and it has no effect beside it; "
+                f"write {part}.{key}"
+            )
 
 
 def _check_holds(files: ModelFiles, key: str, where: str) -> None:
@@ -156,23 +174,26 @@ def output_configs(plan: "Plan") -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _taken(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """Return another model's config with what describes the base's tensors."""
-    for inner in ("text_config", "llm_config"):
-        if isinstance(base.get(inner), dict) and not isinstance(chosen.get(inner), dict):
-            return base | {inner: _taken(base[inner], {k: v for k, v in chosen.items() if k != "model_type"})}
-        if isinstance(chosen.get(inner), dict) and not isinstance(base.get(inner), dict):
-            return _taken(base, {k: v for k, v in chosen[inner].items() if k != "model_type"})
+    base, chosen = nested_like(base, chosen), nested_like(chosen, base)
+    inner = language_part(base), language_part(chosen)
+    if inner[0] is not None and inner[1] is None:
+        return base | {inner[0]: _taken(base[inner[0]], {k: v for k, v in chosen.items() if k != "model_type"})}
+    if inner[1] is not None and inner[0] is None:
+        return _taken(base, {k: v for k, v in chosen[inner[1]].items() if k != "model_type"})
     kept = {key: base[key] for key in _THE_BASE_S if key in base}
     found = {key: copy.deepcopy(value) for key, value in chosen.items() if key not in _THE_BASE_S} | kept
     for key, value in found.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict) and key.endswith("_config"):
             found[key] = _taken(base[key], cast(dict[str, Any], value))
-    return {"model_type": base["model_type"], **found} if "model_type" in base else found
+    found = {"model_type": base["model_type"], **found} if "model_type" in base else found
+    scaled = scales_outputs(chosen)  # T5's flag of ties is the base's, and says this too
+    return found if scaled in (None, scales_outputs(found)) else found | {SCALED_OUTPUTS: scaled}
 
 
 def _changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with some values replaced; mappings are followed inside."""
     found = dict(config)
-    for key, value in spelled_like(dict(changes), config).items():
+    for key, value in rope.spelled_like(expanded(changes), config).items():
         inside = found.get(key)
         both = isinstance(value, Mapping) and isinstance(inside, dict)
         found[key] = _changed(cast(dict[str, Any], inside), cast(Mapping[str, Any], value)) if both else value

@@ -15,6 +15,7 @@ from consilience.engine.chosen_files import files_of_output
 from consilience.engine.origin import compare_base
 from consilience.errors import InputError, nearest
 from consilience.experts import rope
+from consilience.experts.config_parts import expanded, place
 from consilience.experts.facts import FACTS, Fact, Level
 from consilience.experts.model import Model, Source
 from consilience.experts.model_files import ModelFiles
@@ -128,7 +129,7 @@ def _of_fact(plan: "Plan", fact: Fact, own: ModelFiles, output: ModelFiles) -> D
     found = fact.compare(own, output)
     if not found:
         return None
-    chosen = _is_chosen(plan, fact, found)
+    chosen = _is_chosen(plan, fact, found, output.config)
     level = "note" if chosen else fact.level
     other = "the output" if chosen else "the base" if plan.base is not None else plan.alignment.donor.name
     if fact.kind == "vocabulary":
@@ -142,26 +143,28 @@ def _of_fact(plan: "Plan", fact: Fact, own: ModelFiles, output: ModelFiles) -> D
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         what = f"{own.name}: {fact.title} ({fact.files.partition(',')[0].partition(';')[0]}): {'; '.join(pairs)}{more}"
     what += _outcome(fact, found, other, chosen)
-    return Difference(fact.kind, level, (own.name,), what, "" if chosen else _mend(fact, found, own.name))
+    return Difference(
+        fact.kind, level, (own.name,), what, "" if chosen else _mend(fact, found, own.name, output.config)
+    )
 
 
-def _is_chosen(plan: "Plan", fact: Fact, found: dict[str, tuple[Any, Any]]) -> bool:
+def _is_chosen(plan: "Plan", fact: Fact, found: dict[str, tuple[Any, Any]], config: dict[str, Any]) -> bool:
     """Whether the recipe says whose values count."""
     choice = getattr(plan.recipe, fact.option) if fact.option else None
     if fact.option == "chat_template" and choice is None:
         choice = plan.recipe.tokenizer
     if not isinstance(choice, dict):
         return choice is not None
-    changed = set(_leaves(choice))
-    if fact.kind == "rope":
-        return bool(changed & {*rope.KEYS, "rope_type", "factor"})
-    return all(key.rpartition(".")[2] in changed for key in found)
+    changes = expanded(cast(dict[str, Any], choice))
+    return all(_is_set(changes, fact, *place(config, key).split(".")) for key in found)
 
 
-def _leaves(value: dict[str, Any]) -> list[str]:
-    """Return all keys, those of mappings inside too."""
-    inside = [inner for inner in value.values() if isinstance(inner, dict)]
-    return [*value, *(key for inner in inside for key in _leaves(cast(dict[str, Any], inner)))]
+def _is_set(changes: Any, fact: Fact, *path: str) -> bool:
+    """Whether changes of a config set what lies at a path."""
+    for part in path[:-1]:
+        changes = cast(dict[str, Any], changes).get(part) if isinstance(changes, dict) else None
+    wanted = rope.spellings(path[-1]) if fact.kind == "rope" else (path[-1],)
+    return isinstance(changes, dict) and any(key in changes for key in wanted)
 
 
 def _outcome(fact: Fact, found: dict[str, tuple[Any, Any]], other: str, chosen: bool) -> str:
@@ -175,14 +178,24 @@ def _outcome(fact: Fact, found: dict[str, tuple[Any, Any]], other: str, chosen: 
     return f"; the merge computes with {other}'s" if fact.level == "warning" else f"; the output has {other}'s"
 
 
-def _mend(fact: Fact, found: dict[str, tuple[Any, Any]], name: str) -> str:
+def _mend(fact: Fact, found: dict[str, tuple[Any, Any]], name: str, config: dict[str, Any]) -> str:
     """Say which key of the recipe takes an expert's own along."""
     if fact.option != "config":
         return f"{fact.option}: {name} takes {name}'s along" if fact.option else ""
-    key = next(iter(found)).rpartition(".")[2]
-    by_value = fact.kind not in ("preprocessor", "generation", "labels", "one-sided")
-    single = f", config: {{{key}: VALUE}} sets it" if by_value else ""
+    by_value = fact.kind not in ("preprocessor", "generation", "labels", "one-sided", "architecture")
+    single = f", config: {{{_setting(fact, next(iter(found)), config)}}} sets it" if by_value else ""
     return f"config: {name} takes {name}'s{single}, config: base says that this is meant"
+
+
+def _setting(fact: Fact, key: str, config: dict[str, Any]) -> str:
+    """Return how a recipe's ``config`` sets a compared key."""
+    where = place(config, key)
+    outer, dot, leaf = where.rpartition(".")
+    if fact.kind == "rope" and "sliding_attention." in key and leaf == "rope_theta":
+        leaf = "rope_local_base_freq"
+    if fact.kind == "rope" and leaf not in (*rope.KEYS,):
+        return f"{outer}{dot}rope_scaling: {{{leaf}: VALUE, ...}}"
+    return f"{outer}{dot}{leaf}: VALUE"
 
 
 def _shown(value: Any) -> str:
@@ -249,7 +262,7 @@ def _unknown_keys(plan: "Plan", files: list[ModelFiles]) -> list[Difference]:
         return []
     known = sorted({*rope.KEYS, *(key for own in files for key in own.config)})
     what = "config: key {!r} is in no model's config.json{}"
-    absent = [key for key in choice if key not in known]
+    absent = [key for key in expanded(choice) if key not in known]
     return [Difference("config-key", "note", (), what.format(key, nearest(key, known)), "") for key in absent]
 
 

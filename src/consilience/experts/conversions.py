@@ -50,11 +50,14 @@ def _part(pattern: str) -> re.Pattern[str]:
 
 
 @cache
-def _table() -> tuple[dict[str, list[int]], list[Rules], list[Rules]]:
-    """Return model type -> numbers of sets, the sets, and the sets as the parts of a larger model need them."""
-    raw = json.loads(files("consilience.experts").joinpath("conversions.json").read_text(encoding="utf-8"))
-    sets, parts = [_rules(rules, "^") for rules in raw["sets"]], [_rules(r, r"(?:^|(?<=\.))") for r in raw["sets"]]
-    return cast(dict[str, list[int]], raw["model_types"]), sets, parts
+def _raw() -> dict[str, Any]:
+    return json.loads(files("consilience.experts").joinpath("conversions.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _set(number: int, nested: bool = False) -> Rules:
+    """Return a set by its number, or as the parts of a larger model need it; compiling all of them takes 0.1 s."""
+    return _rules(_raw()["sets"][number], r"(?:^|(?<=\.))" if nested else "^")
 
 
 def _rules(raw: dict[str, Any], start: str) -> Rules:
@@ -81,15 +84,14 @@ def rules_for(*configs: dict[str, Any] | None) -> list[Rules]:
     First all that the configs' model types ask for, one after another, then each set alone. Files without a config may
     be of any model type.
     """
-    types, sets, parts = _table()
+    types: dict[str, list[int]] = _raw()["model_types"]
     known = [config for config in configs if config is not None]
     chosen: list[Rules] = []
     for model_type, nested in dict.fromkeys(found for config in known for found in _types(config)):
-        chosen += [(parts if nested else sets)[number] for number in types.get(model_type, [])]
-    legacy = [sets[number] for number in types["legacy"]]
+        chosen += [_set(number, nested) for number in types.get(model_type, [])]
+    legacy = [_set(number) for number in types["legacy"]]
     if not known:
-        chosen = list(sets)
-        return [rules + legacy[0] for rules in chosen]
+        return [_set(number) + legacy[0] for number in range(len(_raw()["sets"]))]
     joined = Rules(())
     for rules in [*chosen, *legacy]:
         joined += rules

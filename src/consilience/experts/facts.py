@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from consilience.experts import rope
+from consilience.experts.config_parts import is_part, language_part, nested_like
 from consilience.experts.model_files import PROCESSOR_FILES, SPECIAL_IDS, ModelFiles, special_ids
+from consilience.experts.ties import SCALED_OUTPUTS, scales_outputs
 from consilience.experts.vocabulary import Vocabulary
 
 Level = Literal["error", "warning", "note"]
@@ -49,7 +51,7 @@ HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "nu
 SCALING = (
     "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier", "logit_scale",
     "residual_multiplier", "embedding_multiplier", "logits_scaling", "scale_attn_weights", "scale_embedding",
-    "scale_attn_by_inverse_layer_idx", "attn_scale", "scale_depth", "scale_emb",
+    "scale_attn_by_inverse_layer_idx", "attn_scale", "scale_depth", "scale_emb", SCALED_OUTPUTS,
 )  # fmt: skip
 LABELS = ("id2label", "label2id", "num_labels")
 #: Names of one function: the classes of transformers compute the same, but for rounding.
@@ -92,19 +94,17 @@ def _configs(own: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, dict
     """Return (prefix, expert's, base's) of a config and of the configs inside; a text model meets a language tower."""
     if not own or not other:
         return []
-    for inner in ("text_config", "llm_config"):
-        if isinstance(own.get(inner), dict) != isinstance(other.get(inner), dict):
-            own = own[inner] if isinstance(own.get(inner), dict) else own
-            other = other[inner] if isinstance(other.get(inner), dict) else other
+    own, other = nested_like(own, other), nested_like(other, own)
+    inner = language_part(own), language_part(other)
+    if inner[0] is None and inner[1] is not None:
+        other = other[inner[1]]
+    elif inner[1] is None and inner[0] is not None:
+        own = own[inner[0]]
     found = [("", own, other)]
     for key in own.keys() & other.keys():
-        if isinstance(own[key], dict) and isinstance(other[key], dict) and _is_config(key):
+        if isinstance(own[key], dict) and isinstance(other[key], dict) and is_part(key):
             found += [(f"{key}.{inner}", a, b) for inner, a, b in _configs(own[key], other[key])]
     return sorted(found, key=lambda entry: entry[0])
-
-
-def _is_config(key: str) -> bool:
-    return key.endswith("_config") or key in ("encoder", "decoder", "generator", "question_encoder")
 
 
 def _plain(key: str, value: Any) -> Any:
@@ -174,6 +174,14 @@ def _layered(values: Values, sides: list[Any]) -> Values:
     return {f"{layer}.{key}": value for layer in layers for key, value in values.items()}
 
 
+def _scaling(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]]:
+    found = _both(*SCALING)(own, other)
+    for prefix, a, b in _configs(own.config, other.config):
+        scaled = [{SCALED_OUTPUTS: scales_outputs(config)} for config in (a, b)]
+        found |= _differing(scaled[0], scaled[1], prefix) if a.get("model_type") == b.get("model_type") else {}
+    return found
+
+
 def _window(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for prefix, a, b in _configs(own.config, other.config):
@@ -219,7 +227,7 @@ def _further(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in config.items()
-        if key not in IGNORED | _NAMED and not any(part in key for part in _TRAINING) and not _is_config(key)
+        if key not in IGNORED | _NAMED and not any(part in key for part in _TRAINING) and not is_part(key)
     }
 
 
@@ -234,7 +242,7 @@ def _computation(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any
 
 def _one_sided(own: ModelFiles, other: ModelFiles) -> dict[str, tuple[Any, Any]]:
     """Return keys that one config sets and the other leaves to its class, which need not mean the same."""
-    compared = frozenset([*rope.KEYS, *WINDOW, *HEADS, *SPECIAL_IDS])
+    compared = frozenset([*rope.KEYS, *WINDOW, *HEADS, *SPECIAL_IDS, SCALED_OUTPUTS])
     found: dict[str, tuple[Any, Any]] = {}
     for prefix, a, b in _configs(own.config, other.config):
         named = [_further(c) | {key: c[key] for key in (_NAMED - compared) & c.keys()} for c in (a, b)]
@@ -340,7 +348,7 @@ FACTS: tuple[Fact, ...] = (
     _of_config("activation", "activation", ACTIVATION),
     _of_config("window", "sliding window", WINDOW, _window),
     _of_config("heads", "attention heads", HEADS, _heads),
-    _of_config("scaling", "scaling of attention, logits or embeddings", SCALING),
+    _of_config("scaling", "scaling of attention, logits or embeddings", SCALING, _scaling),
     _of_config("computation", "config", [_EVERY], _computation),
     Fact("preprocessor", "preprocessor", ", ".join(PROCESSOR_FILES), _PROCESSING, "warning", "config", _processor),
     Fact("class", "class", "config.json", "architectures", "note", "", _both("architectures")),

@@ -22,7 +22,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3": {"rope_theta": 1e6}, "gemma3_text": {"rope_theta": 1e6}, "modernbert": {"rope_theta": 160000.0},
     "qwen2_vl": {"rope_theta": 1e6}, "qwen2_5_vl": {"rope_theta": 1e6}, "mixtral": {"rope_theta": 1e6},
 }  # fmt: skip
-_TYPES = {"su": "longrope", "mrope": "default"}
+_TYPES = {"su": "longrope", "mrope": "default", "axial": "default"}  # the last two: positions have several axes
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -77,6 +77,12 @@ def _plain(values: dict[str, Any], original: Any, context: Any) -> dict[str, Any
     return {"rope_type": kind, **kept}
 
 
+def spellings(key: str) -> tuple[str, ...]:
+    """Return the keys of a config that may set a value that ``rope`` has returned by this key."""
+    old = [spelling for spelling, name in _OLD.items() if name == key] + list(_LOCAL if key == "rope_theta" else ())
+    return (*(old or ("rope_scaling", "original_max_position_embeddings")), "rope_parameters")
+
+
 def spelled_like(changes: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return changes of a config with rotary keys as ``config`` spells them: of two spellings one has no effect."""
     parameters = _mapping(config.get("rope_parameters"))
@@ -102,5 +108,7 @@ def _scaled(values: dict[str, Any], rotary: dict[str, Any], scaling: dict[str, A
     """Return values with another scaling, where one (or none) is asked for."""
     if "rope_scaling" not in rotary:
         return dict(values)
+    if scaling and "rope_type" not in scaling:  # further values of the scaling that is there
+        return values | scaling
     kept = {key: value for key, value in values.items() if key in ("rope_theta", "partial_rotary_factor")}
     return kept | {"rope_type": "default"} | scaling

@@ -35,6 +35,9 @@ _PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "dec
 _UNSHARED = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 #: Model types whose flag says how the head's inputs are scaled, and not, or not only, what is tied: it has to stay.
 _SCALING = ("t5", "mt5", "umt5", "longt5", "pop2piano", "udop", "switch_transformers")
+#: The key that transformers 5 has for that in some of them, which counts before the flag.
+_SCALED = ("t5", "umt5", "longt5", "pop2piano")
+SCALED_OUTPUTS = "scale_decoder_outputs"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,13 @@ def says_tied(config: Config | None) -> bool:
 def keeps_flag(config: Config | None) -> bool:
     """Whether a config's flag must stay as it is, for it decides more than what is tied."""
     return (config or {}).get("model_type") in _SCALING
+
+
+def scales_outputs(config: Config) -> bool | None:
+    """Whether a T5 scales the inputs of its head, as its class reads the config; None for other model types."""
+    if config.get("model_type") not in _SCALED:
+        return None
+    return bool(config.get(SCALED_OUTPUTS, config.get(_FLAG) is not False))
 
 
 def untied(config: Config) -> Config:
