@@ -138,7 +138,8 @@ def lone_files() -> Recipe:
 
 
 def no_model_type() -> Recipe:
-    Path("base/config.json").write_text('{"model_type": "none"}')
+    for folder in ("base", "a"):
+        Path(folder, "config.json").write_text('{"model_type": "none"}')
     return good()
 
 
@@ -241,7 +242,7 @@ CASES: dict[str, tuple[Callable[[], Recipe], tuple[str, ...]]] = {
     "unknown key in a row": (rows('{"promt": "w1"}\n'), ("rows/lora.jsonl:1", "promt")),
     "blank row": (rows('{"prompt": "w1"}\n', "\n", '{"prompt": "w1"}\n'), ("rows/lora.jsonl:2", "blank")),
     "overlap with validation": (overlapping, ("rows/a.jsonl", "1 of 5", "rows/test.jsonl", "line 2")),
-    "other tokenizer": (other_tokenizer, ("a", "tokenizer", "rows/a.jsonl:1")),
+    "other tokenizer": (other_tokenizer, ("token id 3", "'w92' in a", "'w0' in base", "lm_head.weight")),
     "longer chat template": (longer_template, ("a", "tokenizer", "rows/a.jsonl:1")),
     "broken tokenizer": (broken_tokenizer, ("a", "tokenizer")),
     "no tokenizer": (no_tokenizer, ("base", "tokenizer")),

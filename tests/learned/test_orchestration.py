@@ -18,9 +18,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     references: list[str] = []
     real: Any = planning.open_model
 
-    def counting(name: str, reference: str, root: Path | None = None) -> Any:
+    def counting(name: str, reference: str, *rest: Any, **named: Any) -> Any:
         references.append(reference)
-        return real(name, reference, root)
+        return real(name, reference, *rest, **named)
 
     monkeypatch.setattr(planning, "open_model", counting)
     return references

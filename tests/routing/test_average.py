@@ -90,5 +90,5 @@ def test_what_does_not_suit_is_one_line() -> None:
         average_activations(model, "own", factors, [])
     with pytest.raises(InputError, match="rows: 0 must be a whole number of at least 1"):
         average_activations(model, "own", factors, tasks, rows=0)
-    with pytest.raises(InputError, match="adapts 'q', which the base has not"):
+    with pytest.raises(InputError, match="adapts 'q', which the base does not have"):
         average_activations(model, "own", {"q": next(iter(factors.values()))}, tasks)

@@ -332,7 +332,7 @@ def test_what_does_not_suit_is_one_line() -> None:
         ("expert 'own': has no rows of its own", expert.factors, []),
         ("expert 'own': task copy has no rows", expert.factors, [Examples(tasks[0].task, ())]),
         ("task copy, row 3: has no response to learn", expert.factors, [mute]),
-        ("adapts 'model.layers.9.mlp.down_proj', which the base has not", misfit, tasks),
+        ("adapts 'model.layers.9.mlp.down_proj', which the base does not have", misfit, tasks),
         ("adapts nothing", {}, tasks),
     ]
     for why, factors, examples in cases:

@@ -341,7 +341,7 @@ def test_a_lookup_knows_which_task_a_query_is_of() -> None:
     expected = built(["find a rhyme", "sort the numbers", "find a rhyme"], Settings(scale=3.0))
     assert torch.equal(similarity.cosines, expected.cosines)
     assert torch.equal(similarity.scale, expected.scale)
-    with pytest.raises(InputError, match="task 't3': has no instruction; did you mean"):
+    with pytest.raises(InputError, match="task 't3': has no instruction; add one"):
         found(["t1", "t3"], Settings())
 
 

@@ -254,7 +254,7 @@ def test_a_model_without_a_tokenizer(folder: Path, rows: Path, llama: Any):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size 0 must be a whole number, and must be at least 1"),
         ({"max_examples": 0}, "max_examples 0"),
         ({"max_tokens": -1}, "max_tokens -1"),
         ({"threads": 0}, "threads 0"),

@@ -5,6 +5,7 @@ version), and is remembered in the cache; there is none where they are the base'
 missing, ignored or of another shape *and is not so in the base itself*.
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -213,10 +214,15 @@ class _Loader:
                     raise TimeoutError("it ended" if ready else f"none in {_PATIENCE:.0f} s")
                 return json.loads(line)
             except BaseException:
-                process.kill()
-                process.wait()
-                self._process = None
+                self.close()
                 raise
+
+    def close(self) -> None:
+        """End the process, if it runs."""
+        process, self._process = self._process, None
+        if process is not None:
+            with process:  # closes its pipes and waits for it
+                process.kill()
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is None:
@@ -233,3 +239,4 @@ class _Loader:
 
 
 LOADER = _Loader()
+atexit.register(LOADER.close)
