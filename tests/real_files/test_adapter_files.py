@@ -119,7 +119,7 @@ def test_peft_files_without_a_base(tmp_path: Path) -> None:
     tuned = [adapter(tiny("Qwen2"), tmp_path / f"a{n}", seed=n, target_modules=["q_proj"]) for n in (1, 2)]
     files = [tmp_path / f"a{n}/adapter_model.safetensors" for n in (1, 2)]
     outcome = cli("merge", linear(tmp_path, *files), tmp_path / "p.safetensors")
-    refused(outcome, "a1/adapter_model.safetensors", "adapter", "base_model")
+    refused(outcome, "a1/adapter_model.safetensors", "adapter", "base_model", "-e a1=", "-e a2=")
     assert advised(outcome, tmp_path / "base", tmp_path / "adapter").code == 0
     both = peft.PeftModel.from_pretrained(tiny("Qwen2"), tmp_path / "adapter")
     name = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -341,3 +341,114 @@ def test_learning_on_a_resized_vocabulary(tmp_path: Path) -> None:
         named += ["-e", f"{name}={tmp_path / name}", "--calibration", f"{name}={tmp_path / 'rows.jsonl'}"]
     outcome = cli("merge", base, tmp_path / "out", *named, "--method", "expert_merging")
     refused(outcome, "258 rows", "264", "resize the base")
+
+
+STACKED: dict[str, tuple[int | None, bool, dict[str, Any]]] = {
+    "grown, both saved": (70, False, {"modules_to_save": BOTH}),
+    "cut, both saved": (60, False, {"modules_to_save": BOTH}),
+    "tied, grown, untouched": (70, True, {}),
+    "tied, grown, LoRA on the embeddings": (70, True, {"target_modules": ["embed_tokens"]}),
+    "tied, grown, embeddings trained": (70, True, {"modules_to_save": ["embed_tokens"]}),
+    "tied, rows": (None, True, {"trainable_token_indices": [5, 9]}),
+    "tied, grown, rows": (70, True, {"trainable_token_indices": [5, 66]}),
+}
+
+
+def stacked(tmp_path: Path, option: str) -> tuple[str, Any]:
+    rows, tied, config = STACKED[option]
+    tiny("Qwen2", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    config = {"target_modules": ["q_proj"], **config}
+    tuned = adapter(loaded(tmp_path / "base", rows), tmp_path / "a", **config)
+    return f"{tmp_path / 'base'}+{tmp_path / 'a'}", tuned
+
+
+@pytest.mark.parametrize("option", STACKED)
+@real_file(
+    8, family="Qwen2", option="BASE+ADAPTER as expert, its vocabulary resized or trained in part",
+    expected="PEFT, unmerged", before="wrongly refused",
+)  # fmt: skip
+def test_an_expert_with_an_adapter_that_resized(tmp_path: Path, option: str) -> None:
+    both, tuned = stacked(tmp_path, option)
+    outcome = cli("merge", tmp_path / "base", tmp_path / "out", "-e", f"x={both}", "--dtype", "float32")
+    assert outcome.code == 0, outcome.said
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tuned), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("option", STACKED)
+@real_file(
+    8, family="Qwen2", option="BASE+ADAPTER as base, its vocabulary resized or trained in part",
+    expected="PEFT, unmerged", before="wrongly refused",
+)  # fmt: skip
+def test_a_base_with_an_adapter_that_resized(tmp_path: Path, option: str) -> None:
+    both, tuned = stacked(tmp_path, option)
+    adapter(loaded(tmp_path / "base"), tmp_path / "b", seed=2, target_modules=["v_proj"])
+    words = ("-e", f"x={tmp_path / 'b'}", "--set", "weight=0", "--dtype", "float32")
+    outcome = cli("merge", both, tmp_path / "out", *words)
+    assert outcome.code == 0, outcome.said
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tuned), atol=1e-5, rtol=1e-4)
+    assert hf.AutoConfig.from_pretrained(tmp_path / "out").vocab_size == logits(tuned).shape[-1]
+
+
+@pytest.mark.parametrize("command", ["merge", "evaluate"])
+@real_file(
+    8, family="Qwen2, tied", option="resized, embeddings trained and saved alone: the head's new rows are in no file",
+    expected="the message", before="wrong cause named", now="refused, true cause",
+)  # fmt: skip
+def test_resized_embeddings_trained_apart_from_a_tied_head(tmp_path: Path, command: str) -> None:
+    tiny("Qwen2", tie_word_embeddings=True, vocab_size=256).save_pretrained(tmp_path / "base")
+    with_bytes(tmp_path / "base")
+    model, save = loaded(tmp_path / "base", 264), {"save_embedding_layers": False}
+    adapter(model, tmp_path / "a", save=save, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "abcdefgh"}), encoding="utf-8")
+    if command == "merge":
+        outcome = merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "a")
+    else:
+        outcome = cli("evaluate", f"{tmp_path / 'base'}+{tmp_path / 'a'}", tmp_path / "rows.jsonl", "--no-cache")
+    refused(outcome, "lm_head", "in no file", "give the resized base")
+
+
+@pytest.mark.parametrize("target", BOTH)
+@pytest.mark.parametrize("rows", [60, 70])
+@real_file(
+    8, family="Qwen2", option="resized, LoRA on embedding or head, the matrix not saved", expected="the message",
+    before="wrong cause named", now="refused, true cause",
+)  # fmt: skip
+def test_factors_of_a_resized_matrix_that_is_not_saved(tmp_path: Path, rows: int, target: str) -> None:
+    model, save = loaded(base_of(tmp_path), rows), {"save_embedding_layers": False}
+    adapter(model, tmp_path / "a", save=save, target_modules=["q_proj", target])
+    outcome = merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "a")
+    refused(outcome, f"trained on a vocabulary of {rows} rows", "base resized as in training")
+    assert "another base" not in outcome.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_another_size_names_its_base(tmp_path: Path) -> None:
+    tiny("Mistral").save_pretrained(tmp_path / "base")
+    tiny("Mistral", hidden_size=64).save_pretrained(tmp_path / "wide")
+    adapter(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "wide"), tmp_path / "a", target_modules=["q_proj"])
+    refused(merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "a"), "other sizes", repr(str(tmp_path / "wide")))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "expert_merging", "generate"])
+@real_file(
+    8, family="Qwen2", option="tokens added to the tokenizer, the model not resized", expected="the message",
+    before="wrong cause named", now="refused, true cause",
+)  # fmt: skip
+def test_tokens_without_a_row(tmp_path: Path, command: str) -> None:
+    base = base_of(tmp_path, vocab_size=256)
+    with_bytes(base)
+    tokenizer = hf.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(base)
+    row = {"prompt": "ab<call>"} if command == "generate" else {"prompt": "ab", "response": "c<call>d"}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4), encoding="utf-8")
+    adapter(loaded(base), tmp_path / "a", target_modules=["q_proj"])
+    if command == "evaluate":
+        outcome = cli("evaluate", base, tmp_path / "rows.jsonl", "--no-cache")
+    else:
+        data = "generate" if command == "generate" else "given"
+        words = ("--calibration", f"a={tmp_path / 'rows.jsonl'}", "--set", "steps=1", "--set", f"responses={data}")
+        outcome = cli(
+            "merge", base, tmp_path / "out", "-e", f"a={tmp_path / 'a'}", "--method", "expert_merging", *words
+        )
+    refused(outcome, "'<call>'", "256 tokens", "resized to its tokenizer")

@@ -6,8 +6,9 @@ state dict of a user's own making has the adapter's name in the middle. Training
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from consilience.checkpoints.checkpoint import TensorInfo
 from consilience.checkpoints.lora_names import FactorName, factor_name, first_factor, other_kind
@@ -97,6 +98,13 @@ def _saved(name: str, adapters: set[str]) -> str:
     module, _, rest = name.partition(".modules_to_save.")
     first, _, inner = rest.partition(".")
     return f"{module}.{inner if inner and first in adapters else rest}"
+
+
+def trained_whole(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor is of a module that a PEFT config says was trained as a whole, rather than saved beside it."""
+    modules = config.get("modules_to_save")
+    keys = cast(list[Any], modules) if isinstance(modules, list) else []
+    return any(f".{name.rpartition('.')[0]}".endswith(f".{key}") for key in keys)
 
 
 def _bare(name: str) -> str:

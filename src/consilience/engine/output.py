@@ -17,7 +17,6 @@ from consilience.checkpoints.packed import CONFIG_KEYS, quantises_when_run, with
 from consilience.engine.chosen_files import ChosenFiles, chosen_files, output_configs
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError, MachineError
-from consilience.experts.embeddings import Resized
 from consilience.experts.ties import keeps_flag, untied
 from consilience.workdir import OURS, write_json
 
@@ -219,13 +218,6 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
             _set_dtype(cast(dict[str, Any], value), name)
 
 
-def _resize(config: dict[str, Any], vocabulary: Resized) -> None:
-    """Write the new vocabulary size where the config, or a part of it, has the old one."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if vocabulary.tensors and part.get("vocab_size") == vocabulary.before:
-            part["vocab_size"] = vocabulary.after
-
-
 def output_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Return the base's config made true of the output: its dtype, what it ties, and what it says of quantisation."""
     packed = plan.alignment.packed
@@ -234,7 +226,7 @@ def output_config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     if not packed.weights and not quantises_when_run(config):
         config = without_quantization(config)
     config = plan.alignment.heads.config(config)
-    _resize(config, plan.alignment.vocabulary)
+    config = plan.alignment.vocabulary.config(config)
     kinds = {t.out_dtype.name for t in plan.tensors if t.out_dtype.mergeable and t.name not in packed.parts}
     if plan.recipe.output_dtype and len(kinds) == 1:
         name = TORCH_NAMES[next(iter(kinds))]

@@ -11,6 +11,7 @@ from typing import Any
 
 from consilience import __version__
 from consilience.checkpoints.dtypes import DTYPES, DType
+from consilience.checkpoints.open import TORCH_SUFFIXES
 from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
@@ -18,7 +19,7 @@ from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter
 from consilience.experts.conv1d import orient
-from consilience.experts.embeddings import with_trained_rows
+from consilience.experts.embeddings import with_own_size, with_trained_rows
 from consilience.experts.flattened import unflatten
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
@@ -32,6 +33,8 @@ from consilience.recipe.schema import Recipe
 SEGMENT = 1 << 22
 #: Buffers of running statistics (BatchNorm): averaged, never extrapolated, whatever the method.
 _RUNNING = (".running_mean", ".running_var")
+#: Names without ending of files of weights that are called alike in every folder.
+_USUAL_FILES = ("model", "pytorch_model", "adapter_model", "adapters", "pytorch_lora_weights")
 #: Name of the expert that a learned method makes beside its coefficients, and of its folder.
 CORRECTION = "correction"
 #: A merged checkpoint is cut into files of at most this many bytes unless told otherwise.
@@ -191,6 +194,14 @@ def resolve_file(path: str, root: Path | None) -> Path:
     return root / plain if root is not None and not plain.exists() and not plain.is_absolute() else plain
 
 
+def _short_name(reference: str) -> str:
+    """Return the last part of a reference that tells models apart: of a file called as all are, its folder's name."""
+    path = Path(reference.rstrip("/"))
+    if path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        path = path.parent if path.stem in _USUAL_FILES and path.parent.name else path.with_suffix("")
+    return path.name.split("@")[0].replace(".", "-") or "expert"
+
+
 def expert_names(references: list[tuple[str, str | None]], where: str) -> list[str]:
     """Name each model: as the recipe does, else by the last part of its reference; refuse duplicates the user chose."""
     taken = {"base"}  # the name of the base itself, in messages and in the lineage
@@ -204,10 +215,7 @@ def expert_names(references: list[tuple[str, str | None]], where: str) -> list[s
     out: list[str] = []
     for reference, name in references:
         if name is None:
-            stem = (
-                Path(reference.rstrip("/")).name.split("@")[0].removesuffix(".safetensors").replace(".", "-")
-                or "expert"
-            )
+            stem = _short_name(reference)
             name, number = stem, 2
             while name in taken:
                 name, number = f"{stem}-{number}", number + 1
@@ -346,9 +354,10 @@ def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple
         if model.adapter is not None:
             model = replace(model, adapter=unflatten(model.adapter, donor.tensors))
         model = follow_base(model, donor)
-        return model if model.adapter is None else replace(model, adapter=orient(model.adapter, donor))
+        return with_own_size(model if model.adapter is None else replace(model, adapter=orient(model.adapter, donor)))
 
     base, numbered = base and followed(base), [(followed(model), number) for model, number in numbered]
+    base = base and with_trained_rows(base, base)
     first = base or numbered[0][0]
     return base, [(with_trained_rows(model, first), number) for model, number in numbered]
 

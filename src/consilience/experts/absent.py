@@ -1,10 +1,11 @@
 """Why a tensor of one model has no counterpart in another: the cause that an error names."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from consilience.errors import nearest_tensor
 from consilience.experts.conversions import rules_for
+from consilience.experts.embeddings import is_vocabulary
 from consilience.experts.model import Model
 from consilience.experts.names import adapter_fits, alike, same_shape
 
@@ -53,6 +54,21 @@ def why_untargeted(model: Model, name: str, donor: Model) -> str:
         or _several(alike(name, fits[name], {n: i for n, i in base.tensors.items() if n not in fits}))
         or f"{nearest_tensor(name, base.tensors)} ({there}); give the base it was trained on"
     )
+
+
+def why_unfit(model: Model, name: str, shape: Sequence[int], donor: Model) -> str:
+    """Return why an adapter's update has another shape than what it is for, and what to do."""
+    base = donor.checkpoint
+    assert model.adapter is not None
+    assert base is not None
+    if is_vocabulary(name, donor.named[name], base.config) and tuple(shape[1:]) == donor.named[name].shape[1:]:
+        return (
+            f"it was trained on a vocabulary of {shape[0]} rows: give the base resized as in training, or save the "
+            "adapter with save_embedding_layers=True"
+        )
+    known = model.adapter.config.get("base_model_name_or_path")
+    named = f"; its adapter_config.json names {known!r}" if isinstance(known, str) and known else ""
+    return f"it was trained on another base, of other sizes: give that one{named}"
 
 
 def _architectures(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> str:

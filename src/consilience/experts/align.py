@@ -9,7 +9,7 @@ from consilience.checkpoints.modules import module_of
 from consilience.checkpoints.open import EMPTY
 from consilience.checkpoints.packed import PackedWeight, Packing, packing
 from consilience.errors import InputError
-from consilience.experts.absent import why_extra, why_missing, why_untargeted
+from consilience.experts.absent import why_extra, why_missing, why_unfit, why_untargeted
 from consilience.experts.embeddings import Resized, resized
 from consilience.experts.embeddings import notes as resizing_notes
 from consilience.experts.heads import Heads, heads_of
@@ -144,7 +144,7 @@ def _check_target(model: Model, donor: Model, name: str, info: TensorInfo) -> No
     if shape is not None:
         raise InputError(
             f"{model.reference}: its update of {name!r} has shape {list(shape)} but the tensor has {list(target)} in "
-            f"{donor.reference}; the adapter belongs to another base"
+            f"{donor.reference}; {why_unfit(model, name, shape, donor)}"
         )
     # Counters of a saved module stay the base's, as those of any expert do.
     integers = whole is not None and pair is None and not whole.dtype.mergeable

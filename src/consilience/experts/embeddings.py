@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from consilience.checkpoints.checkpoint import TensorInfo
+from consilience.checkpoints.peft_names import trained_whole
 from consilience.checkpoints.rows import Matrix, Rows, RowStorage
 from consilience.errors import InputError
 from consilience.experts.model import Model, Source
@@ -33,6 +34,15 @@ class Resized:
     sources: dict[str, Source]
     before: int = 0
     after: int = 0
+
+    def config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return a config with the new vocabulary size where it, or a part of it, has the old one."""
+
+        def part(value: Any) -> Any:
+            known = isinstance(value, dict) and cast(dict[str, Any], value).get("vocab_size") == self.before
+            return cast(dict[str, Any], value) | {"vocab_size": self.after} if known else value
+
+        return part({key: part(value) for key, value in config.items()}) if self.tensors else config
 
 
 def with_trained_rows(model: Model, donor: Model) -> Model:
@@ -74,6 +84,28 @@ def with_trained_rows(model: Model, donor: Model) -> Model:
         if target in assembled and alias not in assembled and model.stored(alias) is None:
             assembled[alias] = assembled[target]
     return replace(model, assembled=assembled)
+
+
+def with_own_size(model: Model) -> Model:
+    """Return a model with an adapter that resized its vocabulary (BASE+ADAPTER) at the adapter's number of rows.
+
+    Raises:
+        InputError: as ``resized``.
+    """
+    checkpoint, adapter = model.checkpoint, model.adapter
+    if checkpoint is None or adapter is None:
+        return model
+    found = resized(replace(model, adapter=None), [replace(model, checkpoint=None)])
+    if not found.tensors:
+        return model
+    tensors = {name: found.tensors.get(name, info) for name, info in checkpoint.tensors.items()}
+    rows = {n: (s.storage, s.dense) for n, s in found.sources.items() if s.storage and s.dense}
+    config = None if checkpoint.config is None else found.config(checkpoint.config)
+    return replace(
+        model,
+        checkpoint=replace(checkpoint, tensors=tensors, config=config),
+        assembled=model.assembled | {name: matrix for name, matrix in rows.items() if name not in adapter.whole},
+    )
 
 
 def resized(donor: Model, experts: Iterable[Model]) -> Resized:
@@ -126,6 +158,11 @@ def _size(config: dict[str, Any] | None) -> int | None:
     return None
 
 
+def is_vocabulary(name: str, info: TensorInfo, config: dict[str, Any] | None) -> bool:
+    """Whether a tensor of a model with this config has a row for every token."""
+    return _is_vocabulary(name, info, _size(config))
+
+
 def _is_vocabulary(name: str, base: TensorInfo, size: int | None, own: TensorInfo | None = None) -> bool:
     if not 1 <= len(base.shape) <= 2 or (own is not None and own.shape[1:] != base.shape[1:]):
         return False
@@ -149,10 +186,7 @@ def _check_complete(donor: Model, holders: Mapping[str, list[Model]], names: Ite
     model = next(iter(holders.values()))[0]
     for name, info in donor.checkpoint.tensors.items():
         if name not in names and info.shape[:1] == (before,) and _is_vocabulary(name, info, None):
-            raise InputError(
-                f"{model.reference}: resizes {next(iter(holders))!r} but not {name!r}, which {donor.reference} has at "
-                f"{before} rows: its other rows are in no file; give the resized base that it was trained on"
-            )
+            raise _incomplete(model, donor, next(iter(holders)), name, before)
 
 
 def _extended(donor: Model, name: str, holders: list[Model], after: int) -> Source:
@@ -171,10 +205,25 @@ def _extended(donor: Model, name: str, holders: list[Model], after: int) -> Sour
 
 
 def _other(donor: Model, model: Model, name: str) -> str:
-    """Return the name of the same tie under which a model holds a tensor of the base."""
-    root = donor.ties.get(name, name)
+    """Return the name of the same tie under which a model holds a tensor of the base.
+
+    Raises:
+        InputError: what it holds was trained apart from the tensor.
+    """
+    root, adapter = donor.ties.get(name, name), model.adapter
     names = [root, *(alias for alias, target in donor.ties.items() if target == root)]
-    return next(other for other in names if model.stored(other) is not None)
+    held = [other for other in names if model.stored(other) is not None]
+    alike = [n for n in held if adapter is None or not trained_whole(adapter.config, adapter.names.get(n, n))]
+    if not alike:
+        raise _incomplete(model, donor, held[0], name, donor.named[name].shape[0])
+    return alike[0]
+
+
+def _incomplete(model: Model, donor: Model, one: str, other: str, rows: int) -> InputError:
+    return InputError(
+        f"{model.reference}: resizes {one!r} but not {other!r}, which {donor.reference} has at {rows} rows: its other "
+        "rows are in no file; give the resized base that it was trained on"
+    )
 
 
 def notes(found: Resized) -> list[str]:

@@ -64,11 +64,6 @@ class Model:
             return self.checkpoint.folder
         return self.adapter.folder if self.adapter else None
 
-    @property
-    def low_rank(self) -> bool:
-        """Whether the model is nothing but LoRA pairs on the base."""
-        return self.checkpoint is None and self.adapter is not None and not (self.adapter.whole or self.adapter.tokens)
-
     def stamps(self) -> list[Stamp]:
         """Return the stamps of all files the model is read from, at the time they were opened."""
         parts = [self.checkpoint, self.adapter.checkpoint if self.adapter else None]

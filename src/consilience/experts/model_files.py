@@ -37,6 +37,7 @@ class ModelFiles:
         own = model.adapter.path if model.adapter is not None else None
         #: Where config.json and what goes with it lie; an adapter has its base's.
         self.config_folder: Path | None = whole
+        self._config = model.checkpoint.config if model.checkpoint is not None else None
         #: Where the tokenizer lies: an adapter's own goes before that of the model it is on.
         self.tokenizer_folder: Path | None = _first([own, whole], has_tokenizer)
         self.template_folder: Path | None = _first([own, whole], has_template) or self.tokenizer_folder
@@ -50,8 +51,8 @@ class ModelFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``."""
-        return self._json("config.json")
+        """``config.json``, at the vocabulary size that an adapter on the model has given it."""
+        return self._config if self._config is not None else self._json("config.json")
 
     @cached_property
     def generation(self) -> dict[str, Any]:

@@ -342,6 +342,7 @@ def encode_rows(run: Run, student: Student, tasks: Sequence[Answered], folder: P
     Raises:
         InputError: a row does not suit the model; the message names FILE:LINE.
     """
+    from consilience.tasks.encoding import vocabulary_of
     from consilience.tasks.load import load_tokenizer
     from consilience.tasks.readout import decoder_start
 
@@ -365,6 +366,7 @@ def encode_rows(run: Run, student: Student, tasks: Sequence[Answered], folder: P
             decoder_start=start,
             processor=processor,
             answered=one.generated,
+            vocabulary=vocabulary_of(student.model),
         )
     ]
 

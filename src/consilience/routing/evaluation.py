@@ -12,7 +12,7 @@ from typing import Any, Literal
 from consilience.errors import InputError, nearest
 from consilience.progress import ProgressOption, open_progress
 from consilience.routing.model import Routing
-from consilience.tasks.encoding import encode
+from consilience.tasks.encoding import encode, vocabulary_of
 from consilience.tasks.evaluation import evaluate
 from consilience.tasks.results import Evaluation
 from consilience.tasks.rows import Task, load_tasks
@@ -129,6 +129,7 @@ def prompts_of(
             max_tokens=max_tokens,
             max_examples=max_examples,
             context=getattr(text, "max_position_embeddings", None),
+            vocabulary=vocabulary_of(model),
         ):
             if one.targets:
                 found[one.inputs] = texts(one.inputs[: one.positions[0] + 1])

@@ -169,7 +169,7 @@ def _experts(case: Case, read: Survey, p: Vector) -> list[ExpertFacts]:
         ExpertFacts(
             name=expert.name,
             reference=expert.reference,
-            form="adapter" if expert.low_rank else "full",
+            form="adapter" if expert.checkpoint is None else "full",
             norm=float(geometry.norms[k]),
             relative_norm=float(geometry.norms[k]) / geometry.base_norm if geometry.base_norm else 0.0,
             base_cosine=float(geometry.base_cosines[k]),

@@ -90,10 +90,12 @@ def encode_task(
     decoder_start: int | None = None,
     processor: Any = None,
     answered: bool = False,
+    vocabulary: int | None = None,
 ) -> list[Sample]:
     """Encode one expert's rows.
 
     ``answered``: a row without a response was answered by silence, so that what counts is the end after its prompt.
+    ``vocabulary``: how many tokens the model has rows for.
 
     Raises:
         InputError: a row does not suit the model; the message names FILE:LINE.
@@ -117,7 +119,7 @@ def encode_task(
                 )
         else:
             plain = replace(task, rows=(row.model_copy(update={"choices": None, "label": None}),))
-            (one,) = encode(plain, tokenizer, decoder_start=decoder_start, context=context)
+            (one,) = encode(plain, tokenizer, decoder_start=decoder_start, context=context, vocabulary=vocabulary)
         if positions == "all":
             one = _everywhere(one)
         elif answered and not one.targets and not one.source:

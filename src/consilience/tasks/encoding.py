@@ -15,7 +15,7 @@ space between them into the row). The ids of the prompt are always an exact pref
 a model generates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,6 +167,7 @@ def encode(
     max_tokens: int | None = None,
     max_examples: int | None = None,
     context: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Encoded, ...]:
     """Encode a task's rows, in order; a row with C choices gives C sequences.
 
@@ -178,10 +179,11 @@ def encode(
             in ``dropped``. Rows with choices are exempt: choices cut short cannot be ranked.
         max_examples: use the first ``max_examples`` rows.
         context: the most input tokens the model takes; a longer sequence is cut at its end and counted as above.
+        vocabulary: how many tokens the model has rows for (``vocabulary_of``).
 
     Raises:
-        InputError: a row has an image, nothing to score, does not fit the tokenizer's chat template, or its prompt (or
-            one of its choices) does not fit into the context.
+        InputError: a row has an image, nothing to score, a token that the model has no row for, does not fit the
+            tokenizer's chat template, or its prompt (or one of its choices) does not fit into the context.
     """
     study = _study(tokenizer)
     out: list[Encoded] = []
@@ -204,6 +206,7 @@ def encode(
                         f"{where}: the prompt's {len(source)} tokens exceed the model's {context}; shorten it"
                     )
                 one = _seq2seq(index, candidate, source, target, decoder_start, limit, context)
+            check_ids((*one.source, *one.inputs, *one.targets), tokenizer, vocabulary, where)
             if not one.positions or (row.labelled and not one.targets):
                 room = f" within the model's context of {context} tokens" if one.dropped else ""
                 raise InputError(f"{where}: nothing to score{room}; change the row or drop it")
@@ -213,6 +216,27 @@ def encode(
                 )
             out.append(one)
     return tuple(out)
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Return how many tokens a model has rows for, in its embeddings or its head; None: it has neither."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return max((layer.weight.shape[0] for layer in layers if hasattr(layer, "weight")), default=None)
+
+
+def check_ids(ids: Iterable[int], tokenizer: Any, vocabulary: int | None, where: str) -> None:
+    """Refuse ids that a model has no row for, as its tokenizer gives them where tokens were added to it alone.
+
+    Raises:
+        InputError: names the token.
+    """
+    highest = max(ids, default=0)
+    if vocabulary is not None and highest >= vocabulary:
+        raise InputError(
+            f"{where}: token {tokenizer.convert_ids_to_tokens(highest)!r} has id {highest} in the tokenizer, and the "
+            f"model has rows for {vocabulary} tokens alone; give the model resized to its tokenizer, or with the "
+            "tokenizer it was trained with"
+        )
 
 
 def _causal(

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, overload
 
+from consilience.tasks.encoding import check_ids, vocabulary_of
+
 #: A text, or the turns of a conversation.
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -101,6 +103,9 @@ def continued(
     import torch
 
     ids: list[list[int]] = [list(tokenizer(text, add_special_tokens=special).input_ids) for text in texts]
+    vocabulary = vocabulary_of(model)
+    for text, own in zip(texts, ids, strict=True):
+        check_ids(own, tokenizer, vocabulary, f"prompt {text[:40]!r}")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     settings = generation_config(model, tokenizer, max_new_tokens, temperature)
     training = model.training
@@ -156,7 +161,8 @@ def seeded(model: Any, entropy: Sequence[int]) -> Generator[None]:
 def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float = 0.0) -> Any:
     """Return a fresh configuration: a model's own may hold a temperature, a top-k or a length that was not asked for.
 
-    It has a padding token in any case: the tokenizer's, or the one that ends an answer, or 0.
+    It has a padding token in any case: the tokenizer's if the model has a row for it, or the one that ends an answer,
+    or 0.
     """
     from transformers import GenerationConfig
 
@@ -164,14 +170,15 @@ def generation_config(model: Any, tokenizer: Any, max_new_tokens: int, temperatu
     end = getattr(own, "eos_token_id", None)
     end = tokenizer.eos_token_id if end is None else end
     first = end[0] if isinstance(end, list) else end
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first
+    rows = vocabulary_of(model)
+    pad = next((i for i in (tokenizer.pad_token_id, first) if i is not None and (rows is None or i < rows)), 0)
     # transformers samples from the 50 likeliest tokens unless told otherwise.
     drawn: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
         do_sample=bool(temperature),
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
-        pad_token_id=0 if pad is None else pad,
+        pad_token_id=pad,
         bos_token_id=getattr(own, "bos_token_id", None),
         decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
         **drawn,

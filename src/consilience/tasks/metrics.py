@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from consilience.errors import InputError
 from consilience.progress import NullProgress, Progress
-from consilience.tasks.encoding import Encoded, encode
+from consilience.tasks.encoding import Encoded, encode, vocabulary_of
 from consilience.tasks.intervals import bootstrap
 from consilience.tasks.readout import Readout, decoder_start, padded, readout
 from consilience.tasks.results import Accuracy, Divergence, Loss, TaskResult
@@ -231,6 +231,7 @@ def measure(
         max_tokens=max_tokens,
         max_examples=max_examples,
         context=getattr(text, "max_position_embeddings", None),
+        vocabulary=vocabulary_of(model),
     )
     if reference is None and not any(one.targets for one in examples):
         raise InputError(f"{task.where(0)}: no row has a response, so there is no loss; add one, or give a reference")

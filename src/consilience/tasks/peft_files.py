@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
+from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
-from consilience.checkpoints.peft_names import as_saved, sort_tensors
+from consilience.checkpoints.peft_names import as_saved, sort_tensors, trained_whole
 from consilience.errors import InputError
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -83,8 +84,10 @@ def resize_vocabulary(model: Any, adapter: Path) -> None:
     if len(sizes) != 1:
         return
     after = sizes.pop()
-    weights = {id(layers[name].weight) for name in saved}
-    lost = [name for name, layer in layers.items() if id(layer.weight) not in weights and after > before[name]]
+    config = read_object(adapter / "adapter_config.json")
+    same = {id(layers[name].weight) for name in saved if not trained_whole(config, f"{name}.weight")}
+    absent = {name: layer for name, layer in layers.items() if name not in saved and after > before[name]}
+    lost = [name for name, layer in absent.items() if id(layer.weight) not in same]
     if lost:
         raise InputError(
             f"{adapter}: was trained on {after} tokens, and the rows of {lost[0]!r} that the base lacks are in no "

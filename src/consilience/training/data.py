@@ -34,7 +34,9 @@ def read_examples(folder: Path, tasks: Sequence[Task | str | Path]) -> list[Exam
     config = read_object(folder / "config.json")
     context = config.get("max_position_embeddings")
     limit = context if isinstance(context, int) else None
-    return [Examples(task, right(task, encode(task, tokenizer, context=limit))) for task in read]
+    size = config.get("vocab_size")
+    rows = size if isinstance(size, int) else None
+    return [Examples(task, right(task, encode(task, tokenizer, context=limit, vocabulary=rows))) for task in read]
 
 
 def right(task: Task, examples: Sequence[Encoded]) -> tuple[Encoded, ...]:

@@ -28,7 +28,7 @@ from consilience.routing.conversion.shares import Shares, read
 from consilience.routing.evaluation import evaluate_routed, prompts_of
 from consilience.routing.folder import store
 from consilience.routing.folder.load import load_routed
-from consilience.tasks.encoding import Encoded, encode
+from consilience.tasks.encoding import Encoded, encode, vocabulary_of
 from consilience.tasks.evaluation import evaluate
 from consilience.tasks.load import require_transformers
 from consilience.tasks.readout import decoder_start
@@ -142,6 +142,7 @@ def _sequences(model: Any, task: Task, max_examples: int | None) -> list[Encoded
         decoder_start=decoder_start(model) if getattr(config, "is_encoder_decoder", False) else None,
         max_examples=max_examples,
         context=getattr(text, "max_position_embeddings", None),
+        vocabulary=vocabulary_of(model),
     )
     return [one for one in encoded if one.candidate in (None, task.rows[one.row].gold)]
 

@@ -25,7 +25,7 @@ from consilience.routing.local.gate_settings import GateSettings
 from consilience.routing.queries import Texts
 from consilience.routing.settings import Settings
 from consilience.routing.values import read_settings
-from consilience.tasks.encoding import encode
+from consilience.tasks.encoding import encode, vocabulary_of
 from consilience.tasks.gradients import gradients
 from consilience.tasks.load import check_folder, load_model, load_tokenizer, require_transformers
 from consilience.tasks.readout import decoder_start
@@ -89,7 +89,8 @@ class Base:
         encodes = bool(getattr(config, "is_encoder_decoder", False))
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         start, context = decoder_start(model) if encodes else None, getattr(text, "max_position_embeddings", None)
-        found = encode(task, tokenizer, decoder_start=start, context=context)
+        rows = vocabulary_of(model)
+        found = encode(task, tokenizer, decoder_start=start, context=context, vocabulary=rows)
         return Examples(task, right(task, found))
 
     def prompts(self, task: Task) -> tuple[str, ...]:
