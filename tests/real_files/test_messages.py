@@ -777,3 +777,15 @@ def test_values_that_no_log_can_have(tmp_path: Path, case: str) -> None:
     outcome = cli("doctor", path, "-q")
     assert outcome.code == 0, outcome.said
     assert told in outcome.out, outcome.out
+
+
+@real_file(11, family="recipe", option="config and chat_template of other kinds", expected="the message",
+           before="wrong cause named", now="refused, true cause")  # fmt: skip
+def test_choices_of_other_kinds(tmp_path: Path) -> None:
+    models(tmp_path)
+    for value in (3, ["a"]):
+        outcome = cli("check", recipe(tmp_path, method="ties", config=value))
+        refused(outcome, "config must be base, a model's name, or a mapping")
+        without(outcome, "constrained")
+    path = recipe(tmp_path, method="ties", chat_template="chatml")
+    refused(cli("check", path), "no model 'chatml'", "write the template itself")

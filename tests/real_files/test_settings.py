@@ -428,3 +428,14 @@ def test_large_integers_that_differ(tmp_path: Path) -> None:
     words = ["-e", f"a={tmp_path}/a.safetensors"]
     outcome = cli("merge", tmp_path / "base.safetensors", tmp_path / "out.safetensors", *words)
     said(outcome, "positions", "integer values of a differ")
+
+
+@real_file(10, family="Llama", option="parameters of the base, listed among the models", expected=TOLD,
+           before="silent loss", now="warned")  # fmt: skip
+def test_parameters_of_the_base(tmp_path: Path) -> None:
+    models(tmp_path)
+    listed = [{"model": "base", "parameters": {"weight": 0.3}}, {"model": "a", "parameters": {"weight": 1.0}}]
+    path = recipe(tmp_path, merge_method="task_arithmetic", models=listed)
+    said(cli("check", path), "models.0.parameters", "no effect", "the base")
+    quiet = recipe(tmp_path, merge_method="task_arithmetic", models=[{"model": "base"}, listed[1]])
+    assert "note" not in cli("check", quiet).out

@@ -838,3 +838,16 @@ def test_a_base_that_is_described_by_its_lineage(tmp_path: Path) -> None:
     adapter(hf.LlamaForCausalLM.from_pretrained(tmp_path / "one"), tmp_path / "a", target_modules=["q_proj"])
     silent(merged(tmp_path / "copy", tmp_path / "out", "--strict", a=tmp_path / "a"))
     warned(merged(tmp_path / "two", tmp_path / "wrong", a=tmp_path / "a"), str(tmp_path / "one"), str(tmp_path / "two"))
+
+
+@real_file(7, family="Unsloth", option="an adapter that names Unsloth's copy of its base", expected="the hub's names",
+           before="silent loss")  # fmt: skip
+def test_copies_of_a_base(tmp_path: Path) -> None:
+    snapshot = on_base(tmp_path, "models--meta-llama--Llama-3.2-1B/snapshots/0123456789abcdef0123456789abcdef01234567")
+    expert = next(tmp_path.glob("a-*"))
+    edit(expert, "adapter_config.json", base_model_name_or_path="unsloth/llama-3.2-1b-unsloth-bnb-4bit")
+    outcome = merged(snapshot, tmp_path / "out", "--strict", a=expert)
+    silent(outcome)
+    assert "cannot be told" in outcome.out
+    edit(expert, "adapter_config.json", base_model_name_or_path="unsloth/Llama-3.2-3B")
+    refused(merged(snapshot, tmp_path / "other", "--strict", a=expert), "is another model")

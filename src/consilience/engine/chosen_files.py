@@ -116,7 +116,8 @@ def _named(models: list[Model], name: str, where: str) -> Model:
         if name in (model.name, model.reference):
             return model
     known = ["base", *(model.name for model in models[1:])]
-    hint = nearest(name, known) or f"; name one of {', '.join(known)}"
+    own = ", or write the template itself" if where.endswith("chat_template") else ""
+    hint = nearest(name, known) or f"; name one of {', '.join(known)}{own}"
     raise InputError(f"{where}: there is no model {name!r}{hint}")
 
 

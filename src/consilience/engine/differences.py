@@ -42,7 +42,8 @@ FURTHER: tuple[tuple[str, Level, str, str], ...] = (
         "other-base",
         "warning",
         "`base_model_name_or_path` of an adapter (and `revision`, a commit) with the base that it is put on: folders "
-        "by lineage fingerprint or samples of every tensor, hub names by snapshot folder or `_name_or_path`",
+        "by lineage fingerprint or samples of every tensor, hub names by snapshot folder or `_name_or_path` (Unsloth's "
+        "copies are not told apart)",
         "the update was learned on other weights: name that base, or merge the adapter into it first",
     ),
     (
@@ -225,7 +226,7 @@ def _other_base(expert: Model, base: Model) -> Difference | None:
     if comparison == "same" or not named:
         return None
     if comparison == "other":
-        what = f"{expert.name} was trained on {named}, and is put on {shown}, whose weights are others"
+        what = f"{expert.name} was trained on {named}, and {shown}, on which it is put, is another model"
         mend = "name that base, or merge the adapter into it first"
         return Difference("other-base", "warning", (expert.name,), what, mend)
     what = f"{expert.name} was trained on {named}, and whether {shown} is the same cannot be told from here"

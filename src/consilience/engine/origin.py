@@ -20,6 +20,8 @@ from consilience.recipe.yaml_file import parse_yaml
 _REPOSITORY = re.compile(r"\w[\w.-]*(?<![.-])/(?!checkpoint-\d+$)\w[\w.-]*(?<![.-])", re.ASCII)
 #: Endings that hub names have for the same weights in another storage.
 _STORAGE = re.compile(r"(-(unsloth|bnb|[48]bit|int[48]|nf4|gptq|awq|fp8|bf16|fp16))+$", re.IGNORECASE)
+#: Owners whose repositories are copies of others', by the same names: Unsloth's adapters name them as their base.
+_COPIES = ("unsloth/",)
 #: Bytes that are compared at the beginning, in the middle and at the end of every tensor.
 _SAMPLE = 4096
 
@@ -120,8 +122,11 @@ def compare_base(expert: Model, base: Model) -> tuple[Comparison, str]:
         return "same", named  # the hub's oldest models go by a name without an owner
     if theirs is None or not known:
         return "unknown", named
-    if _STORAGE.sub("", theirs.lower()) not in {_STORAGE.sub("", name.lower()) for name in known}:
-        return "other", named
+    plain, own_plain = _STORAGE.sub("", theirs.lower()), {_STORAGE.sub("", name.lower()) for name in known}
+    if plain not in own_plain:
+        copies = {name.rpartition("/")[2] for name in (plain, *own_plain) if name.startswith(_COPIES)}
+        alike = copies and plain.rpartition("/")[2] in {name.rpartition("/")[2] for name in own_plain}
+        return ("unknown" if alike else "other"), named
     revision, own = expert.adapter.config.get("revision"), _revision(base)
     return ("other" if own and _differ(revision, own) else "same"), named + (f"@{revision}" if revision else "")
 

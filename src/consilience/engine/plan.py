@@ -458,13 +458,18 @@ def make_plan(
 
 
 def _unread(recipe: Recipe, method: Method, where: str) -> list[str]:
-    """Say which files the recipe names for a method that does not read them."""
+    """Say which files and settings the recipe names for a method that does not read them."""
     notes: list[str] = []
     if recipe.target is not None and not method.reads_target:
         notes.append(f"{where}: target: has no effect, since method {method.name!r} reads none")
     entries = [entry for entry in recipe.models if entry.data is not None and entry.data.calibration is not None]
     if entries and not method.reads_calibration:
         notes.append(f"{where}: data.calibration: has no effect, since method {method.name!r} reads none")
+    notes += [
+        f"{where}: models.{number}.parameters: has no effect, since {entry.model} is the base"
+        for number, entry in enumerate(recipe.models)
+        if entry.model == recipe.base_model and method.base != "unused" and entry.parameters
+    ]
     return notes
 
 

@@ -47,7 +47,7 @@ def expanded(changes: Mapping[str, Any]) -> Config:
     """Return changes of a config with ``text_config.rope_theta`` written as a mapping inside."""
     found: Config = {}
     for key, value in changes.items():
-        first, dot, rest = key.partition(".")
+        first, dot, rest = key.partition(".") if all(key.split(".")) else (key, "", "")
         inner = (
             expanded({rest: value} if dot else cast(Mapping[str, Any], value)) if dot or _is_mapping(value) else value
         )

@@ -87,6 +87,12 @@ def _one_source(value: Any) -> Any:
     return source
 
 
+def _name_or_values(value: Any) -> Any:
+    if not isinstance(value, str | dict | None):
+        raise ValueError("must be base, a model's name, or a mapping of config.json's keys: write it as key: value")
+    return value
+
+
 def _json(value: Any) -> Any:
     try:
         json.dumps(value, allow_nan=False)
@@ -229,7 +235,9 @@ class Recipe(Closed):
     coefficients: Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_path_text)] | None = None
     tokenizer: Annotated[Choice, BeforeValidator(_one_source)] | None = Field(alias="tokenizer_source", default=None)
     chat_template: Choice | None = None
-    config: Annotated[Choice | dict[Annotated[str, Strict()], Any], AfterValidator(_json)] | None = None
+    config: Annotated[
+        Choice | dict[Annotated[str, Strict()], Any] | None, BeforeValidator(_name_or_values), AfterValidator(_json)
+    ] = None
     _mergekit: bool = PrivateAttr(default=False)
     _where: str = PrivateAttr(default="recipe")
 
@@ -273,7 +281,8 @@ class Recipe(Closed):
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location if part != "[key]")
+    """Return the keys of a place, less what pydantic says there of types (``constrained-str``, ``dict[...]``)."""
+    return ".".join(str(part) for part in location if not str(part).startswith(("[key]", "constrained-", "dict[")))
 
 
 def _known_keys(location: tuple[int | str, ...], parts: Mapping[str, type[Closed]]) -> list[str]:
