@@ -442,6 +442,35 @@ def test_slerp(tmp_path: Path) -> None:
         torch.testing.assert_close(state(tmp_path / "out")[name].flatten(), wanted.float(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [["cat"], ["svd", "--rank", "8"]], ids=" ".join)
+@pytest.mark.parametrize("names", [[EMBED], [EMBED, HEAD]], ids=len)
+@real_file(1, family="Qwen2, tied", option="--as-adapter of two adapters with ensure_weight_tying",
+           expected="a formula: half of PEFT's updates, unmerged", before="wrongly refused")  # fmt: skip
+def test_an_adapter_keeps_both_sides_of_a_tie(tmp_path: Path, names: list[str], kind: list[str]) -> None:
+    base = tiny("Qwen2", tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    held = state(tmp_path / "base")
+    save_file(held | {name: held[EMBED].clone() for name in names}, tmp_path / "base/model.safetensors")
+    config: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    experts = {f"x{n}": tmp_path / f"x{n}" for n in (1, 2)}
+
+    def sides(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            embedded = model.get_input_embeddings()(torch.arange(64))
+            return embedded, model.get_output_embeddings()(torch.eye(32)).T
+
+    plain = sides(base)
+    tuned = [
+        sides(adapter(tiny("Qwen2", tie_word_embeddings=True), path, seed=n, **config).get_base_model())
+        for n, path in enumerate(experts.values())
+    ]
+    outcome = merged(tmp_path / "base", tmp_path / "out", "--as-adapter", *kind, "--set", "weight=0.5", **experts)
+    assert outcome.code == 0, outcome.said
+    loaded = peft.PeftModel.from_pretrained(tiny("Qwen2", tie_word_embeddings=True), tmp_path / "out")
+    for got, was, one, two in zip(sides(loaded.get_base_model()), plain, *tuned, strict=True):
+        torch.testing.assert_close(got, was + ((one - was) + (two - was)) / 2, atol=1e-5, rtol=1e-4)
+
+
 @real_file(1, family="Qwen2, tied", option="--as-adapter cat of LoRA on lm_head and LoRA on embed_tokens",
            expected="PEFT, both adapters active, unmerged", before=REFUSED)  # fmt: skip
 def test_an_adapter_of_both_sides(tmp_path: Path) -> None:

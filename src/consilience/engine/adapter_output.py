@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from consilience.checkpoints.adapter import LoraPair
 from consilience.checkpoints.checkpoint import same_bytes
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora_config, write_tensors
@@ -168,8 +169,19 @@ def dense_update(plan: Plan, tensor: TensorPlan, threads: int | None) -> Array:
     return (merged - base).reshape(tensor.shape[0], -1)
 
 
-def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int | None) -> _Factors:
-    pair = next(source.pair for source in tensor.rows if source.pair is not None)
+def _adapted_as(plan: Plan, tensor: TensorPlan) -> dict[str, LoraPair]:
+    """Return a pair of the experts by every name under which they adapt a tensor: two where it is tied."""
+    donor, written = plan.alignment.donor, {one.name for one in plan.tensors}
+    aliases = [alias for alias, name in donor.ties.items() if name == tensor.name and alias not in written]
+    pairs: dict[str, LoraPair] = {tensor.name: next(s.pair for s in tensor.rows if s.pair is not None)}
+    for name in (tensor.name, *aliases):
+        for adapter in (expert.adapter for expert in plan.experts if expert.adapter is not None):
+            if name in adapter.pairs:
+                pairs[name] = adapter.pairs[name]
+    return pairs
+
+
+def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int | None) -> list[_Factors]:
     program = tensor.program
     assert program is not None
     if isinstance(program.combine, WeightedSum) and not program.stages and program.statistics == "none":
@@ -182,11 +194,14 @@ def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int
         )
     else:
         found = sketch(dense_update(plan, tensor, threads), rank)
-    a, b = (found.b.T, found.a.T) if pair.transposed != pair.swapped else (found.a, found.b)
-    if len(tensor.shape) > 2:  # a convolution: A has its kernel, B one of size 1
-        a = a.reshape(len(a), *tensor.shape[1:])
-        b = b.reshape(*b.shape, *(1 for _ in tensor.shape[2:]))
-    return _Factors(tensor.name, a, b, found.kept, found.total, pair.embedding)
+    out: list[_Factors] = []
+    for name, pair in _adapted_as(plan, tensor).items():
+        a, b = (found.b.T, found.a.T) if pair.transposed != pair.swapped else (found.a, found.b)
+        if len(tensor.shape) > 2:  # a convolution: A has its kernel, B one of size 1
+            a = a.reshape(len(a), *tensor.shape[1:])
+            b = b.reshape(*b.shape, *(1 for _ in tensor.shape[2:]))
+        out.append(_Factors(name, a, b, found.kept, found.total, pair.embedding))
+    return out
 
 
 def _write_weights(plan: Plan, path: Path, found: list[_Factors], dtype: DType) -> None:
@@ -209,7 +224,8 @@ def adapter_config(plan: Plan, ranks: dict[str, int]) -> dict[str, Any]:
     adapters = [e.adapter for e in plan.experts if e.adapter is not None]
     configs = [adapter.config for adapter in adapters]
     named = [c.get("base_model_name_or_path") for c in configs]
-    weights = [called(plan, t.name).removesuffix(".weight") for t in plan.tensors if t.name.endswith(".weight")]
+    names = dict.fromkeys([*(tensor.name for tensor in plan.tensors), *plan.alignment.donor.named])
+    weights = [called(plan, name).removesuffix(".weight") for name in names if name.endswith(".weight")]
     return lora_config(
         {called(plan, f"{module}.weight").removesuffix(".weight"): rank for module, rank in ranks.items()},
         weights,
@@ -276,7 +292,7 @@ def adapter_in(
         raise InputError(f"{plan.where}: no tensor is merged, so there is no adapter to write; look at 'private'")
     progress.phase(f"merging ({plan.method.name})", len(adapted), "tensors")
     for tensor in adapted:
-        found.append(_factors(plan, tensor, kind, rank, threads))
+        found += _factors(plan, tensor, kind, rank, threads)
         progress.advance()
     ranks = {f.target.removesuffix(".weight"): f.a.shape[0] for f in found}
     work.needs = sum(f.a.size + f.b.size for f in found) * DTYPES[plan.recipe.output_dtype or "F32"].itemsize
