@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from consilience.engine import load_check
-from tests.real_files.support import adapter, cli, hf, logits, merged, real_file, refused, state, tiny
+from tests.real_files.support import adapter, cli, hf, logits, merged, moved, real_file, refused, state, tiny
 
 
 def said(out: Path) -> str:
@@ -119,3 +119,19 @@ def test_a_check_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(load_check.LOADER, "ask", lambda request: pytest.fail("asked again"))
     assert merged(tmp_path / "base", tmp_path / "again", x=tmp_path / "a").code == 0
     assert said(tmp_path / "again") == said(tmp_path / "out")
+
+
+@real_file(6, family="Llama", option="--dry-run --check-load", expected="transformers' load", before="silent loss",
+           now="refused, true cause")  # fmt: skip
+def test_a_dry_run_opens_what_it_plans(tmp_path: Path) -> None:
+    tiny("Llama").save_pretrained(tmp_path / "base")
+    moved(tiny("Llama"), 1).save_pretrained(tmp_path / "a")
+    words = ("merge", tmp_path / "base", tmp_path / "out", "-e", f"a={tmp_path}/a", "--dry-run", "--check-load")
+    told = cli(*words)
+    assert told.code == 0, told.said
+    assert "opened by transformers" in told.out
+    refused(cli(*words, "--config", "hidden_size=64"), "does not fit")
+    adapter(tiny("Llama"), tmp_path / "lora", target_modules=["q_proj"])
+    lora = (*words[:4], f"a={tmp_path}/lora", *words[5:], "--as-adapter", "cat")
+    refused(cli(*lora), "an adapter is opened once it is written")
+    assert not (tmp_path / "out").exists()

@@ -246,7 +246,10 @@ def merge(
     }
     learning = {"device": device, "tensorboard": tensorboard, "trust_remote_code": trust_remote_code}
     if dry_run:
-        show_plan(source, out, as_adapter, rank, force=force, threads=threads, learning=learning, **settings)
+        show_plan(
+            source, out, as_adapter, rank, force=force, threads=threads, check_load=check_load, learning=learning,
+            **settings,
+        )  # fmt: skip
         return
     merge_command(
         source,

@@ -7,9 +7,9 @@ from typing import Any
 import typer
 
 from consilience.engine.adapter_output import AdapterSummary
-from consilience.engine.load_check import OWN
+from consilience.engine.load_check import OWN, LoadCheck, check_model
 from consilience.engine.summary import Summary
-from consilience.errors import printable
+from consilience.errors import InputError, printable
 
 
 def show_plan(
@@ -20,6 +20,7 @@ def show_plan(
     *,
     force: bool,
     threads: int | None,
+    check_load: bool,
     learning: dict[str, Any],
     **settings: Any,
 ) -> None:
@@ -45,6 +46,11 @@ def show_plan(
         check_plan(out, plan, folder=folder)
         check_out(out, folder=folder, force=force, inputs=inputs(plan))
         lines = [*describe(plan, thread_count(threads)), *(learning_lines(plan) if plan.unlearned else [])]
+        if check_load and as_adapter is not None:
+            raise InputError("--check-load: an adapter is opened once it is written; leave --dry-run out")
+        if check_load:
+            how = LoadCheck(force=True, trust_remote_code=learning["trust_remote_code"])
+            lines.append(f"load     {check_model(plan, how)}")
     finally:
         plan.close()
     typer.echo("\n".join(map(printable, lines)))
