@@ -357,8 +357,8 @@ STACKED: dict[str, tuple[int | None, bool, dict[str, Any]]] = {
 def stacked(tmp_path: Path, option: str) -> tuple[str, Any]:
     rows, tied, config = STACKED[option]
     tiny("Qwen2", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
-    config = {"target_modules": ["q_proj"], **config}
-    tuned = adapter(loaded(tmp_path / "base", rows), tmp_path / "a", **config)
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], **config}
+    tuned = adapter(loaded(tmp_path / "base", rows), tmp_path / "a", **settings)
     return f"{tmp_path / 'base'}+{tmp_path / 'a'}", tuned
 
 

@@ -219,8 +219,9 @@ def encode(
 
 
 def vocabulary_of(model: Any) -> int | None:
-    """Return how many tokens a model has rows for, in its embeddings or its head; None: it has neither."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    """Return how many tokens a model has rows for, in its embeddings or its head; None: it shows neither."""
+    named = ("get_input_embeddings", "get_output_embeddings")
+    layers = [getattr(model, name)() for name in named if hasattr(model, name)]
     return max((layer.weight.shape[0] for layer in layers if hasattr(layer, "weight")), default=None)
 
 
