@@ -26,7 +26,8 @@ _SUFFIXES = (".model", ".tiktoken")
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 #: Names that makers give to rows that no text uses: padding to a round size, or room for tokens that tuning adds.
 _UNUSED = re.compile(
-    r"[<\[]\W*(extra(?!_id)|reserved|unused|placeholder|dummy|fake|pad|empty|special)\w*?[\W_]*\d+\W*[>\]]",
+    r"[<\[>]\W*(extra(?!_id)|reserved|unused|place.?holder|dummy|fake|pad|empty|special|control)\w*?[\W_]*(no\W*)?"
+    r"\d+\W*[>\]<]",
     re.IGNORECASE,
 )
 #: Tokens with a role, by their key in ``tokenizer_config.json``.
