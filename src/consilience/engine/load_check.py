@@ -187,7 +187,7 @@ def _code(request: dict[str, Any]) -> list[Path]:
     return sorted(Path(request["code"]).glob("*.py")) if request["code"] else []
 
 
-class _Loader:
+class Loader:
     """The process that opens models; started when it is first asked, and again when it has ended."""
 
     def __init__(self) -> None:
@@ -202,7 +202,7 @@ class _Loader:
             ValueError: its answer makes no sense.
         """
         with self._lock:
-            process = self._running()
+            process = self.running()
             assert process.stdin is not None
             assert process.stdout is not None
             try:
@@ -224,9 +224,11 @@ class _Loader:
             with process:  # closes its pipes and waits for it
                 process.kill()
 
-    def _running(self) -> "subprocess.Popen[bytes]":
+    def running(self) -> "subprocess.Popen[bytes]":
+        """Return the process, started anew where there is none or it has ended."""
         if self._process is not None and self._process.poll() is None:
             return self._process
+        self.close()  # it ended by itself, having had nothing to do
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "consilience.engine.loader"],
@@ -238,5 +240,5 @@ class _Loader:
         return self._process
 
 
-LOADER = _Loader()
+LOADER = Loader()
 atexit.register(LOADER.close)
