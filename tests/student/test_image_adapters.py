@@ -84,7 +84,7 @@ def test_adapters_learn_from_images(zoo: Path, tmp_path: Path) -> None:
     assert all(any(f".{target}." in name for target in TARGETS) for name in changed)
 
 
-def test_an_adapter_of_other_shapes_is_refused_by_its_own_name(zoo: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_other_shapes_is_refused_by_the_base_s_name(zoo: Path, tmp_path: Path) -> None:
     state = load_file(zoo / "math" / "adapter_model.safetensors")
     for name, value in state.items():
         state[name] = value[:, :-1].contiguous() if "lora_A" in name else value
@@ -94,5 +94,5 @@ def test_an_adapter_of_other_shapes_is_refused_by_its_own_name(zoo: Path, tmp_pa
     save_file(state, tmp_path / "odd" / "adapter_model.safetensors")
     (tmp_path / "odd" / "adapter_config.json").write_text((zoo / "math" / "adapter_config.json").read_text())
     recipe = build_recipe("linear", str(zoo / "base"), {"odd": str(tmp_path / "odd")}, {})
-    with pytest.raises(InputError, match=r"odd: its update of 'model\.layers\.0\..*has shape"):
+    with pytest.raises(InputError, match=r"odd: its update of '[\w.]*layers\.0\..*has shape"):
         plan_recipe(recipe)
