@@ -1,12 +1,12 @@
 """How programs call a LoRA's tensors: which module one is of, and which part of its update.
 
-| program | names |
-|---|---|
-| PEFT | ``base_model.model.X.lora_A.weight``, ``.lora_B.weight``, ``.lora_embedding_A``; with the adapter's name inside |
-| diffusers | ``unet.X.lora_A.weight``; before PEFT ``X.lora.down.weight``, ``X.processor.to_q_lora.down.weight``, ``X.lora_linear_layer.down.weight`` |
-| kohya, LyCORIS, ComfyUI | ``lora_unet_X.lora_down.weight``, ``.lora_up.weight``, ``.alpha``, dots of X as ``_`` or as they are |
-| MLX | ``X.lora_a`` [in, r], ``X.lora_b`` [r, out] |
-"""  # noqa: E501
+- PEFT: ``base_model.model.X.lora_A.weight``, ``.lora_B.weight``, ``.lora_embedding_A``; with the adapter's name inside.
+- diffusers: ``unet.X.lora_A.weight``; before PEFT ``X.lora.down.weight``, ``X.lora_linear_layer.down.weight``,
+  ``X.processor.to_q_lora.down.weight``.
+- kohya, LyCORIS, ComfyUI: ``lora_unet_X.lora_down.weight``, ``.lora_up.weight``, ``.alpha``, dots of X as ``_`` or as
+  they are.
+- MLX: ``X.lora_a`` [in, r], ``X.lora_b`` [r, out].
+"""
 
 import re
 from collections.abc import Iterable
