@@ -136,7 +136,8 @@ def test_gradients_are_those_of_an_explicit_merge(place: Path):
         assert gradient is not None
         for side, value in (("left", gradient @ right.T), ("right", left.T @ gradient)):
             own = correction.parameters[f"{name}.{side}"].grad
-            assert torch.allclose(own, value, rtol=1e-7, atol=1e-10), (name, side)
+            # Norms are taken in float32 whatever the model's precision, and packed rows in another order.
+            assert torch.allclose(own, value, rtol=1e-5, atol=1e-8), (name, side)
 
 
 def explicit(place: Path, names: Any, start: Any, alpha: Any, correction: Any) -> dict[str, torch.Tensor]:

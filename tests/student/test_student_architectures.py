@@ -168,7 +168,8 @@ def test_gradient_is_that_of_an_explicit_merge(family: Family):
         leaf = torch.tensor(alpha, requires_grad=True)
         loss = _reference(family, shop, leaf)
         (expected,) = torch.autograd.grad(loss, leaf)
-        digits = 1e-6 if family.name == "mamba" else 1e-8  # Mamba makes its logits float32
+        # Mamba makes its logits float32; Llama its norms, and its rows are packed, which sums them in another order.
+        digits = {"mamba": 1e-6, "llama": 1e-5, "llama_tied": 1e-5}.get(family.name, 1e-8)
         assert sum(terms.values()) == pytest.approx(float(loss.detach()), rel=digits)
         assert found is not None
         scale = float(expected.abs().max())

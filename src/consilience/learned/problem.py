@@ -50,7 +50,7 @@ class Problem:
 
         self.student.set(alpha)
         weights = self._weights(chosen)
-        parts = batches(self.samples, chosen, self.tokens, mixed=self.mixed)
+        parts = batches(self.samples, chosen, self.tokens, mixed=self.mixed, packed=self.reader.packs)
         total = np.zeros((len(self.student.bank.experts), self.student.bank.count))
         terms: Terms = {}
         with torch.set_grad_enabled(gradient):

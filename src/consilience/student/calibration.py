@@ -135,7 +135,9 @@ def _everywhere(one: Encoded) -> Encoded:
     return replace(one, positions=every, targets=tuple(known.get(p, -1) for p in every) if known else ())
 
 
-def batches(samples: Sequence[Sample], chosen: Sequence[int], tokens: int, *, mixed: bool = False) -> list[Batch]:
+def batches(
+    samples: Sequence[Sample], chosen: Sequence[int], tokens: int, *, mixed: bool = False, packed: bool = False
+) -> list[Batch]:
     """Return the chosen samples in batches of at most ``tokens`` padded tokens, in a fixed order.
 
     Args:
@@ -143,6 +145,7 @@ def batches(samples: Sequence[Sample], chosen: Sequence[int], tokens: int, *, mi
         chosen: indices of those wanted.
         tokens: most padded tokens of a batch.
         mixed: put samples of several experts together, longest first; a batch's ``expert`` is then its first sample's.
+        packed: rows are packed, so that a short one costs no padding.
     """
     out: list[Batch] = []
     order = sorted(chosen, key=lambda i: (0 if mixed else samples[i].expert, -_width(samples[i]), samples[i].expert, i))
@@ -159,7 +162,7 @@ def batches(samples: Sequence[Sample], chosen: Sequence[int], tokens: int, *, mi
         if not held:
             other = False
         elif mixed:  # padding a short row to a long one's width costs more than a pass of its own
-            other = _width(samples[i]) < SHORT * wide
+            other = not packed and _width(samples[i]) < SHORT * wide
         else:
             other = samples[held[0]].expert != samples[i].expert
         if held and (other or alone or wide * (len(held) + 1) > tokens):

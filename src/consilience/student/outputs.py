@@ -6,6 +6,7 @@ from typing import Any
 
 from consilience.errors import InputError
 from consilience.student.calibration import Batch
+from consilience.student.prefix_tree import packed_inputs, packs
 from consilience.student.student import Student, watching
 from consilience.tasks.readout import Readout, caught, readout, transforms_logits
 
@@ -53,6 +54,7 @@ class Reader:
             extra = bool(probe.samples[0].extra)
             one = probe.samples[0].encoded
             self.readout: Readout = _seen(student.model, probe) if extra else readout(student.model, one)
+        self.packs: bool = packs(student, self.readout, probe)
 
     @property
     def head(self) -> Head:
@@ -62,11 +64,17 @@ class Reader:
 
     def run(self, batch: Batch) -> tuple[Outputs, Any]:
         """Run the model on a batch; gradients flow if they are enabled. Also returns the targets [N] (-1: none)."""
-        inputs, where, targets = batch.inputs(self.student.model)
+        inputs, where, targets = self._inputs(batch)
         with self.student.compute(), watching(self.student.model, self.layers) as seen:
             states = self.readout.states(inputs, where)
         blocks = {layer: values[where] for layer, values in seen.items()}
         return Outputs(states, blocks, self.head), targets
+
+    def _inputs(self, batch: Batch) -> tuple[dict[str, Any], tuple[Any, Any], Any]:
+        """Return a batch's inputs, packed where that is the same and pays, its compared positions and their targets."""
+        inputs, where, targets = batch.inputs(self.student.model)
+        packed = packed_inputs(batch, self.student.model) if self.packs else None
+        return (inputs, where, targets) if packed is None else (*packed, targets)
 
 
 def _seen(model: Any, probe: Batch) -> Readout:

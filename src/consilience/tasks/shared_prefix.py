@@ -171,17 +171,24 @@ def _one_per_token(states: Tensor | None, count: int) -> bool:
     return states is not None and states.ndim == 4 and states.shape[0] == 1 and states.shape[2] == count
 
 
-def decoder_of(readout: Readout, examples: Sequence[Encoded]) -> tuple[Decoder, Cost] | None:
-    """Return the model as one that shares prefixes, and what these take; None where it has to run whole sequences."""
+def plain_decoder(readout: Readout) -> Decoder | None:
+    """Return the model as a decoder whose states depend on tokens and positions before them alone, or None."""
     model: Any = readout.model
     # A hook on the model itself (a router that reads the query, say) expects to see whole inputs.
     if any(vars(model).get(hooks) for hooks in ("_forward_pre_hooks", "_forward_hooks")):
         return None
     parameters = inspect.signature(model.forward).parameters
     cache = next((name for name in _CACHE_NAMES if name in parameters), None)
-    if cache is None or any(name not in parameters for name in _NEEDED) or not _plain_decoder(model.config):
+    if cache is None or any(name not in parameters for name in _NEEDED) or not _plain_config(model.config):
         return None
-    decoder = Decoder(readout, cache, "position_ids" in parameters)
+    return Decoder(readout, cache, "position_ids" in parameters)
+
+
+def decoder_of(readout: Readout, examples: Sequence[Encoded]) -> tuple[Decoder, Cost] | None:
+    """Return the model as one that shares prefixes, and what these take; None where it has to run whole sequences."""
+    model, decoder = readout.model, plain_decoder(readout)
+    if decoder is None:
+        return None
     if model not in _probed:
         ids = list(dict.fromkeys(token for one in examples for token in one.inputs))[:PROBE_TOKENS]
         if len(ids) < PROBE_TOKENS:
@@ -192,7 +199,7 @@ def decoder_of(readout: Readout, examples: Sequence[Encoded]) -> tuple[Decoder, 
     return None if cost is None else (decoder, cost)
 
 
-def _plain_decoder(config: Any) -> bool:
+def _plain_config(config: Any) -> bool:
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "get_text_config", lambda: None)() is not config:
         return False
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
