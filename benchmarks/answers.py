@@ -43,7 +43,7 @@ def measured(options: Any) -> dict[str, Any]:
     prompts = [row.prompt or "" for row in rows for _ in range(options.answers)]
     seconds: dict[str, float] = {}
     told: dict[str, list[str]] = {}
-    with student.compute():
+    with student.generating():
         sample(student.model, tokenizer, prompts[:2], 4)  # warm
         for name, size in (("together", 64), ("alone", 1)):
             begun = time.perf_counter()

@@ -18,15 +18,18 @@ from consilience.cli.learning import summary
 from consilience.coefficients.listing import coefficient_facts, coefficient_lines
 from consilience.errors import InputError
 from consilience.learned import answers as asked
+from consilience.learned import written as writing
 from consilience.learned.align import AlignmentSettings
 from consilience.learned.compare import STRENGTHS
 from consilience.learned.run import Run, Workshop, open_workshop
-from consilience.learned.written import common_beginning
+from consilience.learned.written import common_beginning, common_ending
 from consilience.recipe.schema import parse_recipe
 from consilience.student.calibration import batches
 from consilience.tasks import Row, Task, encode, sample
 
 QUICK: dict[str, Any] = {"preset": "default", "precision": "float32", "steps": 2, "response_tokens": 5, "answers": 2}
+#: A seed whose first answer says something.
+SPOKEN = 1
 
 
 def recipe(zoo: Path, *names: str, seed: int = 0, **parameters: Any) -> Any:
@@ -223,7 +226,9 @@ def test_learning_beats_the_best_strength_and_says_so(zoo: Path):
 
 
 def test_the_experts_answers_are_shown(zoo: Path, tmp_path: Path):
-    path = write_recipe(tmp_path / "r.yaml", recipe(zoo, "a", "lora").model_dump(mode="json", exclude_defaults=True))
+    path = write_recipe(
+        tmp_path / "r.yaml", recipe(zoo, "a", "lora", seed=SPOKEN).model_dump(mode="json", exclude_defaults=True)
+    )
     cs.merge_recipe(path, tmp_path / "out")
     found = cs.load_coefficients(tmp_path / "out")
     told = found.facts["calibration"]["a"]
@@ -276,6 +281,24 @@ def test_further_prompts_begin_as_the_given_ones_do(zoo: Path, tmp_path: Path):
     assert rows_of(again) == rows
 
 
+def test_further_prompts_end_as_the_given_ones_do(zoo: Path, tmp_path: Path):
+    """The base, which knows nothing of the ending, goes on after it: the prompt is over there all the same."""
+    place = with_template(zoo, tmp_path, end="<eos>")
+    given = [f"{word} w1 w2 w3 w4" for word in ("w5", "w6", "w7 w8")]
+    tokenizer = _tokenizer(place)
+
+    def continued(*_args: Any, **_settings: Any) -> list[list[int]]:
+        return [
+            list(tokenizer(text, add_special_tokens=False).input_ids)
+            for text in ("w9 w1 w2 w3 w4 w50 w51", "w10 w11", "w5 w1 w2 w3 w4 <eos>")
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "continued", continued)
+        found = writing.write_prompts(None, tokenizer, given, ["w1", "w2", "w3"], 2)
+    assert found == ["w9 w1 w2 w3 w4"]
+
+
 def test_further_prompts_that_cannot_be_written_are_noted(zoo: Path, tmp_path: Path):
     for place, why in ((zoo, "no chat template"), (with_template(zoo, tmp_path, end=""), "does not mark where")):
         shop = workshop(place, "a", "b", written_prompts=4)
@@ -293,6 +316,8 @@ def test_common_beginnings_end_with_a_word():
     )
     assert common_beginning(["Translate this: a", "Translate this: b"]) == "Translate this:"
     assert common_beginning(["Translate this"]) == "Translate this"
+    assert common_ending(["a is pronounced how?", "b is pronounced how? "]) == "is pronounced how?"
+    assert common_ending(["pronounced how?", "unpronounced how?"]) == ""
 
 
 def test_silence_is_compared_where_it_begins(zoo: Path, monkeypatch: pytest.MonkeyPatch):

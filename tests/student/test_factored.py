@@ -92,7 +92,7 @@ def test_a_student_with_adapters_is_the_merged_model(tmp_path: Path) -> None:
         own = {n: base[n] + tau for n, tau in updates(zoo, [name])[0].items()}
         with torch.no_grad():
             logits = student.model(input_ids=ids).logits
-            student.leaf.alpha = None
+            student.become_base()
             expected = functional_call(student.model, own, (), {"input_ids": ids}).logits
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     shop.close()
@@ -198,3 +198,31 @@ def test_any_cut_of_a_layer(tensor: Any, cuts: list[int], seed: int, whole: bool
     assert alpha.grad is not None
     torch.testing.assert_close(leaf.alpha.grad, alpha.grad, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(x.grad, aim @ weight.detach().view(48, 96), rtol=1e-9, atol=1e-10)
+
+
+def test_a_played_expert_has_its_own_factors_alone(tmp_path: Path) -> None:
+    """In turn, between blends, and a base that has none: logits are those of explicit merges."""
+    names = ("a", "b", "c")
+    zoo = write_zoo(tmp_path, names)
+    shop = workshop(zoo, names)
+    student = shop.student
+    ids = torch.tensor([[5, 9, 40, 3, 77, 12]])
+    base = {name: value.double() for name, value in read_state(zoo / "base").items()}
+
+    def logits(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functional_call(student.model, weights, (), {"input_ids": ids}).logits
+
+    taus = updates(zoo, names)
+    with torch.no_grad():
+        student.become_base()
+        plain = student.model(input_ids=ids).logits
+        torch.testing.assert_close(plain, logits(base))
+        for k in (1, 0, 2, 1):
+            student.set(np.full((3, shop.bank.count), 0.7))
+            student.become(k)
+            played = student.model(input_ids=ids).logits
+            student.become_base()
+            expected = logits(base | {name: base[name] + tau for name, tau in taus[k].items()})
+            torch.testing.assert_close(played, expected)
+            assert not torch.allclose(played, plain)
+    shop.close()

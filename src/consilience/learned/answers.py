@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from consilience.errors import InputError
 from consilience.learned.written import SHOTS
 from consilience.tasks.rows import Message, Row, Task
@@ -97,10 +95,10 @@ def _written(
         found = cast(list[str], kept)
     else:
         run.progress.phase(f"prompts in the manner of {task.name}'s", data.written, "prompts")
-        student.set(np.zeros((len(student.bank.experts), student.bank.count)))
+        student.become_base()
         tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
         try:
-            with student.compute():
+            with student.generating():
                 found = write_prompts(
                     student.model, tokenizer, given, told, data.written, batch_size=_together(given, data, SHOTS + 1),
                     seed=run.seed, advance=run.progress.advance,
@@ -184,7 +182,7 @@ def _answers(run: "Run", student: "Student", expert: int, task: Task, data: "Dat
         return kept
     run.progress.phase(f"answers of {task.name}", len(task.rows) * times, "answers")
     student.become(expert)
-    with student.compute():
+    with student.generating():
         found = _asked(run, student, task, data, times)
     _write(path, [{"prompt": _prompt(row), "answers": own} for row, own in zip(task.rows, found, strict=True)])
     return found
@@ -232,16 +230,18 @@ def _seen(
 
     from consilience.student.calibration import placed
     from consilience.student.images import encode_image
-    from consilience.tasks.generate import generation_config, seeded
+    from consilience.tasks.generate import drawn, generation_config, seeded
 
     model = student.model
     encoded, extra = encode_image(task.rows[index], task.path, processor, task.where(index))
     ids = torch.tensor([encoded.inputs], device=model.device)
-    settings = generation_config(model, processor.tokenizer, data.response_tokens, data.answer_temperature)
-    settings.num_return_sequences = times if data.answer_temperature else 1
+    settings = generation_config(model, processor.tokenizer, data.response_tokens)
+    if data.answer_temperature:  # a greedy search returns one answer; what is sampled from has a single token left
+        settings.do_sample, settings.num_return_sequences = True, times
     with torch.no_grad(), seeded(model, [run.seed, index]):
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+            logits_processor=drawn(data.answer_temperature),
             **{key: placed(value, model) for key, value in extra.items()},
         )  # fmt: skip
     texts = processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)

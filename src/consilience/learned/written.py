@@ -1,7 +1,8 @@
 """Further prompts in the manner of a few that are given, written by the base model: more to learn from, no labels.
 
 The base is shown a conversation of a few of the prompts with their expert's answers, and writes the user's next turn
-itself. Where all the given prompts begin alike, the turn is begun for it in that way.
+itself. Where all the given prompts begin alike, the turn is begun for it in that way; where they end alike, it is over
+where they end.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ import numpy as np
 from consilience.errors import InputError
 from consilience.tasks.generate import continued
 
-#: Prompts that a conversation shows, most characters that a shared beginning must have, tokens of a written prompt.
-SHOTS, BEGINNING, TOKENS = 2, 10, 160
+#: Prompts that a conversation shows, fewest characters of a shared beginning or ending, most tokens of a prompt.
+SHOTS, SHARED, TOKENS = 2, 10, 160
+#: Tokens that are written for each prompt that is asked for, on average: fewer come back where most are not finished.
+EFFORT = 48
 _MARK = "\u2063MARK\u2063"
 
 
@@ -35,10 +38,11 @@ def write_prompts(
         tokenizer: with a chat template.
         given: prompts, at least two.
         answers: an answer to each.
-        count: how many to write; what is unfinished or a repetition is dropped, so fewer come back.
+        count: how many to write; what is unfinished or a repetition is dropped, and others are written instead until
+            ``EFFORT`` tokens a prompt are spent.
         batch_size: prompts written together.
         seed: of the choice of what is shown, and of the samples (temperature 1).
-        advance: called with the number of every finished batch.
+        advance: called with the number of further prompts of every batch.
 
     Raises:
         InputError: there is no chat template, it does not mark the end of a turn, or there are fewer than two prompts.
@@ -51,24 +55,40 @@ def write_prompts(
         raise InputError("there are not two text prompts to go by (written_prompts=0 asks for none)")
     generator = np.random.default_rng(seed)
     shots = min(SHOTS, len(given))
-    beginning = common_beginning(given)
-    texts: list[str] = []
-    end = ""
-    for _ in range(count):
-        chosen: list[int] = generator.permutation(len(given))[:shots].tolist()
-        text, end = _opened(tokenizer, [(given[i], answers[i]) for i in chosen])
-        texts.append(text + beginning)
-    longest = max(len(tokenizer(text).input_ids) for text in given)
-    found = continued(
-        model, tokenizer, texts, min(TOKENS, 2 * longest + 8), batch_size=batch_size, temperature=1.0, seed=seed,
-        special=False, advance=advance,
-    )  # fmt: skip
+    beginning, ending = common_beginning(given), common_ending(given)
+    longest = min(TOKENS, 2 * max(len(tokenizer(text).input_ids) for text in given) + 8)
     # Decoded together: many tokenizers drop the space before what they decode first.
     before = list(tokenizer(beginning, add_special_tokens=False).input_ids) if beginning else []
-    written = [tokenizer.decode(before + ids) for ids in found]
-    finished = [text.partition(end)[0].strip() for text in written if end in text]
-    whole = [text for text in finished if not any(token in text for token in tokenizer.all_special_tokens)]
-    return [text for text in dict.fromkeys(whole) if text and text not in given and text != beginning.strip()]
+    found: dict[str, None] = {}
+    spent = 0
+    while len(found) < count and spent < EFFORT * count:
+        texts: list[str] = []
+        end = ""
+        for _ in range(min(batch_size, count)):
+            chosen: list[int] = generator.permutation(len(given))[:shots].tolist()
+            text, end = _opened(tokenizer, [(given[i], answers[i]) for i in chosen])
+            texts.append(text + beginning)
+        written = continued(
+            model, tokenizer, texts, longest, batch_size=batch_size, temperature=1.0, seed=seed + spent, special=False
+        )
+        spent += sum(len(ids) for ids in written)
+        finished = (_finished(tokenizer.decode(before + ids), end, ending) for ids in written)
+        more = [text for text in finished if text and not any(token in text for token in tokenizer.all_special_tokens)]
+        new = [text for text in dict.fromkeys(more) if text not in {*found, *given, beginning.strip()}]
+        new = new[: count - len(found)]
+        found |= dict.fromkeys(new)
+        if advance is not None:
+            advance(len(new))
+    return list(found)
+
+
+def _finished(text: str, end: str, ending: str) -> str:
+    """Return a written turn up to its end, as given ones end; empty if it has none."""
+    turn, over, _ = text.partition(end)
+    if ending:
+        turn, over, _ = turn.partition(ending)
+        turn += over
+    return turn.strip() if over else ""
 
 
 def common_beginning(given: Sequence[str]) -> str:
@@ -80,7 +100,13 @@ def common_beginning(given: Sequence[str]) -> str:
     if any(text[same : same + 1].isalnum() for text in (first, last)):
         shared = shared.rstrip("".join(set(filter(str.isalnum, shared))))
     shared = shared.rstrip(" ")  # a tokenizer gives a space to the next word
-    return shared if len(shared) >= BEGINNING else ""
+    return shared if len(shared) >= SHARED else ""
+
+
+def common_ending(given: Sequence[str]) -> str:
+    """Return what all texts end with, in whole words, if it is long enough to be more than chance."""
+    backwards = common_beginning([text.rstrip()[::-1] for text in given])
+    return backwards[::-1]
 
 
 def _opened(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:

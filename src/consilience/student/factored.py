@@ -8,7 +8,8 @@ its gradient; dL/dalpha comes from what the adapters see. It costs 4 T R (m + n)
 that ends inside a row makes that row one product of its own: ``y_i = x . v_i``, ``v_i`` [n] the row of the update.
 
 On the CPU the factors are read from mapped files whenever they are used, so that memory does not grow with the number
-of experts; on an accelerator they are held.
+of experts; on an accelerator they are held. While the model plays one expert, that expert's are held and the others
+left out: an answer takes a pass for every token.
 """
 
 from collections.abc import Sequence
@@ -32,10 +33,12 @@ TOKENS = 512
 class Leaf:
     """What the layers of a student share.
 
-    ``alpha`` [K, N] are the coefficients of the present step, which gradients reach (None: nothing is added).
+    ``alpha`` [K, N] are the coefficients of the present step, which gradients reach, ``expert`` the one that the model
+    plays instead; with neither, nothing is added.
     """
 
     alpha: Any = None
+    expert: int | None = None
     _buffers: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def buffer(self, purpose: str, shape: tuple[int, ...], like: Any) -> Any:
@@ -64,6 +67,8 @@ class Factored:
         self._index = torch.from_numpy(extent.indices).to(device)
         self.runs, self.broken = _runs(extent, self.height, self.width)
         self._held: tuple[Any, Any] | None = None
+        self._pairs = {k: (*side, scale) for (k, _), side, scale in zip(pairs, self._sides, scales, strict=True)}
+        self._own: tuple[Any, ...] | None = None
 
     @property
     def finite(self) -> bool:
@@ -73,7 +78,25 @@ class Factored:
     def hook(self, _module: Any, inputs: Any, output: Any) -> Any:
         """Add the update to a layer's output: a forward hook."""
         self.calls += 1
+        if self.leaf.expert is not None:
+            return self._played(self.leaf.expert, inputs[0], output)
         return output if self.leaf.alpha is None else output + self.update(inputs[0]).to(output.dtype)
+
+    def forget(self) -> None:
+        """Release the factors of the expert that was played."""
+        self._own = None
+
+    def _played(self, expert: int, x: Any, output: Any) -> Any:
+        """Return a layer's output with one expert's update."""
+        if expert not in self._pairs:
+            return output
+        device = x.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if self._own is None or self._own[0] != (expert, kind):
+            left, right, scale = self._pairs[expert]
+            self._own = (expert, kind), left.T.to(x.device, kind), right.T.to(x.device, kind), scale
+        _, left, right, scale = self._own
+        return output + (((x.to(kind) @ right) * scale) @ left).to(output.dtype)
 
     def update(self, x: Any) -> Any:
         """Return the update [..., m] of inputs ``x`` [..., n] at the present coefficients."""

@@ -137,6 +137,7 @@ class Student:
         """Let the factored tensors have these coefficients."""
         import torch
 
+        self._play(None)
         if self.factored:
             kind = torch.float64 if self.settings.precision == "float64" else torch.float32
             self.leaf.alpha = torch.tensor(alpha, dtype=kind, device=self.settings.device, requires_grad=True)
@@ -164,8 +165,19 @@ class Student:
                 self._foreign.add(tensor.name)
             elif tensor.name in self._foreign or tensor.name in self.bank.tensors:
                 self.bank.write(tensor.name, None, flat)
-        self.follow(np.repeat(np.eye(len(self.bank.experts))[:, [expert]], self.bank.count, 1))
+        self._play(expert)
         self.held = expert
+
+    def become_base(self) -> None:
+        """Take the base's weights: those of coefficients 0, without making updates that are 0."""
+        self.set(np.zeros((len(self.bank.experts), self.bank.count)))
+        self._play(None)
+
+    def _play(self, expert: int | None) -> None:
+        """Let the factored tensors be an expert's, or (None) the base's until ``follow``."""
+        self.leaf.alpha, self.leaf.expert = None, expert
+        for made in self.factored.values():
+            made.forget()
 
     def _check_unheld(self, tensor: TensorPlan, expert: int) -> None:
         """Refuse to play an expert that changes a tensor which the loaded model does not hold as it is stored."""
@@ -187,6 +199,27 @@ class Student:
 
         device = torch.device(self.settings.device).type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.settings.precision == "mixed")
+
+    @contextlib.contextmanager
+    def generating(self) -> Generator[None]:
+        """Return the context of generation: ``compute``, with the output layer in the type that autocast makes of it.
+
+        That is a large matrix, and each token would convert it anew.
+        """
+        import torch
+
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if self.settings.precision != "mixed" or type(head) is not torch.nn.Linear:
+            with self.compute():
+                yield
+            return
+        whole = head.weight
+        head.weight = torch.nn.Parameter(whole.detach().to(torch.bfloat16), requires_grad=False)
+        try:
+            with self.compute():
+                yield
+        finally:
+            head.weight = whole
 
     @contextlib.contextmanager
     def gradients(self, sink: Callable[[str, Any], None]) -> Generator[None]:
