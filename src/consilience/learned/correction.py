@@ -19,7 +19,7 @@ from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora
 from consilience.errors import InputError
 from consilience.experts.model import Source
 from consilience.student.factored import layers_of, stored_factors
-from consilience.student.student import Student
+from consilience.student.student import BLEND, Student
 from consilience.workdir import json_text, write_file
 
 #: Of the randomised SVD: columns beyond the rank, and passes (each makes the larger directions stand out more).
@@ -29,7 +29,7 @@ _OVERSAMPLE, _PASSES = 8, 2
 class Correction:
     """The trainable correction of a student's linear layers; ``parameters`` by name, ``layer.left`` and ``.right``.
 
-    While it is not ``active`` the model is the merge without it.
+    While it is not ``active``, or while the student plays an expert, the model is what it is without it.
     """
 
     def __init__(self, student: Student, rank: int, seed: int) -> None:
@@ -49,11 +49,18 @@ class Correction:
             self.fixed[name] = left, right
             for side, like in (("left", left), ("right", right)):
                 self.parameters[f"{name}.{side}"] = torch.zeros_like(like).requires_grad_(True)
-            layer.register_forward_hook(self._hook(name))
+            if name not in student.factored or not student.factored[name].takes_correction:
+                layer.register_forward_hook(self._hook(name))
+        self.turn(True)
 
     def turn(self, on: bool) -> None:
         """Turn the correction on or off."""
         self.active = on
+        for name, sides in self.fixed.items():
+            factored = self.student.factored.get(name)
+            if factored is not None and factored.takes_correction:
+                moved = (self.parameters[f"{name}.{side}"] for side in ("left", "right"))
+                factored.correction = (*sides, *moved) if on else None
 
     @property
     def rank(self) -> int:
@@ -68,7 +75,7 @@ class Correction:
 
     def _hook(self, name: str) -> Any:
         def add(_module: Any, inputs: Any, output: Any) -> Any:
-            if not self.active:
+            if not self.active or self.student.held != BLEND:
                 return output
             left, right = self.factors(name)
             x = inputs[0]

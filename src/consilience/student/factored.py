@@ -10,6 +10,9 @@ that ends inside a row makes that row one product of its own: ``y_i = x . v_i``,
 On the CPU the factors are read from mapped files whenever they are used, so that memory does not grow with the number
 of experts; on an accelerator they are held. While the model plays one expert, that expert's are held and the others
 left out: an answer takes a pass for every token.
+
+A trained correction dL R_0 + L_0 dR (``learned/correction.py``) is made in the same products as the adapters' updates:
+y + [z * (a, 1)] [L, dL, L_0]^T with z = x [R; R_0; dR]^T.
 """
 
 from collections.abc import Sequence
@@ -69,6 +72,13 @@ class Factored:
         self._held: tuple[Any, Any] | None = None
         self._pairs = {k: (*side, scale) for (k, _), side, scale in zip(pairs, self._sides, scales, strict=True)}
         self._own: tuple[Any, ...] | None = None
+        #: L_0 [m, c], R_0 [c, n], dL [m, c], dR [c, n] of a correction.
+        self.correction: tuple[Any, Any, Any, Any] | None = None
+
+    @property
+    def takes_correction(self) -> bool:
+        """Whether a correction can be made with the adapters' updates: every row has its coefficients."""
+        return not self.broken and all(piece is not None for *_, piece in self.runs)
 
     @property
     def finite(self) -> bool:
@@ -105,24 +115,29 @@ class Factored:
         kind = torch.get_autocast_dtype(device) if auto else alpha.dtype
         weights = alpha[:, self._index][self._owner] * self._scale.to(alpha.dtype)  # [R, pieces]
         flat = x.reshape(-1, self.width).to(kind)
-        return _Update.apply(flat, weights, self).view(*x.shape[:-1], self.height)
+        moved = (None, None) if self.correction is None else self.correction[2:]
+        return _Update.apply(flat, weights, *moved, self).view(*x.shape[:-1], self.height)
 
     def sides(self, like: Any) -> tuple[Any, Any]:
-        """Return L [m, R] and R [R, n], with the type and device of ``like``, until the next call for any layer."""
-        if self._held is not None and self._held[0].dtype == like.dtype:
-            return self._held
-        left = self.leaf.buffer("left", (self.height, self.rank), like)
-        right = self.leaf.buffer("right", (self.rank, self.width), like)
-        at = 0
-        for own_left, own_right in self._sides:
-            end = at + own_left.shape[1]
-            left[:, at:end].copy_(own_left)
-            right[at:end].copy_(own_right)
-            at = end
+        """Return L [m, R] and R [R, n], with the type and device of ``like``, until the next call for any layer.
+
+        With a correction these are [L, dL, L_0] and [R; R_0; dR].
+        """
+        lefts, rights = zip(*self._sides, strict=True)
         if like.device.type != "cpu":
-            self._held = left.clone(), right.clone()
-            return self._held
-        return left, right
+            if self._held is None or self._held[0].dtype != like.dtype:
+                self._held = torch.cat(lefts, 1).to(like), torch.cat(rights, 0).to(like)
+            if self.correction is None:
+                return self._held
+            lefts, rights = (self._held[0],), (self._held[1],)
+        if self.correction is not None:
+            left, right, moved_left, moved_right = (side.detach() for side in self.correction)
+            lefts, rights = (*lefts, moved_left, left), (*rights, right, moved_right)
+        rank = sum(left.shape[1] for left in lefts)
+        return (
+            _side_by_side(lefts, self.leaf.buffer("left", (self.height, rank), like), 1),
+            _side_by_side(rights, self.leaf.buffer("right", (rank, self.width), like), 0),
+        )
 
     def row(self, row: int, left: Any, right: Any, weights: Any) -> Any:
         """Return one broken row [n] of the update."""
@@ -133,21 +148,24 @@ class Factored:
 
 
 class _Update(torch.autograd.Function):
-    """The update of flat inputs x [T, n] at weights [R, pieces]; kept for the backward pass is x R^T [T, R]."""
+    """The update of flat inputs x [T, n] at weights [R, pieces], with a correction's moved sides if there is one.
+
+    Kept for the backward pass is z = x R^T [T, R], and x where a correction or a broken row needs it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weights: Any, layer: Factored) -> Any:
+    def forward(ctx: Any, x: Any, weights: Any, moved_left: Any, moved_right: Any, layer: Factored) -> Any:
         left, right = layer.sides(x)
-        u = x @ right.T
-        narrow = weights.to(x.dtype)
+        z = x @ right.T
+        narrow = _with_ones(weights, z)
         ctx.layer = layer
-        ctx.save_for_backward(u, weights, x if layer.broken else None)
+        ctx.save_for_backward(z, weights, x if layer.broken or moved_left is not None else None)
         if len(layer.runs) == 1 and not layer.broken:
-            return (u * narrow[:, 0]) @ left.T
+            return (z * narrow[:, 0]) @ left.T
         out = x.new_zeros(x.shape[0], layer.height)
         for first, last, piece in layer.runs:
             if piece is not None:
-                out[:, first:last] = (u * narrow[:, piece]) @ left[first:last].T
+                out[:, first:last] = (z * narrow[:, piece]) @ left[first:last].T
         for row in layer.broken:
             out[:, row] = x @ layer.row(row, left, right, narrow)
         return out
@@ -156,24 +174,46 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         layer: Factored = ctx.layer
-        u, weights, x = ctx.saved_tensors
-        gradient = gradient.to(u.dtype)
+        z, weights, x = ctx.saved_tensors
+        gradient = gradient.to(z.dtype)
         left, right = layer.sides(gradient)
-        narrow = weights.to(u.dtype)
-        slope, into = torch.zeros_like(weights), torch.zeros_like(u)
+        rank, narrow = len(weights), _with_ones(weights, z)
+        slope, into = torch.zeros_like(weights), torch.zeros_like(z)
         for first, last, piece in layer.runs:
             if piece is not None:
                 seen = gradient[:, first:last] @ left[first:last]  # [T, R]
-                slope[:, piece] += (seen * u).sum(0, dtype=weights.dtype)
+                slope[:, piece] += (seen[:, :rank] * z[:, :rank]).sum(0, dtype=weights.dtype)
                 into.addcmul_(seen, narrow[:, piece])
         found = into @ right
+        moved_left = moved_right = None
+        if z.shape[1] > rank:
+            count = (z.shape[1] - rank) // 2
+            moved_left = (gradient.T @ z[:, rank : rank + count]).to(weights.dtype)
+            moved_right = (into[:, rank + count :].T @ x).to(weights.dtype)
         for row in layer.broken:
             own = gradient[:, row]
             found.addr_(own, layer.row(row, left, right, narrow))
             pulled = own @ x  # [n]
             for low, high, piece in layer.broken[row]:
                 slope[:, piece] += left[row] * (right[:, low:high] @ pulled[low:high])
-        return found, slope, None
+        return found, slope, moved_left, moved_right, None
+
+
+def _side_by_side(parts: Sequence[Any], out: Any, axis: int) -> Any:
+    """Write parts into ``out`` along an axis, in its type."""
+    at = 0
+    for part in parts:
+        out.narrow(axis, at, part.shape[axis]).copy_(part)
+        at += part.shape[axis]
+    return out
+
+
+def _with_ones(weights: Any, z: Any) -> Any:
+    """Return the weights in the type of z [T, R'], and 1 for what is beside the adapters: [R', pieces]."""
+    narrow = weights.to(z.dtype)
+    if z.shape[1] == len(weights):
+        return narrow
+    return torch.cat([narrow, narrow.new_ones(z.shape[1] - len(weights), narrow.shape[1])])
 
 
 Run = tuple[int, int, int | None]

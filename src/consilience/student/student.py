@@ -22,7 +22,7 @@ from consilience.student.names import doubtful, parameters_of, renamed, untie
 
 Precision = Literal["float32", "mixed", "bfloat16", "float64"]
 #: What of the last blend or write the weights hold.
-_BASE = -1
+BLEND = -1
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Student:
     plan: Plan
     settings: Settings
     parameters: dict[str, Any]
-    held: int = _BASE
+    held: int = BLEND
     factored: dict[str, Factored] = field(default_factory=dict[str, Factored])
     leaf: Leaf = field(default_factory=Leaf)
     _foreign: set[str] = field(default_factory=set[str])
@@ -131,7 +131,7 @@ class Student:
         self._foreign.clear()
         self.bank.blend(alpha, self.merged)
         self.follow(alpha)
-        self.held = _BASE
+        self.held = BLEND
 
     def follow(self, alpha: Alpha) -> None:
         """Let the factored tensors have these coefficients."""
