@@ -1,10 +1,11 @@
 """Further prompts in the manner of a few that are given, written by the base model: more to learn from, no labels.
 
 The base is shown a conversation of a few of the prompts with their expert's answers, and writes the user's next turn
-itself. Where all the given prompts begin alike, the turn is begun for it in that way; where they end alike, it is over
-where they end.
+itself. Where all the given prompts begin alike, the turn is begun for it in that way; where they end alike, it is ended
+in that way, from where the ending begins: "How is the word "x" pronounced? Answer in phonemes." needs an x alone.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,12 +84,19 @@ def write_prompts(
 
 
 def _finished(text: str, end: str, ending: str) -> str:
-    """Return a written turn up to its end, as given ones end; empty if it has none."""
+    """Return a written turn up to its end, with the ending that the given ones share; empty if it has no end."""
     turn, over, _ = text.partition(end)
     if ending:
-        turn, over, _ = turn.partition(ending)
-        turn += over
+        begun = _opening(ending).search(turn)
+        return turn[: begun.start()].lstrip() + ending if begun else ""
     return turn.strip() if over else ""
+
+
+def _opening(ending: str) -> re.Pattern[str]:
+    """Return what finds where an ending begins: all of it up to the end of its first word."""
+    first = re.search(r"\w+", ending)
+    opening = ending[: first.end()] if first else ending
+    return re.compile((r"(?<!\w)" if opening[:1].isalnum() else "") + re.escape(opening) + (r"\b" if first else ""))
 
 
 def common_beginning(given: Sequence[str]) -> str:
