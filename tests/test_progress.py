@@ -434,7 +434,7 @@ def test_a_resumed_merge_begins_where_the_other_stopped(
 
 
 def test_compilation_is_told_while_it_lasts(experts: Path, tmp_path: Path) -> None:
-    from consilience.engine.kernels.jit import compilation_shown, kernel
+    from consilience.jit import compilation_shown, kernel
 
     @kernel
     def inner(x: Any) -> Any:

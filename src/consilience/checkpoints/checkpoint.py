@@ -207,15 +207,24 @@ class Checkpoint:
 
     def read(self, name: str) -> Bytes:
         """Return one whole tensor's bytes (for small tensors; the engine reads slices)."""
-        tensor = self.tensors[name]
-        out = np.empty(tensor.nbytes, np.uint8)
-        self.storage.read(tensor, 0, out)
-        return out
+        return raw(self.storage, self.tensors[name], 0, self.tensors[name].numel)
 
 
 def from_entries(entries: Mapping[str, Entry], file: int) -> dict[str, TensorInfo]:
     """Turn a safetensors file's header entries into tensors of storage file number ``file``."""
     return {e.name: TensorInfo(e.name, e.dtype, e.shape, file, e.offset) for e in entries.values()}
+
+
+def raw(storage: Storage, tensor: TensorInfo, start: int, stop: int, out: Bytes | None = None) -> Bytes:
+    """Return the bytes of elements ``start ... stop``, in ``out`` [(stop - start) * itemsize] if it is given.
+
+    Raises:
+        InputError: the file ends early.
+    """
+    width = tensor.dtype.itemsize
+    out = np.empty((stop - start) * width, np.uint8) if out is None else out
+    storage.read(tensor, start * width, out)
+    return out
 
 
 def same_bytes(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorInfo]) -> bool:
@@ -225,12 +234,10 @@ def same_bytes(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorInfo
         return False
     if storage is other_storage and a == b:
         return True
-    start, step = 0, 1 << 20
-    while start < a.nbytes:
-        left, right = np.empty((2, min(step, a.nbytes - start)), np.uint8)
-        storage.read(a, start, left)
-        other_storage.read(b, start, right)
-        if not np.array_equal(left, right):
+    start, step = 0, 1 << 19
+    while start < a.numel:
+        stop = min(a.numel, start + step)
+        if not np.array_equal(raw(storage, a, start, stop), raw(other_storage, b, start, stop)):
             return False
-        start, step = start + step, min(4 * step, 1 << 24)
+        start, step = stop, min(4 * step, 1 << 23)
     return True

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from consilience.checkpoints.checkpoint import Bytes, Storage, TensorInfo
+from consilience.checkpoints.checkpoint import Bytes, Storage, TensorInfo, raw
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.checkpoints.files import Stamp
 
@@ -100,6 +100,4 @@ def _numpy(dtype: DType) -> Any:
 
 def _decoded(matrix: Matrix, first: int, last: int) -> npt.NDArray[Any]:
     storage, info = matrix
-    raw = np.empty((last - first) * info.dtype.itemsize, np.uint8)
-    storage.read(info, first * info.dtype.itemsize, raw)
-    return cast(npt.NDArray[Any], raw.view(_numpy(info.dtype)))
+    return cast(npt.NDArray[Any], raw(storage, info, first, last).view(_numpy(info.dtype)))

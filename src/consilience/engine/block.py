@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels import decode as dec
+from consilience.checkpoints.checkpoint import raw
+from consilience.checkpoints.values import count_nonfinite, values
 from consilience.engine.kernels.ingest import ingest
 from consilience.engine.kernels.lowrank import add_product
 from consilience.engine.kernels.reduce import LEAF
@@ -64,11 +65,7 @@ class Scratch:
         if self._factors is None or self._factors[0] != key:
             sides: list[Any] = []
             for tensor in (pair.b, pair.a):
-                raw = np.empty(tensor.nbytes, np.uint8)
-                storage.read(tensor, 0, raw)
-                values = np.empty(tensor.numel, real)
-                dec.decode(raw, tensor.dtype, values)
-                sides.append(values)
+                sides.append(values(storage, tensor, 0, tensor.numel, np.empty(tensor.numel, real)))
             b, a = sides[0].reshape(-1, pair.rank), sides[1].reshape(pair.rank, -1)
             left, right = (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.transposed else (b, a)
             self._factors = (key, left, right)
@@ -100,10 +97,9 @@ class Loader:
         assert info is not None
         assert storage is not None
         width = info.dtype.itemsize
-        raw = self.scratch.array("raw", ((stop - start) * width,), np.uint8)
-        storage.read(info, start * width, raw)
+        stored = raw(storage, info, start, stop, self.scratch.array("raw", ((stop - start) * width,), np.uint8))
         at = None if mark is None else start * width
-        low, high, bad = ingest(raw, info.dtype, out, base, at, self.largest, self.check)
+        low, high, bad = ingest(stored, info.dtype, out, base, at, self.largest, self.check)
         if mark is not None:
             mark[0] += low
             mark[1] += high
@@ -115,7 +111,7 @@ class Loader:
         assert source.pair is not None
         part = self.scratch.array("part", (out.size,), self.real)
         add_product(out, start, left, right, self.real(source.pair.scale), part)
-        if self.check and dec.count_nonfinite(out, self.largest):
+        if self.check and count_nonfinite(out, self.largest):
             raise NonFinite(who, self.tensor.name, source)
 
     def base(self, start: int, stop: int, marks: Marks | None) -> Any:
@@ -152,11 +148,8 @@ def count_tensor(error: NonFinite) -> InputError:
         step = LARGEST_BLOCK
         for start in range(0, info.numel, step):
             stop = min(info.numel, start + step)
-            raw = np.empty((stop - start) * info.dtype.itemsize, np.uint8)
-            storage.read(info, start * info.dtype.itemsize, raw)
-            values = np.empty(stop - start, np.float64)
-            dec.decode(raw, info.dtype, values)
-            count += int(dec.count_nonfinite(values, np.finfo(np.float64).max))
+            numbers = values(storage, info, start, stop, np.empty(stop - start, np.float64))
+            count += int(count_nonfinite(numbers, np.finfo(np.float64).max))
     where = f"{count} of its {info.numel} values are" if count and info else "its LoRA factors hold or produce"
     return InputError(
         f"{error.who}: tensor {error.name!r}: {where} NaN or Inf; repair the model, or pass {option('allow_nonfinite')}"

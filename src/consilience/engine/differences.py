@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
+from consilience.checkpoints.checkpoint import raw
 from consilience.engine.chosen_files import files_of_output
 from consilience.engine.origin import compare_base
 from consilience.errors import InputError, nearest
@@ -315,7 +314,5 @@ def _changes(tensor: "TensorPlan", name: str, row: int) -> bool:
 def _row(source: Source, row: int) -> bytes:
     assert source.dense is not None
     assert source.storage is not None
-    width = source.dense.nbytes // source.dense.shape[0]
-    out = np.empty(width, np.uint8)
-    source.storage.read(source.dense, row * width, out)
-    return out.tobytes()
+    width = source.dense.numel // source.dense.shape[0]
+    return raw(source.storage, source.dense, row * width, (row + 1) * width).tobytes()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from consilience import __version__
-from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
+from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo, raw
 from consilience.engine.kernels.fingerprint import digest, mix
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece
@@ -26,13 +26,12 @@ def model_fingerprint(tensors: dict[str, str]) -> str:
 
 def tensor_fingerprint(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
     """Read a tensor and return its fingerprint."""
-    step = 1 << 22
-    buffer = np.empty(min(step, tensor.nbytes), np.uint8)
+    step, width = 1 << 19, tensor.dtype.itemsize
+    buffer = np.empty(min(step, tensor.numel) * width, np.uint8)
     low = high = 0
-    for start in range(0, tensor.nbytes, step):
-        view = buffer[: min(step, tensor.nbytes - start)]
-        checkpoint.storage.read(tensor, start, view)
-        found = mix(view, start)
+    for start in range(0, tensor.numel, step):
+        stop = min(tensor.numel, start + step)
+        found = mix(raw(checkpoint.storage, tensor, start, stop, buffer[: (stop - start) * width]), start * width)
         low, high = low + found[0], high + found[1]
     return digest(low, high, tensor.nbytes)
 

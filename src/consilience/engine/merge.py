@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from consilience.checkpoints.checkpoint import raw
 from consilience.checkpoints.files import stamp
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import encode_header
@@ -91,9 +92,7 @@ def _write_heads(folder: Path, plan: Plan) -> None:
                 source = sources[name]
                 assert source.dense is not None
                 assert source.storage is not None
-                raw = np.empty(source.dense.nbytes, np.uint8)
-                source.storage.read(source.dense, 0, raw)
-                file.write(raw.data)
+                file.write(raw(source.storage, source.dense, 0, source.dense.numel).data)
 
 
 def _has(expert: Any, name: str) -> bool:

@@ -6,9 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
-
-from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
+from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo, raw
 from consilience.checkpoints.files import exists, regular_size
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
@@ -22,7 +20,7 @@ _REPOSITORY = re.compile(r"\w[\w.-]*(?<![.-])/(?!checkpoint-\d+$)\w[\w.-]*(?<![.
 _STORAGE = re.compile(r"(-(unsloth|bnb|[48]bit|int[48]|nf4|gptq|awq|fp8|bf16|fp16))+$", re.IGNORECASE)
 #: Owners whose repositories are copies of others', by the same names: Unsloth's adapters name them as their base.
 _COPIES = ("unsloth/",)
-#: Bytes that are compared at the beginning, in the middle and at the end of every tensor.
+#: Elements that are compared at the beginning, in the middle and at the end of every tensor.
 _SAMPLE = 4096
 
 #: How an adapter's base and the base that it is put on compare; "unknown" where nothing tells.
@@ -215,9 +213,6 @@ def _compare_weights(one: Checkpoint, other: Checkpoint) -> Comparison:
 
 
 def _sampled(checkpoint: Checkpoint, tensor: TensorInfo) -> bytes:
-    size = min(_SAMPLE, tensor.nbytes)
-    buffer, found = np.empty(size, np.uint8), b""
-    for start in sorted({0, (tensor.nbytes - size) // 2, tensor.nbytes - size}) if size else ():
-        checkpoint.storage.read(tensor, start, buffer)
-        found += buffer.tobytes()
-    return found
+    size = min(_SAMPLE, tensor.numel)
+    starts = sorted({0, (tensor.numel - size) // 2, tensor.numel - size})
+    return b"".join(raw(checkpoint.storage, tensor, start, start + size).tobytes() for start in starts)

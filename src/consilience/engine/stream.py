@@ -13,13 +13,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from consilience.checkpoints.checkpoint import same_bytes
 from consilience.engine.block import Marks, NonFinite, Stopped, count_tensor
-from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Worker
 from consilience.errors import InputError, MachineError
 from consilience.experts.quantised import changed
+from consilience.jit import compilation_shown
 from consilience.methods.program import Program
 from consilience.numbers import check_threads
 from consilience.progress import NullProgress, Progress

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from consilience.checkpoints.checkpoint import raw
+from consilience.checkpoints.values import count_nonfinite, decode
 from consilience.engine.block import Loader, Marks, NonFinite, Scratch, Stopped
 from consilience.engine.kernels import combine as comb
-from consilience.engine.kernels import decode as dec
 from consilience.engine.kernels import encode as enc
 from consilience.engine.kernels import random_bits
 from consilience.engine.kernels.fingerprint import mix
@@ -96,11 +97,13 @@ class Worker:
             values[:] = exact
             key = random_bits.stream_key(self.plan.recipe.seed, tensor.stream, "round")
             enc.round_stochastically(values, dtype, key, start)
-        raw = self.scratch.array("out", (values.size * dtype.itemsize,), np.uint8)
-        enc.encode(values, dtype, raw)
+        encoded = self.scratch.array("out", (values.size * dtype.itemsize,), np.uint8)
+        enc.encode(values, dtype, encoded)
         rounded = self.scratch.array("rounded", (values.size,), values.dtype)
         at = start * dtype.itemsize
-        low, high, bad, error, change = audit(raw, dtype, rounded, exact, base, at, real(np.finfo(values.dtype).max))
+        low, high, bad, error, change = audit(
+            encoded, dtype, rounded, exact, base, at, real(np.finfo(values.dtype).max)
+        )
         if bad and not self.plan.allow_nonfinite:
             raise InputError(
                 f"tensor {tensor.name!r}: {bad} merged values near element {start} overflow {dtype.name} (largest "
@@ -108,7 +111,7 @@ class Worker:
             )
         record.rounding = [record.rounding[0] + error, record.rounding[1] + change]
         record.output = [record.output[0] + low, record.output[1] + high]
-        self.sink.write(tensor, at, raw)
+        self.sink.write(tensor, at, encoded)
 
     def _copy(self, tensor: TensorPlan, start: int, stop: int, record: Record) -> None:
         """Copy the base's bytes (integers and private tensors, and weights no expert touches)."""
@@ -119,18 +122,17 @@ class Worker:
         step = 1 << 20
         for at in range(start, stop, step):
             end = min(stop, at + step)
-            raw = self.scratch.array("copy", ((end - at) * width,), np.uint8)
-            storage.read(info, at * width, raw)
-            low, high = mix(raw, at * width)
+            copied = raw(storage, info, at, end, self.scratch.array("copy", ((end - at) * width,), np.uint8))
+            low, high = mix(copied, at * width)
             record.inputs[0] = [record.inputs[0][0] + low, record.inputs[0][1] + high]
             record.output = list(record.inputs[0])
             packed = tensor.name in self.plan.alignment.packed.parts  # of which a float type may be a disguise
             if info.dtype.mergeable and not packed and not self.plan.allow_nonfinite:
                 values = self.scratch.array("check", (end - at,), np.float64 if tensor.wide else np.float32)
-                dec.decode(raw, info.dtype, values)
-                if dec.count_nonfinite(values, values.dtype.type(np.finfo(values.dtype).max)):
+                decode(copied, info.dtype, values)
+                if count_nonfinite(values, values.dtype.type(np.finfo(values.dtype).max)):
                     raise NonFinite(self.plan.alignment.owner(tensor.name), tensor.name, tensor.base)
-            self.sink.write(tensor, at * width, raw)
+            self.sink.write(tensor, at * width, copied)
 
     def merge(self, tensor: TensorPlan, segment: int, program: Program | None, selection: Selection | None) -> Record:
         """Produce one segment of the output."""

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from consilience.checkpoints.adapter import LoraPair
-from consilience.checkpoints.checkpoint import Bytes, Checkpoint, Storage, TensorInfo, same_bytes
+from consilience.checkpoints.checkpoint import Bytes, Checkpoint, Storage, TensorInfo, raw, same_bytes
 
 Config = dict[str, Any]
 #: What is tied in models of unknown architecture: (alias, names it may be tied to).
@@ -193,6 +193,4 @@ def _same_factor(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorIn
 
 def _items(storage: Storage, tensor: TensorInfo) -> Bytes:
     """Return a matrix as [rows, columns, bytes of an element]."""
-    raw = np.empty(tensor.nbytes, np.uint8)
-    storage.read(tensor, 0, raw)
-    return raw.reshape(*tensor.shape, tensor.dtype.itemsize)
+    return raw(storage, tensor, 0, tensor.numel).reshape(*tensor.shape, tensor.dtype.itemsize)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from consilience.coefficients import Coefficients
-from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import Plan
 from consilience.errors import InputError, MachineError
+from consilience.jit import compilation_shown
 from consilience.learned.answers import questions
 from consilience.learned.run import Machine, Run, base_folder, groups_of, require_tensorboard
 from consilience.progress import NullProgress, Progress

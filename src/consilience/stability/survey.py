@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from consilience.engine.block import Loader, NonFinite, Scratch, count_tensor
 from consilience.engine.kernels import survey as kernels
-from consilience.engine.kernels.jit import compilation_shown
 from consilience.engine.plan import SEGMENT, Plan, TensorPlan
 from consilience.engine.stream import thread_count
+from consilience.jit import compilation_shown
 from consilience.methods.program import Program, WeightedSum
 from consilience.progress import NullProgress, Progress
 from consilience.stability.geometry import Geometry, Matrix, Vector

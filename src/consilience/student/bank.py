@@ -185,8 +185,8 @@ class Bank:
         info, storage = tensor.base.dense, tensor.base.storage
         assert info is not None
         assert storage is not None
-        held = self._worker().scratch.array("stored", (info.nbytes,), np.uint8)  # fresh memory would cost page faults
-        theta.copy_(on_device.raw(info, storage, held))
+        buffer = self._worker().scratch.array("stored", (info.nbytes,), np.uint8)  # fresh memory would cost page faults
+        theta.copy_(on_device.read_flat(info, storage, buffer))
         factors = low_rank.read_factors(tensor, self._worker().scratch, out.device)
         low_rank.add_update(factors, alpha[:, extent.indices], extent.starts, extent.stops, _matrix(tensor, theta))
         self._check_finite(name, theta)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from consilience.checkpoints.checkpoint import Storage, TensorInfo
+from consilience.checkpoints.checkpoint import Bytes, Storage, TensorInfo, raw
+from consilience.checkpoints.dtypes import TORCH_NAMES
 from consilience.coefficients.coefficients import Alpha
 from consilience.engine.block import Scratch
 from consilience.engine.plan import TensorPlan
@@ -23,18 +24,17 @@ def suits(tensor: TensorPlan, out: Any) -> bool:
     return out.device.type != "cpu" and tensor.program is not None and not tensor.program.stages
 
 
-def raw(info: TensorInfo, storage: Storage, held: Any) -> Any:
-    """Return a stored tensor as it is stored: flat, in this machine's memory, in the buffer ``held`` [nbytes]."""
+def read_flat(info: TensorInfo, storage: Storage, buffer: Bytes | None = None) -> Any:
+    """Return a stored tensor in its own type: flat, in this machine's memory, in ``buffer`` [nbytes] if given."""
     import torch
 
-    storage.read(info, 0, held)
-    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-    return torch.from_numpy(held).view(kinds[info.dtype.name])
+    kind = getattr(torch, TORCH_NAMES[info.dtype.name])
+    return torch.from_numpy(raw(storage, info, 0, info.numel, buffer)).view(kind)
 
 
 def stored(info: TensorInfo, storage: Storage, device: Any) -> Any:
     """Return a stored tensor's values, flat and in float32, on a device."""
-    return raw(info, storage, np.empty(info.nbytes, np.uint8)).to(device).float()
+    return read_flat(info, storage).to(device).float()
 
 
 def base(tensor: TensorPlan, scratch: Scratch, device: Any) -> Any:

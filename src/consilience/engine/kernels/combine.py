@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.jit import kernel
+from consilience.jit import kernel
 
 
 @kernel

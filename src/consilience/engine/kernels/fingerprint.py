@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.jit import kernel
+from consilience.jit import kernel
 
 MASK = (1 << 64) - 1
 

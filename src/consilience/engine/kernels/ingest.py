@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 
 from consilience.checkpoints.dtypes import DType
-from consilience.engine.kernels.decode import count_nonfinite, from_bf16, subtract, widen
+from consilience.checkpoints.values import count_nonfinite, from_bf16, widen
 from consilience.engine.kernels.fingerprint import mix, mix_words
-from consilience.engine.kernels.jit import kernel
+from consilience.jit import kernel
 
 #: Elements of a tile.
 TILE = 4096
+
+
+@kernel
+def _subtract(values: Any, base: Any) -> None:
+    """``values -= base`` in place."""
+    for i in range(values.size):
+        values[i] -= base[i]
 
 
 @kernel
@@ -22,7 +29,7 @@ def _after(out: Any, base: Any, words: Any, start: int, largest: Any, check: boo
     low, high = mix_words(words, start)
     bad = count_nonfinite(out, largest) if check else 0
     if base.size:
-        subtract(out, base)
+        _subtract(out, base)
     return low, high, bad
 
 

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from consilience.engine.kernels.jit import kernel
+from consilience.jit import kernel
 
 
 @kernel

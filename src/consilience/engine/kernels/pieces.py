@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.jit import inlined, kernel, reporting
+from consilience.jit import inlined, kernel, reporting
 
 #: Elements whose products are summed in the block's own type before they enter the float64 total.
 TILE = 1024

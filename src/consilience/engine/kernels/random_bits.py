@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.jit import inlined, kernel
+from consilience.jit import inlined, kernel
 
 
 @inlined

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.jit import kernel
+from consilience.jit import kernel
 
 LEAF = 4096
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.jit import kernel
+from consilience.jit import kernel
 
 HIGH, LOW = 1 << 16, 1 << 15
 

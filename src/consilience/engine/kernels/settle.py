@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from consilience.checkpoints.dtypes import DType
-from consilience.engine.kernels.decode import count_nonfinite, from_bf16, widen
+from consilience.checkpoints.values import count_nonfinite, from_bf16, widen
 from consilience.engine.kernels.encode import rounding_cost
 from consilience.engine.kernels.fingerprint import mix, mix_words
-from consilience.engine.kernels.jit import kernel
+from consilience.jit import kernel
 
 
 @kernel

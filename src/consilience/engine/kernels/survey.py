@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.jit import reporting
+from consilience.jit import reporting
 
 #: Elements whose products are summed in float32 before they are added up in float64.
 TILE = 1024
