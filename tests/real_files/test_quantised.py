@@ -54,6 +54,15 @@ def fp8(name: str, value: torch.Tensor, block: int = 16) -> tuple[State, torch.T
     return {name: packed, f"{name}_scale_inv": scale}, packed.float() * spread
 
 
+def fp8_exponents(name: str, value: torch.Tensor) -> tuple[State, torch.Tensor]:
+    """Pack as transformers' FP8 with ``scale_fmt: ue8m0``: every scale a power of two, stored as its exponent."""
+    parts, _ = fp8(name, value)
+    scale = parts[f"{name}_scale_inv"].log2().ceil().exp2()
+    spread = scale.repeat_interleave(16, 0)[: value.shape[0]].repeat_interleave(16, 1)[:, : value.shape[1]]
+    packed = (value / spread).to(torch.float8_e4m3fn)
+    return {name: packed, f"{name}_scale_inv": scale.to(torch.float8_e8m0fnu)}, packed.float() * spread
+
+
 def torchao(name: str, value: torch.Tensor) -> tuple[State, torch.Tensor]:
     """Pack as torchao 0.18 writes Int8WeightOnlyConfig to safetensors."""
     scale = value.abs().amax(1, keepdim=True) / 127
@@ -171,10 +180,41 @@ def test_lora_on_what_fp8_skips(tmp_path: Path) -> None:
     assert all(torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8)) for n in before if "mlp" in n)
 
 
-@real_file(2, family="Qwen3", option="FP8 blocks, LoRA on one of them; the hint followed", expected="PEFT, unmerged",
+@real_file(2, family="Qwen3", option="FP8 blocks, LoRA on one of them", expected="PEFT, unmerged",
+           before="wrong cause named")  # fmt: skip
+def test_lora_on_fp8(tmp_path: Path) -> None:
+    fp8_base(tmp_path, head_dim=8)
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    tuned = adapter(model, tmp_path / "a", target_modules=["up_proj"])
+    outcome = merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "a")
+    assert "6 weights are stored as FP8 with block scales (F8_E4M3) and read as floats" in outcome.out
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tuned), atol=1e-5, rtol=1e-4)
+    assert {value.dtype for value in state(tmp_path / "out").values()} == {torch.float32}
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
+
+
+@real_file(2, family="Qwen3", option="FP8 blocks that do not fill a weight, a plain expert", expected="torch's formula",
+           before="wrong cause named")  # fmt: skip
+def test_partial_blocks_beside_a_plain_expert(tmp_path: Path) -> None:
+    plain = fp8_base(tmp_path, head_dim=8, intermediate_size=40)
+    model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.from_pretrained(tmp_path / "base"), dtype=torch.float32)
+    expert = model.state_dict()
+    shutil.copytree(tmp_path / "base", tmp_path / "e")
+    save_file({name: value.contiguous() for name, value in expert.items()}, tmp_path / "e/model.safetensors")
+    assert merged(tmp_path / "base", tmp_path / "out", "--set", "weight=0.5", x=tmp_path / "e").code == 0
+    out = state(tmp_path / "out")
+    assert out.keys() == plain.keys()
+    for name, value in out.items():
+        torch.testing.assert_close(value, plain[name] + 0.5 * (expert[name] - plain[name]), atol=1e-7, rtol=1e-6)
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@real_file(2, family="Qwen3", option="FP8 blocks, exponents as scales; the hint followed", expected="PEFT, unmerged",
            before="wrong cause named", now="refused, true cause")  # fmt: skip
 def test_the_hint_for_fp8_works(tmp_path: Path) -> None:
-    fp8_base(tmp_path, head_dim=8)
+    base_of(tmp_path, "Qwen3", head_dim=8)
+    skip = FP8 | {"modules_to_not_convert": ["lm_head", "self_attn"], "scale_fmt": "ue8m0"}
+    quantise(tmp_path / "base", fp8_exponents, skip, "up_proj", "down_proj", "gate_proj")
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     tuned = adapter(model, tmp_path / "a", target_modules=["up_proj"])
     hint = ("quantization_config=FineGrainedFP8Config(dequantize=True)", "save_original_format=False")
@@ -185,6 +225,17 @@ def test_the_hint_for_fp8_works(tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "plain", save_original_format=False)
     assert merged(tmp_path / "plain", tmp_path / "out", x=tmp_path / "a").code == 0
     torch.testing.assert_close(logits(tmp_path / "out"), logits(tuned), atol=1e-5, rtol=1e-4)
+
+
+@real_file(2, family="Qwen3", option="FP8 blocks, a learned merge", expected="what to do named",
+           before="wrong cause named", now="refused, true cause")  # fmt: skip
+def test_learning_on_fp8(tmp_path: Path) -> None:
+    fp8_base(tmp_path, head_dim=8)
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    adapter(model, tmp_path / "a", target_modules=["up_proj"])
+    rows = tokenised(tmp_path / "base")
+    more = ("--method", "adamerging", "--calibration", f"x={rows}")
+    refused(merged(tmp_path / "base", tmp_path / "out", *more, x=tmp_path / "a"), "base", "quantised", "linear")
 
 
 @real_file(2, family="Mistral", option="torchao int8, LoRA on the head", expected="W + scale B A; bytes of the base",

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from consilience.checkpoints.dtypes import DType
+from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.checkpoints.files import Descriptor, Descriptors, Stamp, stamp
 from consilience.checkpoints.safetensors_file import Entry
 from consilience.errors import InputError
@@ -23,15 +23,32 @@ from consilience.errors import InputError
 Bytes = npt.NDArray[np.uint8]
 
 
+class Codec(Protocol):
+    """How a tensor's numbers are stored, where they are not simply one after another in their own type."""
+
+    @property
+    def parts(self) -> "tuple[TensorInfo, ...]":
+        """The stored tensors that hold the numbers."""
+        ...
+
+    def decode(self, storage: "Storage", start: int, stop: int, out: npt.NDArray[np.float32]) -> None:
+        """Fill ``out`` with the float32 values of elements ``start ... stop``."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: ``file`` indexes the storage's files, ``offset`` is its first byte there."""
+    """Where one tensor lies: ``file`` indexes the storage's files, ``offset`` is its first byte there.
+
+    ``dtype`` is its type in the model; a ``codec`` says how it is stored if that is another.
+    """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     file: int = 0
     offset: int = 0
+    codec: Codec | None = None
 
     @property
     def numel(self) -> int:
@@ -39,9 +56,19 @@ class TensorInfo:
         return prod(self.shape)
 
     @property
+    def plain(self) -> DType:
+        """The type whose bytes ``raw`` gives: its own, or that of decoded values."""
+        return self.dtype if self.codec is None else DTYPES["F32"]
+
+    @property
     def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * self.dtype.itemsize
+        """Size in bytes, as ``raw`` gives it."""
+        return self.numel * self.plain.itemsize
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes that it takes on disk."""
+        return self.nbytes if self.codec is None else sum(part.nbytes for part in self.codec.parts)
 
 
 class Storage(Protocol):
@@ -183,7 +210,7 @@ class Checkpoint:
 
     ``path`` is what the user named (a folder or a file; None in memory), ``folder`` the folder whose other files
     (config, tokenizer, ...) belong to the model, ``config`` its ``config.json``, ``modules`` the subfolders that hold
-    weights of further modules (see ``modules.py``).
+    weights of further modules (see ``modules.py``), ``notes`` what is to be said of how it is read.
     """
 
     label: str
@@ -194,6 +221,7 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -216,21 +244,24 @@ def from_entries(entries: Mapping[str, Entry], file: int) -> dict[str, TensorInf
 
 
 def raw(storage: Storage, tensor: TensorInfo, start: int, stop: int, out: Bytes | None = None) -> Bytes:
-    """Return the bytes of elements ``start ... stop``, in ``out`` [(stop - start) * itemsize] if it is given.
+    """Return elements ``start ... stop`` as bytes of their plain type, in ``out`` if it is given (of their size).
 
     Raises:
         InputError: the file ends early.
     """
-    width = tensor.dtype.itemsize
+    width = tensor.plain.itemsize
     out = np.empty((stop - start) * width, np.uint8) if out is None else out
-    storage.read(tensor, start * width, out)
+    if tensor.codec is None:
+        storage.read(tensor, start * width, out)
+    else:
+        tensor.codec.decode(storage, start, stop, out.view(np.float32))
     return out
 
 
 def same_bytes(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorInfo]) -> bool:
     """Whether two tensors are equal bit by bit; they are read no further than where they differ."""
     (storage, a), (other_storage, b) = one, other
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+    if (a.shape, a.plain) != (b.shape, b.plain):
         return False
     if storage is other_storage and a == b:
         return True

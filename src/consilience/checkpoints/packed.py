@@ -16,6 +16,8 @@ from consilience.checkpoints.dtypes import DType
 
 #: Where config.json says how a model is quantised.
 CONFIG_KEYS = ("quantization_config", "compression_config")
+#: Where ModelOpt says it again, beside config.json.
+QUANTIZATION_FILE = "hf_quant_config.json"
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "vision_config")
 _UNQUANTISED = "pass the unquantised model"
 _TRANSFORMERS = (

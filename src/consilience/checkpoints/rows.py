@@ -41,7 +41,7 @@ class RowStorage:
 
     def __init__(self, base: Matrix, shape: tuple[int, ...], rows: Rows) -> None:
         self.base, self.rows = base, rows
-        dtype = widest([base[1].dtype, *(info.dtype for _, info in rows.sources)])
+        dtype = widest([base[1].plain, *(info.plain for _, info in rows.sources)])
         self.info = TensorInfo(f"{base[1].name}[rows]", dtype, shape)
         self._columns = self.info.numel // max(shape[0], 1)
 
@@ -100,4 +100,4 @@ def _numpy(dtype: DType) -> Any:
 
 def _decoded(matrix: Matrix, first: int, last: int) -> npt.NDArray[Any]:
     storage, info = matrix
-    return cast(npt.NDArray[Any], raw(storage, info, first, last).view(_numpy(info.dtype)))
+    return cast(npt.NDArray[Any], raw(storage, info, first, last).view(_numpy(info.plain)))

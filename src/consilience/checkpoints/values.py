@@ -48,5 +48,5 @@ def values(storage: Storage, tensor: TensorInfo, start: int, stop: int, out: Any
     Raises:
         InputError: the file ends early.
     """
-    decode(raw(storage, tensor, start, stop), tensor.dtype, out)
+    decode(raw(storage, tensor, start, stop), tensor.plain, out)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.checkpoints.checkpoint import raw
+from consilience.checkpoints.checkpoint import Storage, TensorInfo, raw
 from consilience.checkpoints.values import count_nonfinite, values
 from consilience.engine.kernels.ingest import ingest
 from consilience.engine.kernels.lowrank import add_product
@@ -96,10 +96,10 @@ class Loader:
         info, storage = source.dense, source.storage
         assert info is not None
         assert storage is not None
-        width = info.dtype.itemsize
+        width = info.plain.itemsize
         stored = raw(storage, info, start, stop, self.scratch.array("raw", ((stop - start) * width,), np.uint8))
         at = None if mark is None else start * width
-        low, high, bad = ingest(stored, info.dtype, out, base, at, self.largest, self.check)
+        low, high, bad = ingest(stored, info.plain, out, base, at, self.largest, self.check)
         if mark is not None:
             mark[0] += low
             mark[1] += high
@@ -143,14 +143,24 @@ class Loader:
 def count_tensor(error: NonFinite) -> InputError:
     """Scan the whole tensor that held NaN or Inf and return the error that says how many."""
     info, storage = error.source.dense, error.source.storage
-    count = 0
+    name, where = error.name, "its LoRA factors hold or produce"
     if info is not None and storage is not None:
-        step = LARGEST_BLOCK
-        for start in range(0, info.numel, step):
-            stop = min(info.numel, start + step)
-            numbers = values(storage, info, start, stop, np.empty(stop - start, np.float64))
-            count += int(count_nonfinite(numbers, np.finfo(np.float64).max))
-    where = f"{count} of its {info.numel} values are" if count and info else "its LoRA factors hold or produce"
+        scales = info.codec.parts[1:] if info.codec is not None else ()
+        for part in (*scales, info):  # a broken scale is the cause of broken values
+            count = _nonfinite(storage, part)
+            if count:
+                name, where = part.name if part in scales else name, f"{count} of its {part.numel} values are"
+                break
     return InputError(
-        f"{error.who}: tensor {error.name!r}: {where} NaN or Inf; repair the model, or pass {option('allow_nonfinite')}"
+        f"{error.who}: tensor {name!r}: {where} NaN or Inf; repair the model, or pass {option('allow_nonfinite')}"
     )
+
+
+def _nonfinite(storage: Storage, tensor: TensorInfo) -> int:
+    """Return how many of a stored tensor's values are NaN or Inf."""
+    count, step = 0, LARGEST_BLOCK
+    for start in range(0, tensor.numel, step):
+        stop = min(tensor.numel, start + step)
+        numbers = values(storage, tensor, start, stop, np.empty(stop - start, np.float64))
+        count += int(count_nonfinite(numbers, np.finfo(np.float64).max))
+    return count

@@ -40,7 +40,7 @@ def _is_base(plan: Plan, tensor: TensorPlan, records: Iterable[Record]) -> bool:
     """Whether a merged tensor has the base's bytes, or in another dtype its values."""
     assert tensor.program is not None
     info, donor = tensor.base.dense, plan.alignment.donor.name
-    if info is not None and info.dtype is tensor.out_dtype and tensor.base.pair is None:
+    if info is not None and info.plain is tensor.out_dtype and tensor.base.pair is None:
         rows = [0, *(number + 1 for number, name in enumerate(tensor.row_names) if name == donor)]
         if all(any(record.output == record.inputs[row] for row in rows) for record in records):
             return True
@@ -57,7 +57,7 @@ def _copies(plan: Plan, merged: list[TensorPlan], pieces: Mapping[int, list[Reco
             for number, (name, row) in enumerate(zip(tensor.row_names, tensor.rows, strict=True)):
                 info = tensor.base.dense
                 if name == expert.name and row.dense is not None and info is not None:
-                    alike = row.pair is None and row.dense.dtype is info.dtype and tensor.reads_base
+                    alike = row.pair is None and row.dense.plain is info.plain and tensor.reads_base
                     same += [alike and r.inputs[number + 1] == r.inputs[0] for r in pieces.get(tensor.index, [])]
         if same and all(same):
             notes.append(f"{expert.name}: is the base, byte for byte, and adds nothing")

@@ -26,7 +26,7 @@ def model_fingerprint(tensors: dict[str, str]) -> str:
 
 def tensor_fingerprint(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
     """Read a tensor and return its fingerprint."""
-    step, width = 1 << 19, tensor.dtype.itemsize
+    step, width = 1 << 19, tensor.plain.itemsize
     buffer = np.empty(min(step, tensor.numel) * width, np.uint8)
     low = high = 0
     for start in range(0, tensor.numel, step):

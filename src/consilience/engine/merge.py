@@ -83,7 +83,7 @@ def _write_heads(folder: Path, plan: Plan) -> None:
         if not names:
             continue
         sources = {name: expert.source(name) for name in names if _has(expert, name)}
-        tensors = [(n, s.dense.dtype, s.dense.shape) for n, s in sources.items() if s.dense is not None]
+        tensors = [(n, s.dense.plain, s.dense.shape) for n, s in sources.items() if s.dense is not None]
         header, _ = encode_header(tensors, {"format": "pt"})
         folder.mkdir(exist_ok=True)
         with open(folder / f"{expert.name}.safetensors", "wb") as file:

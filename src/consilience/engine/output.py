@@ -13,7 +13,7 @@ from consilience.checkpoints.dtypes import TORCH_NAMES
 from consilience.checkpoints.files import Descriptors, check_link, copy_file
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import SAFETENSORS_INDEX, WEIGHT_SUFFIXES
-from consilience.checkpoints.packed import CONFIG_KEYS, quantises_when_run, without_quantization
+from consilience.checkpoints.packed import CONFIG_KEYS, QUANTIZATION_FILE, quantises_when_run, without_quantization
 from consilience.engine.chosen_files import ChosenFiles, chosen_files, output_configs
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.errors import InputError, MachineError
@@ -272,7 +272,7 @@ def copy_side_files(result: Path, plan: Plan) -> None:
         (result / name).parent.mkdir(parents=True, exist_ok=True)
         if str(name) == "config.json":
             write_json(result / name, output_config(output_configs(plan)[0] or read_object(source), plan))
-        elif not chosen.replaces(name):
+        elif not chosen.replaces(name) and (str(name) != QUANTIZATION_FILE or plan.alignment.packed.weights):
             copy_file(source, result / name, folder)
     write_chosen(result, chosen)
     main = [t for t in plan.tensors if not plan.layout.files[t.file].beginning]

@@ -12,6 +12,7 @@ from typing import Any
 from consilience import __version__
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.checkpoints.open import TORCH_SUFFIXES
+from consilience.checkpoints.packed import packing
 from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
@@ -23,6 +24,7 @@ from consilience.experts.embeddings import with_own_size, with_trained_rows
 from consilience.experts.flattened import unflatten
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
+from consilience.experts.quantised import in_floats, packed_target
 from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
@@ -185,7 +187,9 @@ class Plan:
 def _facts(tensor: TensorPlan) -> list[Any]:
     """Return what decides a tensor's bytes besides its inputs' bytes: values that come from configs and recipes."""
     sources = [(s.dense.name if s.dense else None, s.pair and (s.pair.scale, s.pair.transposed)) for s in tensor.rows]
-    return [tensor.name, tensor.stream, tensor.out_dtype.name, tensor.parameters, sources]
+    dense = [s.dense for s in (tensor.base, *tensor.rows) if s.dense is not None]
+    codecs = [repr(info.codec) for info in dense if info.codec is not None]
+    return [tensor.name, tensor.stream, tensor.out_dtype.name, tensor.parameters, sources, codecs]
 
 
 def resolve_file(path: str, root: Path | None) -> Path:
@@ -343,7 +347,25 @@ class _Context:
     where: str
 
 
-def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> tuple[Model | None, list[tuple[Model, int]]]:
+_Models = tuple[Model | None, list[tuple[Model, int]]]
+
+
+def _comparable(base: Model | None, numbered: list[tuple[Model, int]]) -> _Models:
+    """Return the models with tensors of one set of names, in values where something is to be merged.
+
+    Quantised weights that can be read as floats are, unless all that comes is adapters on other layers: then they are
+    copied as they are.
+    """
+    if base is not None and all(model.checkpoint is None for model, _ in numbered):
+        base, adapters = _named_alike(base, numbered)
+        assert base is not None
+        packed = packing(base.checkpoint)
+        if not any(packed_target(model, base, packed) for model, _ in adapters):
+            return base, adapters
+    return _named_alike(base and in_floats(base), [(in_floats(model), number) for model, number in numbered])
+
+
+def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> _Models:
     """Let all models call tensors what the base's files call them, and turn adapters' updates as these store them."""
     first = base or numbered[0][0]
     if first.checkpoint is None:
@@ -401,7 +423,7 @@ def make_plan(
     if not numbered:
         raise InputError(f"{where}: the only model it names is the base itself, {recipe.base_model}; name its experts")
     check_count(method, base, len(numbered), where)
-    base, numbered = _named_alike(base, numbered)
+    base, numbered = _comparable(base, numbered)
     experts = [model for model, _ in numbered]
     alignment = align(base, experts, recipe.private)
     donor = alignment.donor

@@ -118,7 +118,7 @@ class Worker:
         info, storage = tensor.base.dense, tensor.base.storage
         assert info is not None
         assert storage is not None
-        width = info.dtype.itemsize
+        width = info.plain.itemsize
         step = 1 << 20
         for at in range(start, stop, step):
             end = min(stop, at + step)
@@ -129,7 +129,7 @@ class Worker:
             packed = tensor.name in self.plan.alignment.packed.parts  # of which a float type may be a disguise
             if info.dtype.mergeable and not packed and not self.plan.allow_nonfinite:
                 values = self.scratch.array("check", (end - at,), np.float64 if tensor.wide else np.float32)
-                decode(copied, info.dtype, values)
+                decode(copied, info.plain, values)
                 if count_nonfinite(values, values.dtype.type(np.finfo(values.dtype).max)):
                     raise NonFinite(self.plan.alignment.owner(tensor.name), tensor.name, tensor.base)
             self.sink.write(tensor, at * width, copied)
@@ -140,7 +140,7 @@ class Worker:
         record = Record(tensor.index, segment, [[0, 0] for _ in range(len(tensor.rows) + 1)], [0, 0])
         info = tensor.base.dense
         assert info is not None
-        if program is None and info.dtype is tensor.out_dtype and tensor.base.pair is None:
+        if program is None and info.plain is tensor.out_dtype and tensor.base.pair is None:
             self._copy(tensor, start, stop, record)
             return record
         loader = self.loader(tensor, first=tensor.passes == 1)

@@ -181,7 +181,8 @@ def _check_adapter(model: Model, donor: Model, tensors: dict[str, TensorInfo], p
 
 def _reading_notes(model: Model) -> list[str]:
     """Return what to say of how a model was read: choices that its files left open, and tensors that were renamed."""
-    said = [f"{model.name}: {note}" for note in model.adapter.notes] if model.adapter is not None else []
+    parts = (model.checkpoint, model.adapter)
+    said = [f"{model.name}: {note}" for part in parts if part is not None for note in part.notes]
     if not model.names:
         return said
     new, old = next(iter(model.names.items()))

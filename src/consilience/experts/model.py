@@ -39,7 +39,7 @@ class Source:
     def nbytes(self) -> int:
         """Bytes read to make the tensor once."""
         factors = self.pair.a.nbytes + self.pair.b.nbytes if self.pair else 0
-        return factors + (self.dense.nbytes if self.dense else 0)
+        return factors + (self.dense.stored_nbytes if self.dense else 0)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Quantised weights in a merge: copied where nothing changes them, else refused by the name of their format."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from consilience.checkpoints.checkpoint import TensorInfo
 from consilience.checkpoints.dtypes import DType
+from consilience.checkpoints.fp8 import read_as_floats
 from consilience.checkpoints.packed import (
     PackedWeight,
     Packing,
@@ -73,7 +75,28 @@ def _stored(model: Model, weight: PackedWeight) -> str:
 def _plain(model: Model, name: str) -> str:
     assert model.checkpoint is not None
     info = model.checkpoint.tensors.get(name)
+    if info is not None and info.codec is not None:
+        return f"as {info.codec.parts[0].dtype.name} with scales"
     return "not at all" if info is None else f"unquantised ({info.dtype.name})"
+
+
+def in_floats(model: Model) -> Model:
+    """Return a model whose quantised weights are tensors of floats, if they can be read so.
+
+    Raises:
+        InputError: they could be, and a scale is missing, or of the wrong shape.
+    """
+    return model if model.checkpoint is None else replace(model, checkpoint=read_as_floats(model.checkpoint))
+
+
+def packed_target(model: Model, donor: Model, packed: Packing) -> tuple[str, PackedWeight] | None:
+    """Return what an adapter changes of the weights that the donor stores packed, and which; None: nothing."""
+    adapter = model.adapter
+    assert adapter is not None
+    targets = sorted(adapter.pairs.keys() | adapter.whole.keys() | adapter.tokens.keys())
+    renames = _packed_names(targets, donor, packed)
+    weights = ((name, packed.get(renames.get(name, name))) for name in targets)
+    return next(((name, weight) for name, weight in weights if weight is not None), None)
 
 
 def refuse_packed_target(model: Model, donor: Model, packed: Packing) -> None:
@@ -82,17 +105,12 @@ def refuse_packed_target(model: Model, donor: Model, packed: Packing) -> None:
     Raises:
         InputError: names the weight, its format and what to pass instead.
     """
-    adapter = model.adapter
-    assert adapter is not None
-    targets = sorted(adapter.pairs.keys() | adapter.whole.keys() | adapter.tokens.keys())
-    renames = _packed_names(targets, donor, packed)
-    for name in targets:
-        weight = packed.get(renames.get(name, name))
-        if weight is not None:
-            raise InputError(
-                f"{model.reference}: it adapts {name!r}, and in {donor.reference} {_stored(donor, weight)}; "
-                f"{weight.advice}"
-            )
+    changed_weight = packed_target(model, donor, packed)
+    if changed_weight is not None:
+        name, weight = changed_weight
+        raise InputError(
+            f"{model.reference}: it adapts {name!r}, and in {donor.reference} {_stored(donor, weight)}; {weight.advice}"
+        )
 
 
 def _packed_names(targets: list[str], donor: Model, packed: Packing) -> dict[str, str]:

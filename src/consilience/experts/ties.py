@@ -193,4 +193,4 @@ def _same_factor(one: tuple[Storage, TensorInfo], other: tuple[Storage, TensorIn
 
 def _items(storage: Storage, tensor: TensorInfo) -> Bytes:
     """Return a matrix as [rows, columns, bytes of an element]."""
-    return raw(storage, tensor, 0, tensor.numel).reshape(*tensor.shape, tensor.dtype.itemsize)
+    return raw(storage, tensor, 0, tensor.numel).reshape(*tensor.shape, tensor.plain.itemsize)

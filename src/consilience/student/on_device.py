@@ -28,7 +28,7 @@ def read_flat(info: TensorInfo, storage: Storage, buffer: Bytes | None = None) -
     """Return a stored tensor in its own type: flat, in this machine's memory, in ``buffer`` [nbytes] if given."""
     import torch
 
-    kind = getattr(torch, TORCH_NAMES[info.dtype.name])
+    kind = getattr(torch, TORCH_NAMES[info.plain.name])
     return torch.from_numpy(raw(storage, info, 0, info.numel, buffer)).view(kind)
 
 

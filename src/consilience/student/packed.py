@@ -21,7 +21,7 @@ def suits(tensor: TensorPlan) -> bool:
     program, base = tensor.program, tensor.base
     plain = program is not None and not program.stages and base.pair is None and not tensor.wide
     sources = [base, *(row for row in tensor.rows if not row.untouched)]
-    stored = all(s.pair is None and s.dense is not None and s.dense.dtype.name == "BF16" for s in sources)
+    stored = all(s.pair is None and s.dense is not None and s.dense.plain.name == "BF16" for s in sources)
     return plain and stored and len(sources) > 1
 
 

@@ -80,6 +80,12 @@ def _folder(plan: Plan) -> Any:
             f"{base.reference if base else 'base_model'}: learning needs a Hugging Face folder (config.json, weights, "
             "tokenizer) as the base"
         )
+    coded = next((name for name, info in base.checkpoint.tensors.items() if info.codec is not None), None)
+    if coded is not None:
+        raise InputError(
+            f"{base.reference}: its weights are quantised ({coded!r} for one), and learning runs the base; write it as "
+            "floats first: a recipe with merge_method: linear and this model alone does"
+        )
     vocabulary = plan.alignment.vocabulary
     if vocabulary.tensors:
         raise InputError(
