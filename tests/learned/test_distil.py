@@ -274,7 +274,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(place: Path, tm
 
 def test_early_stopping_comes_back_to_the_best_correction(place: Path, tmp_path: Path):
     """At a step size that ruins the merge the best is the start: coefficients at the anchor and no correction."""
-    ruined = recipe(place, "full", "small", holdout=0.34, correction_rate=30.0, steps=12)
+    ruined = recipe(place, "full", "small", holdout=0.34, correction_rate=30.0, correction_ridge=0, steps=12)
     cs.merge_recipe(ruined, tmp_path / "out")
     found = cs.load_coefficients(tmp_path / "out")
     assert found.facts["step"] == 0

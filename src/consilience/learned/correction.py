@@ -3,8 +3,8 @@
     theta^l = theta_0^l + sum_k alpha_k^l tau_k^l + dL R_0 + L_0 dR,        tau_k ~ L_k R_k at rank r
     L_0 = [L_1 ... L_K],  R_0 = [R_1; ...; R_K],  L_k = U_r S_r^(1/2),  R_k = S_r^(1/2) V_r^T   (tau_k = U S V^T)
 
-dL [m, K r] and dR [K r, n] are trained and start at 0, so that the correction starts at 0 with a gradient for both:
-these are the first-order changes of the experts' factors, where a fresh adapter has to find its directions first.
+dL [m, K r] and dR [K r, n] are trained; at 0 there is a gradient for both (``regression.py`` has a better start): these
+are the first-order changes of the experts' factors, where a fresh adapter has to find its directions first.
 Adapters of rank r or less keep theirs exactly; other task vectors are cut to rank r by a randomised SVD. Written down
 it is a PEFT adapter of rank 2 K r: B = [dL, L_0], A = [R_0; dR].
 """
@@ -40,12 +40,15 @@ class Correction:
                 "correction_rank: the model has no linear layer of its own that an expert changes; use expert_merging"
             )
         self.student, self.active = student, True
+        self.layers: dict[str, Any] = {}
         self.fixed: dict[str, tuple[Any, Any]] = {}
+        self._ranks: dict[str, list[int]] = {}
         self.parameters: dict[str, Any] = {}
         for name, layer in layers.items():
-            left, right = _directions(student, name, rank, seed)
+            left, right, ranks = _directions(student, name, rank, seed)
             if left.shape[1] == 0:
                 continue
+            self.layers[name], self._ranks[name] = layer, ranks
             self.fixed[name] = left, right
             for side, like in (("left", left), ("right", right)):
                 self.parameters[f"{name}.{side}"] = torch.zeros_like(like).requires_grad_(True)
@@ -61,6 +64,12 @@ class Correction:
             if factored is not None and factored.takes_correction:
                 moved = (self.parameters[f"{name}.{side}"] for side in ("left", "right"))
                 factored.correction = (*sides, *moved) if on else None
+
+    def directions(self, name: str, expert: int) -> Any:
+        """Return R_k [r, n] of a layer and an expert; r is 0 where the expert does not change it."""
+        ranks = self._ranks[name]
+        first = sum(ranks[:expert])
+        return self.fixed[name][1][first : first + ranks[expert]]
 
     @property
     def rank(self) -> int:
@@ -113,12 +122,13 @@ def _task_type(model: Any) -> str:
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
-def _directions(student: Student, name: str, rank: int, seed: int) -> tuple[Any, Any]:
-    """Return L_0 [m, sum r] and R_0 [sum r, n] of a matrix, in the precision that gradients are taken in."""
+def _directions(student: Student, name: str, rank: int, seed: int) -> tuple[Any, Any, list[int]]:
+    """Return L_0 [m, sum r], R_0 [sum r, n] and every expert's r, in the precision that gradients are taken in."""
     tensor = student.bank.tensors[name]
     kind = torch.float64 if student.settings.precision == "float64" else torch.float32
     lefts: list[Any] = []
     rights: list[Any] = []
+    ranks = [0] * len(tensor.rows)
     for expert, row in enumerate(tensor.rows):
         if row.untouched:
             continue
@@ -126,11 +136,12 @@ def _directions(student: Student, name: str, rank: int, seed: int) -> tuple[Any,
         left, right = _of_pair(row, rank) if only_pair else _of_weights(student, name, expert, rank, seed)
         lefts.append(left)
         rights.append(right)
+        ranks[expert] = left.shape[1]
     m, n = tensor.shape
     left = torch.cat(lefts, 1) if lefts else torch.zeros(m, 0)
     right = torch.cat(rights, 0) if rights else torch.zeros(0, n)
     device = student.settings.device
-    return left.to(device=device, dtype=kind), right.to(device=device, dtype=kind)
+    return left.to(device=device, dtype=kind), right.to(device=device, dtype=kind), ranks
 
 
 def _of_pair(row: Source, rank: int) -> tuple[Any, Any]:

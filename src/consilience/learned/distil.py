@@ -14,17 +14,23 @@ from consilience.errors import InputError
 from consilience.learned.align import AlignmentSettings, minimise, optimizer_of, report
 from consilience.learned.compare import compared
 from consilience.learned.correction import Correction, state_of
+from consilience.learned.regression import start_by_regression
 from consilience.learned.run import Run, open_workshop
 from consilience.optimizers.gradient import Loss, Optimizer, Schedule, Terms, rate_at
+
+#: Share of the steps over which the correction's step size rises: Adam's first steps are as long as any, whatever the
+#: gradient, and would undo the regression that it starts from.
+WARM = 0.1
 
 
 @dataclass(frozen=True)
 class CorrectionSettings:
-    """How the correction is learned: directions of every expert, step size, weight decay."""
+    """How the correction is learned: directions of every expert, step size, weight decay, ridge of the regression."""
 
     rank: int
     rate: float
     decay: float
+    ridge: float
 
 
 class Distiller:
@@ -47,8 +53,9 @@ class Distiller:
 
     def step(self, loss: Loss, number: int) -> Terms:
         """Do step ``number`` and return the terms of the loss before it."""
+        warm = min(1.0, (number + 1) / max(1.0, WARM * self._steps))
         for group in self._adam.param_groups:
-            group["lr"] = self.settings.rate * rate_at(self._schedule, number, self._steps)
+            group["lr"] = self.settings.rate * warm * rate_at(self._schedule, number, self._steps)
         self._adam.zero_grad()
         terms = self.inner.step(loss, number)
         self._adam.step()
@@ -116,6 +123,8 @@ def learn_distilled(
     try:
         run.progress.phase("directions of the experts")
         correction = Correction(shop.student, wanted.rank, run.seed)
+        if wanted.ridge:
+            start_by_regression(shop, correction, start.alpha, wanted.ridge)
         optimizer = Distiller(
             optimizer_of(start, settings, run.seed), correction, wanted, settings.schedule, settings.steps
         )

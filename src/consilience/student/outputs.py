@@ -64,13 +64,13 @@ class Reader:
 
     def run(self, batch: Batch) -> tuple[Outputs, Any]:
         """Run the model on a batch; gradients flow if they are enabled. Also returns the targets [N] (-1: none)."""
-        inputs, where, targets = self._inputs(batch)
+        inputs, where, targets = self.inputs(batch)
         with self.student.compute(), watching(self.student.model, self.layers) as seen:
             states = self.readout.states(inputs, where)
         blocks = {layer: values[where] for layer, values in seen.items()}
         return Outputs(states, blocks, self.head), targets
 
-    def _inputs(self, batch: Batch) -> tuple[dict[str, Any], tuple[Any, Any], Any]:
+    def inputs(self, batch: Batch) -> tuple[dict[str, Any], tuple[Any, Any], Any]:
         """Return a batch's inputs, packed where that is the same and pays, its compared positions and their targets."""
         inputs, where, targets = batch.inputs(self.student.model)
         packed = packed_inputs(batch, self.student.model) if self.packs else None
