@@ -16,10 +16,10 @@ def expert_merging_distil(
     run: Any,
     *,
     alphabar: Annotated[PerExpert, Default(0.4), "anchor and start: the Task Arithmetic coefficient"],
-    learning_rate: Annotated[float, Default(0.02), Range(0), "step size, in alpha (in logits for sigmoid)"],
+    learning_rate: Annotated[float, Default(0.01), Range(0), "step size, in alpha (in logits for sigmoid)"],
     steps: Annotated[int, Default(200), Range(0), "optimizer steps, of coefficients and correction together"],
     correction_rank: Annotated[int, Default(8), Range(1), "directions of each expert's update that are moved"],
-    correction_rate: Annotated[float, Default(8e-4), Range(0), "step size of the correction (AdamW), after a warm-up"],
+    correction_rate: Annotated[float, Default(4e-4), Range(0), "step size of the correction (AdamW), after a warm-up"],
     correction_decay: Annotated[float, Default(0.0), Range(0), "weight decay of the correction"],
     correction_ridge: Annotated[
         float, Default(0.01), Range(0), "ridge of the regression that the correction starts from; 0: it starts at 0"
