@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import pytest
 
-from consilience.engine.kernels import jit
+from consilience import jit
 
 
 @pytest.mark.parametrize("kind", ["kernel", "inlined", "reporting"])
