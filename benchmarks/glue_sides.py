@@ -109,16 +109,16 @@ class Case:
         from consilience.mixing.problem import TargetLoss
         from consilience.mixing.target import Target, Tensors
         from consilience.optimizers.anchor import Anchor
-        from consilience.optimizers.gradient import Descent
         from consilience.optimizers.make import make_optimizer
         from consilience.optimizers.parameterisation import parameterise
+        from consilience.optimizers.settings import Descent
 
         bank = ExpertBank.of(self.experts, self.net)
         loss = TargetLoss(bank, self.net, Target(Tensors(self.images, self.labels), batch_size=BATCH))
         start = bank.table([1.0 / len(self.experts)] * len(self.experts))
         mapped = parameterise("softmax", start, [True])
         anchor = Anchor(mapped.start, mapped.learned, 0.0)
-        return loss, make_optimizer(optimizer, Descent("sgd", 0.1, 100, "constant"), mapped, anchor, 0)
+        return loss, make_optimizer(optimizer, Descent("sgd", 0.1, 100, schedule="constant"), mapped, anchor, 0)
 
 
 Step = Callable[[int], None]

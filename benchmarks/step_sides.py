@@ -139,10 +139,12 @@ def _descend(spec: Spec, plan: Any, start: Any) -> Found:
 
     from consilience.learned.problem import Problem
     from consilience.learned.run import middle
+    from consilience.objectives.alignment import Hidden, Logits
     from consilience.objectives.objective import Objective
     from consilience.optimizers.anchor import Anchor
-    from consilience.optimizers.gradient import Descent, Gradient
+    from consilience.optimizers.gradient import Gradient
     from consilience.optimizers.parameterisation import parameterise
+    from consilience.optimizers.settings import Descent
     from consilience.student.bank import Bank
     from consilience.student.calibration import Batch, Sample
     from consilience.student.outputs import Reader
@@ -169,7 +171,7 @@ def _descend(spec: Spec, plan: Any, start: Any) -> Found:
 
     # The mean over the one sample of a step: what the straightforward side minimises too.
     plain = problem_of(Objective(total="mean"))
-    hidden = problem_of(Objective(hidden=1.0, layers=reader.layers, total="mean"))
+    hidden = problem_of(Objective(terms=(Logits(), Hidden(1.0)), total="mean"))
     found = Found()
 
     def optimizer_of(problem: Problem) -> Callable[[int], Any]:

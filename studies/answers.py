@@ -150,16 +150,19 @@ def _tokens(found: Coefficients) -> dict[str, Any]:
 def _answers(method: str, files: Mapping[str, str], folder: Path) -> list[Task]:
     """Return the rows that a draw's merge learned from, written prompts included: seeds make the same answers."""
     from consilience.api import plan_recipe
-    from consilience.learned.align import AlignmentSettings
+    from consilience.learned.expert_merging import ExpertMerging
+    from consilience.learned.learning import start_of
     from consilience.learned.run import Run, open_workshop
+    from consilience.learned.settings import Start
+    from consilience.methods.signature import settings_of
 
     recipe = build_recipe(
         method, str(base_path()), experts("lora"), {},
         data={name: {"calibration": path} for name, path in files.items()},
     )  # fmt: skip
     plan = plan_recipe(recipe)
-    settings = AlignmentSettings.of(plan.learning)
-    shop = open_workshop(Run(plan, folder=folder), settings.start(Run(plan)), settings.data, teachers=False)
+    learning, start = settings_of(ExpertMerging, plan.learning), settings_of(Start, plan.learning)
+    shop = open_workshop(Run(plan, folder=folder), start_of(Run(plan), start), learning.rows, teachers=False)
     shop.close()
     plan.close()
     rows: dict[int, list[Row]] = {}

@@ -14,8 +14,11 @@ from typing import Any
 import consilience as cs
 from consilience.api import build_recipe, plan_recipe
 from consilience.coefficients import Coefficients, save_coefficients
-from consilience.learned.align import AlignmentSettings
+from consilience.learned.expert_merging import ExpertMerging
+from consilience.learned.learning import start_of
 from consilience.learned.run import Machine, Run, open_workshop
+from consilience.learned.settings import Start
+from consilience.methods.signature import settings_of
 from consilience.objectives.objective import Objective
 from consilience.tasks import Task, evaluate, load_task
 from studies.cells import Study
@@ -174,10 +177,9 @@ def best_strength(kind: str, files: Mapping[str, str]) -> tuple[float, dict[str,
     )  # fmt: skip
     plan = plan_recipe(recipe)
     run = Run(plan, machine=Machine())
-    settings = AlignmentSettings.of(plan.learning)
-    start = settings.start(run)
-    shop = open_workshop(run, start, settings.data)
-    problem = shop.problem(Objective(logit=1.0))
+    start = start_of(run, settings_of(Start, plan.learning))
+    shop = open_workshop(run, start, settings_of(ExpertMerging, plan.learning).rows)
+    problem = shop.problem(Objective())
     trials: dict[str, float] = {}
     for strength in STRENGTHS:
         terms, _ = problem.evaluate(start.alpha * 0 + strength, shop.learn, gradient=False)

@@ -62,14 +62,14 @@ def _weights(answers: Mapping[str, Any], target: Any, kind: Any, seed: int) -> A
     from consilience.learned.loop import Stopping, descend
     from consilience.mixing.distill import FunctionLoss
     from consilience.optimizers.anchor import Anchor
-    from consilience.optimizers.gradient import Descent
     from consilience.optimizers.make import make_optimizer
     from consilience.optimizers.parameterisation import parameterise
+    from consilience.optimizers.settings import Descent, SpsaSettings
 
     loss = FunctionLoss(answers["train"], target.train[1], kind=kind, batch=128, seed=seed)
     held = FunctionLoss(answers["validation"], target.validation[1], kind=kind)
     mapped = parameterise("softmax", np.full((len(answers["train"]), 1), 1 / len(answers["train"])), [True])
-    settings = Descent("sgd", SEARCH["rate"], SEARCH["steps"], "cosine", mu=SEARCH["mu"], normalise=True)
+    settings = Descent("sgd", SEARCH["rate"], SEARCH["steps"], spsa=SpsaSettings(mu=SEARCH["mu"], normalise=True))
     optimizer = make_optimizer("spsa", settings, mapped, Anchor(mapped.start, mapped.learned, 0.0), seed)
     stopping = Stopping(lambda alpha: held(alpha, 0, gradient=False)[0]["target"], every=10, patience=5)
     return descend(optimizer, loss, SEARCH["steps"], stopping=stopping).alpha[:, 0]

@@ -35,10 +35,11 @@ from consilience.coefficients import Coefficients, constant, load_coefficients, 
 from consilience.coefficients.coefficients import Alpha
 from consilience.engine.merge import run_merge
 from consilience.engine.plan import make_plan
-from consilience.learned.align import AlignmentSettings
+from consilience.learned.expert_merging import PRESETS, ExpertMerging, expert_merging
 from consilience.learned.loop import schedule
 from consilience.learned.run import Machine, Run, Workshop, groups_of, open_workshop
-from consilience.objectives.alignment import logit_divergence, soft_cross_entropy
+from consilience.methods.signature import settings_of
+from consilience.objectives.alignment import Hidden, Logits, logit_divergence, soft_cross_entropy
 from consilience.objectives.objective import Objective
 from consilience.recipe.schema import parse_recipe
 from consilience.student.bank import mergeable
@@ -244,7 +245,7 @@ def opened(
     if chunks is not None:
         tensors = [tensor for group in start.groups for tensor in group.tensors]
         start = constant(names, make_groups(tensors, grouping, chunks), [0.3] * len(names))
-    shop = open_workshop(run, start, replace(settings_of().data, tokens=tokens), layers=layers, precision=precision)
+    shop = open_workshop(run, start, replace(paper_settings().rows, tokens=tokens), layers=layers, precision=precision)
     try:
         yield shop, start
     finally:
@@ -252,12 +253,10 @@ def opened(
         plan.close()
 
 
-def settings_of(**changes: Any) -> AlignmentSettings:
-    """The settings of a recipe that names the paper's preset, but for ``changes``."""
-    from consilience.learned.expert_merging import PRESETS, expert_merging
-
+def paper_settings() -> ExpertMerging:
+    """The settings of a recipe that names the paper's preset."""
     values = {name: parameter.default for name, parameter in expert_merging.parameters.items()}
-    return AlignmentSettings.of(values | PRESETS["paper"] | changes)
+    return settings_of(ExpertMerging, values | PRESETS["paper"])
 
 
 def deltas(place: Path, name: str) -> State:
@@ -369,7 +368,7 @@ def test_the_gradient_is_that_of_autograd_through_an_explicit_merge(
 ) -> None:
     with opened(zoo, names, grouping=grouping, chunks=chunks, layers=(1,)) as (shop, start):
         alpha = random_alpha(start)
-        problem = shop.problem(Objective(logit=0.7, hidden=0.4, layers=(1,)))
+        problem = shop.problem(Objective(terms=(Logits(0.7), Hidden(0.4))))
         chosen = [i for i in range(len(shop.samples)) if i % 3 < 2]
         terms, gradient = problem.evaluate(alpha, chosen, gradient=True)
         samples = [shop.samples[i] for i in chosen]
@@ -399,7 +398,7 @@ def test_reducing_beside_the_backward_pass_equals_accumulating_first(zoo: Path, 
 def test_a_lone_expert_at_coefficient_one_has_no_loss_and_no_gradient(zoo: Path) -> None:
     for name in ("a", "lora"):
         with opened(zoo, [name], layers="middle") as (shop, start):
-            problem = shop.problem(Objective(logit=1.0, hidden=1.0, layers=shop.reader.layers))
+            problem = shop.problem(Objective(terms=(Logits(), Hidden(1.0))))
             chosen = range(len(shop.samples))
             terms, gradient = problem.evaluate(np.ones_like(start.alpha), chosen, gradient=True)
             assert gradient is not None
@@ -450,7 +449,7 @@ EXCLUDE = ("*norm*", "*embed*", "lm_head*", "*.0.mlp.*")
 
 def test_only_tensors_with_coefficients_are_trained_and_nothing_else_changes(zoo: Path) -> None:
     with opened(zoo, ["a", "lora"], exclude=EXCLUDE, layers="middle", precision="float32") as (shop, start):
-        problem = shop.problem(Objective(hidden=1.0, layers=shop.reader.layers))
+        problem = shop.problem(Objective(terms=(Logits(), Hidden(1.0))))
         chosen = range(len(shop.samples))
         for seed in range(2):
             problem.evaluate(random_alpha(start, seed), chosen, gradient=True)

@@ -19,10 +19,13 @@ from consilience.coefficients.listing import coefficient_facts, coefficient_line
 from consilience.errors import InputError
 from consilience.learned import answers as asked
 from consilience.learned import written as writing
-from consilience.learned.align import AlignmentSettings
 from consilience.learned.compare import STRENGTHS
+from consilience.learned.expert_merging import ExpertMerging
+from consilience.learned.learning import start_of
 from consilience.learned.run import Run, Workshop, open_workshop
+from consilience.learned.settings import Start
 from consilience.learned.written import common_beginning, common_ending
+from consilience.methods.signature import settings_of
 from consilience.recipe.schema import parse_recipe
 from consilience.student.calibration import batches
 from consilience.tasks import Row, Task, encode, sample
@@ -40,8 +43,8 @@ def recipe(zoo: Path, *names: str, seed: int = 0, **parameters: Any) -> Any:
 def workshop(zoo: Path, *names: str, folder: Path | None = None, seed: int = 0, **parameters: Any) -> Workshop:
     plan = plan_recipe(recipe(zoo, *names, seed=seed, **parameters))
     run = Run(plan, folder=folder)
-    settings = AlignmentSettings.of(plan.learning)
-    return open_workshop(run, settings.start(run), settings.data, precision="float32")
+    rows = settings_of(ExpertMerging, plan.learning).rows
+    return open_workshop(run, start_of(run, settings_of(Start, plan.learning)), rows, precision="float32")
 
 
 def load(folder: Path) -> Any:
@@ -245,10 +248,10 @@ def test_held_weights_of_factored_layers_are_what_autocast_makes_of_them(zoo: Pa
     def states() -> tuple[Any, set[torch.dtype]]:
         plan = plan_recipe(recipe(zoo, "lora", responses="given"))
         run = Run(plan)
-        settings = AlignmentSettings.of(plan.learning)
-        start = settings.start(run)
+        settings = settings_of(ExpertMerging, plan.learning)
+        start = start_of(run, settings_of(Start, plan.learning))
         monkeypatch.setattr("consilience.student.factored.TOKENS", 1 << 20)  # these layers are too narrow to pay
-        shop = open_workshop(run, start, settings.data, precision="mixed")
+        shop = open_workshop(run, start, settings.rows, precision="mixed")
         try:
             assert shop.student.factored
             held = {shop.student.parameters[name].dtype for name in shop.student.factored}
@@ -334,11 +337,11 @@ def test_rows_of_several_experts_in_one_pass_give_the_same_loss_and_gradient(zoo
     write_rows(place / "rows" / "other.jsonl", sentences(4, 5))
     plan = plan_recipe(recipe(place, "lora", "other"))
     run = Run(plan)
-    settings = AlignmentSettings.of(plan.learning)
-    start = settings.start(run)
-    shop = open_workshop(run, start, settings.data, precision="float64")
+    settings = settings_of(ExpertMerging, plan.learning)
+    start = start_of(run, settings_of(Start, plan.learning))
+    shop = open_workshop(run, start, settings.rows, precision="float64")
     try:
-        problem = shop.problem(settings.objective(()))
+        problem = shop.problem(settings.objective)
         assert problem.mixed
         together = problem.evaluate(start.alpha, shop.learn, gradient=True)
         problem.mixed = False
@@ -356,6 +359,6 @@ def test_rows_of_several_experts_in_one_pass_give_the_same_loss_and_gradient(zoo
 def test_experts_with_heads_of_their_own_are_read_apart(zoo: Path):
     shop = workshop(zoo, "a", "b")
     try:
-        assert not shop.problem(AlignmentSettings.of(shop.run.plan.learning).objective(())).mixed
+        assert not shop.problem(settings_of(ExpertMerging, shop.run.plan.learning).objective).mixed
     finally:
         shop.close()

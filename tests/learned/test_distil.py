@@ -14,9 +14,12 @@ from torch.func import functional_call
 import consilience as cs
 from consilience.api import learn, plan_recipe
 from consilience.errors import InputError
-from consilience.learned.align import AlignmentSettings
 from consilience.learned.correction import Correction
+from consilience.learned.expert_merging import ExpertMerging
+from consilience.learned.learning import start_of
 from consilience.learned.run import Run, Workshop, open_workshop
+from consilience.learned.settings import Start
+from consilience.methods.signature import settings_of
 from consilience.progress import NullProgress
 from consilience.recipe.schema import parse_recipe
 from consilience.student.student import load_any
@@ -50,8 +53,8 @@ def recipe(place: Path, *names: str, **parameters: Any) -> Any:
 def workshop(place: Path, *names: str) -> Workshop:
     plan = plan_recipe(recipe(place, *names, precision="float64"))
     run = Run(plan)
-    settings = AlignmentSettings.of(plan.learning)
-    return open_workshop(run, settings.start(run), settings.data, precision="float64")
+    rows = settings_of(ExpertMerging, plan.learning).rows
+    return open_workshop(run, start_of(run, settings_of(Start, plan.learning)), rows, precision="float64")
 
 
 def task_vectors(place: Path, name: str) -> dict[str, torch.Tensor]:
@@ -128,9 +131,9 @@ def test_gradients_are_those_of_an_explicit_merge(place: Path, adapters: Path, k
         generator = torch.Generator().manual_seed(4)
         for value in correction.parameters.values():
             value.data.copy_(0.05 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
-        problem = shop.problem(AlignmentSettings.of(shop.run.plan.learning).objective(()))
+        problem = shop.problem(settings_of(ExpertMerging, shop.run.plan.learning).objective)
         terms, slopes = problem.evaluate(alpha, shop.learn, gradient=True)
-        start = AlignmentSettings.of(shop.run.plan.learning).start(shop.run)
+        start = start_of(shop.run, settings_of(Start, shop.run.plan.learning))
         weights = explicit(place, names, start, alpha, correction)
         loss = divergence(place, names, shop, weights)
         loss.backward()

@@ -13,9 +13,10 @@ from consilience.coefficients.coefficients import Alpha
 from consilience.learned import loop
 from consilience.learned.loop import Learned, Stopping, descend, schedule
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.gradient import Descent, Optimizer, Terms
+from consilience.optimizers.gradient import Optimizer, Terms
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import parameterise
+from consilience.optimizers.settings import Descent
 
 START = np.array([[0.3, 0.3], [0.2, 0.2]])
 STEPS = 9
@@ -48,7 +49,7 @@ class Walk:
 def make(name: str) -> Optimizer:
     mapped = parameterise("real", START, np.ones(2, bool))
     anchor = Anchor(mapped.start, mapped.learned, 0.01)
-    return make_optimizer(name, Descent(rate=0.05, steps=STEPS), mapped, anchor, 3)
+    return make_optimizer(name, Descent(learning_rate=0.05, steps=STEPS), mapped, anchor, 3)
 
 
 def square(alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:

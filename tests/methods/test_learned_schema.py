@@ -5,7 +5,7 @@ presets beside it. A change there is a change for everybody who wrote a recipe.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import pytest
 
 from consilience.cli.listing import method_facts
 from consilience.errors import InputError
+from consilience.learned.adamerging import AdaMerging
+from consilience.learned.expert_merging import ExpertMerging
 from consilience.methods.registry import load
-from consilience.methods.signature import Method
+from consilience.methods.signature import Method, settings_of
+from consilience.objectives import registry
 from consilience.recipe.resolve import Settings
 from consilience.recipe.schema import parse_recipe
 
@@ -64,8 +67,8 @@ def test_what_a_recipe_leaves_out_takes_the_default(name: str) -> None:
         (
             "least_squares",
             {"zzz": 1},
-            "r.yaml: parameters.zzz: method 'least_squares' has no such parameter (it has: alphabar, grouping, exclude, "
-            "beta, ridge, samples, responses, response_tokens, precision, batch_tokens)",
+            "r.yaml: parameters.zzz: method 'least_squares' has no such parameter (it has: alphabar, grouping, "
+            "exclude, beta, ridge, samples, responses, response_tokens, precision, batch_tokens)",
         ),
         ("expert_merging_pp", {"gamma": -1}, "r.yaml: parameters.gamma: -1.0 for tensor '': must lie in [0, inf]"),
         (
@@ -80,3 +83,15 @@ def test_what_is_wrong_is_said_in_the_same_words(name: str, parameters: dict[str
     with pytest.raises(InputError) as error:
         settings(load(name), parameters)
     assert str(error.value) == words
+
+
+def test_settings_made_in_python_have_the_same_defaults() -> None:
+    shown = {name: p.default for name, p in load("expert_merging").parameters.items()} | {"beta": (1.0,)}
+    own, plain = settings_of(ExpertMerging, shown), ExpertMerging()
+    for part in ("space", "anchor", "data", "optimizer", "descent", "loop", "compute", "score"):
+        assert getattr(own, part) == getattr(plain, part)
+    assert replace(own.objective, terms=(), beta=()) == replace(plain.objective, terms=())
+    assert own.objective.terms == tuple(term() for term in registry.terms())
+    shown = {name: p.default for name, p in load("adamerging").parameters.items()}
+    own = settings_of(AdaMerging, shown | {"alphabar": (0.3, 0.4), "beta": (1.0, 2.0)})
+    assert own == AdaMerging(alphabar=(0.3, 0.4), beta=(1.0, 2.0))

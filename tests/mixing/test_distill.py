@@ -22,8 +22,9 @@ from consilience.mixing.distill import (
     mixture,
 )
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.gradient import Descent, Gradient
+from consilience.optimizers.gradient import Gradient
 from consilience.optimizers.parameterisation import parameterise
+from consilience.optimizers.settings import Descent
 
 KINDS: tuple[Kind, Kind] = ("logits", "probabilities")
 
@@ -107,7 +108,7 @@ def test_the_better_expert_gets_the_weight(kind: Kind) -> None:
     answers, labels = draw(rows=200)
     answers[2] = torch.log_softmax(4.0 * torch.nn.functional.one_hot(labels, 4), -1)
     start = parameterise("softmax", np.full((3, 1), 1 / 3), np.array([True]))
-    optimizer = Gradient(Descent(rate=0.2, steps=100), start, Anchor(start.start, start.learned, 0.0))
+    optimizer = Gradient(Descent(learning_rate=0.2, steps=100), start, Anchor(start.start, start.learned, 0.0))
     loss = FunctionLoss(answers, labels, kind=kind, batch=50)
     for number in range(100):
         optimizer.step(loss, number)

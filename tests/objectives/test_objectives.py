@@ -1,7 +1,8 @@
 """The terms of the loss against numpy, and what holds of them for any numbers."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,12 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consilience.errors import InputError
-from consilience.learned.align import AlignmentSettings
-from consilience.objectives import objective as module
-from consilience.objectives.alignment import hidden_distance, logit_divergence, logit_loss, soft_cross_entropy
-from consilience.objectives.entropy import prediction_entropy
+from consilience.learned.expert_merging import ExpertMerging, expert_merging
+from consilience.methods.signature import Range, parameters_of, settings_of
+from consilience.objectives import registry
+from consilience.objectives.alignment import (
+    Hidden,
+    Logits,
+    hidden_distance,
+    logit_divergence,
+    logit_loss,
+    soft_cross_entropy,
+)
+from consilience.objectives.entropy import Entropy, prediction_entropy
 from consilience.objectives.objective import Objective
-from consilience.objectives.target import target_loss
+from consilience.objectives.target import Target, target_loss
+from consilience.objectives.term import Compared, Term
+from consilience.student import outputs as module
 from consilience.student.outputs import Head, Outputs, token_blocks
 
 Array = Any
@@ -141,14 +152,14 @@ def head_of(seed: int) -> Head:
     return Head(made(seed, VOCABULARY, WIDTH, size=1.0), made(seed + 1, VOCABULARY, size=1.0))
 
 
-ALL = Objective(logit=1.0, hidden=1.0, entropy=1.0, target=1.0, layers=(1, 3), temperature=2.0, distance="l2")
+ALL = Objective(terms=(Logits(1.0, 2.0), Hidden(1.0, hidden_distance="l2"), Entropy(1.0), Target(1.0)))
 
 
 def test_terms_are_weighted_sums_over_positions() -> None:
     ours, expert = outputs(0, head_of(3)), outputs(1, head_of(5))
     weights = made(9, POSITIONS).abs()
     targets = torch.from_numpy(np.random.default_rng(0).integers(-1, VOCABULARY, POSITIONS))
-    found = ALL.terms(ours, expert, targets, weights, {}, VOCABULARY)
+    found = ALL.losses(Compared(ours, expert, targets, weights, {}, VOCABULARY))
     w = weights.numpy()
 
     def logits(one: Outputs) -> Array:
@@ -177,7 +188,7 @@ def test_blocks_of_tokens_make_no_difference(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "token_blocks", lambda n, v, limit=limit: token_blocks(n, v, limit))
         head = Head(*(side.requires_grad_(True) for side in (made(3, VOCABULARY, WIDTH), made(4, VOCABULARY))))
         ours = outputs(0, head, leaf=True)
-        terms = ALL.terms(ours, outputs(1, head_of(5)), targets, weights, {}, VOCABULARY)
+        terms = ALL.losses(Compared(ours, outputs(1, head_of(5)), targets, weights, {}, VOCABULARY))
         leaves: Any = [ours.states, ours.blocks[1], head.weight, head.bias]
         total: Any = sum(terms.values())
         found.append([total.detach(), *torch.autograd.grad(total, leaves)])
@@ -196,30 +207,58 @@ def test_a_block_of_tokens_is_never_empty_and_covers_all() -> None:
 def test_states_that_are_logits_need_no_head() -> None:
     ours = Outputs(made(0, POSITIONS, VOCABULARY), {}, Head(None))
     expert = Outputs(made(1, POSITIONS, VOCABULARY), {}, Head(None))
-    terms = Objective().terms(ours, expert, torch.zeros(0), torch.ones(POSITIONS).double(), {}, VOCABULARY)
+    at = Compared(ours, expert, torch.zeros(0), torch.ones(POSITIONS).double(), {}, VOCABULARY)
+    terms = Objective().losses(at)
     assert float(terms["logit"]) == pytest.approx(kl(expert.states, ours.states, 1.0).sum(), rel=1e-9)
 
 
 def test_terms_without_a_weight_are_not_computed() -> None:
-    objective = Objective(logit=0.0, hidden=0.0, entropy=2.0)
+    objective = Objective(terms=(Logits(0.0), Hidden(0.0), Entropy(2.0)))
     assert objective.weights == {"entropy": 2.0}
-    assert not objective.needs_experts
-    terms = objective.terms(outputs(0, head_of(3)), None, torch.zeros(0), torch.ones(POSITIONS), {}, VOCABULARY)
-    assert list(terms) == ["entropy"]
-    assert Objective(hidden=1.0).needs_experts
+    assert not objective.reads_experts
+    at = Compared(outputs(0, head_of(3)), None, torch.zeros(0), torch.ones(POSITIONS), {}, VOCABULARY)
+    assert list(objective.losses(at)) == ["entropy"]
+    assert Objective(terms=(Hidden(1.0),)).reads_experts
 
 
-def settings_of(**changes: Any) -> AlignmentSettings:
-    from consilience.learned.expert_merging import expert_merging
+@dataclass(frozen=True)
+class Length(Term):
+    """The states' squared norm: an objective from outside."""
 
+    length_weight: Annotated[float, Range(0), "weight of the states' squared norm"] = 0.0
+
+    name: ClassVar[str] = "length"
+
+    def loss(self, compared: Compared) -> torch.Tensor:
+        return (compared.student.states.square().sum(-1) * compared.weights).sum()
+
+
+def test_a_further_objective_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TERMS", (*registry.TERMS, f"{__name__}:Length"))
+    shown = parameters_of(ExpertMerging)
+    names = list(shown)
+    assert names[names.index("target_weight") + 1 :][:2] == ["length_weight", "mean"]
+    assert (shown["length_weight"].default, shown["length_weight"].range) == (0.0, Range(0))
+    values = {name: parameter.default for name, parameter in shown.items()} | {"logit_weight": 0.0, "beta": (1.0,)}
+    with pytest.raises(InputError, match="target_weight, length_weight: all are 0"):
+        settings_of(ExpertMerging, values).objective.check()
+    objective = settings_of(ExpertMerging, values | {"length_weight": 0.5}).objective
+    assert objective.weights == {"length": 0.5}
+    ours, weights = outputs(0, head_of(3)), made(9, POSITIONS).abs()
+    found = objective.losses(Compared(ours, None, torch.zeros(0), weights, {}, VOCABULARY))
+    assert list(found) == ["length"]
+    assert float(found["length"]) == pytest.approx(float((weights.numpy() * (ours.states.numpy() ** 2).sum(1)).sum()))
+
+
+def aligned(**changes: Any) -> ExpertMerging:
     values = {name: parameter.default for name, parameter in expert_merging.parameters.items()}
-    return AlignmentSettings.of(values | {"hidden_weight": 1.0} | changes)
+    return settings_of(ExpertMerging, values | {"hidden_weight": 1.0} | changes)
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "nothing to minimise": (lambda: settings_of(logit_weight=0.0, hidden_weight=0.0).objective(()), "all are 0"),
-    "no block": (lambda: settings_of(hidden_layers=("last",)).layers, "hidden_layers"),
-    "an empty block": (lambda: settings_of(hidden_layers=("",)).layers, "hidden_layers"),
+    "nothing to minimise": (lambda: aligned(logit_weight=0.0, hidden_weight=0.0).objective.check(), "all are 0"),
+    "no block": (lambda: aligned(hidden_layers=("last",)).objective.layers, "hidden_layers"),
+    "an empty block": (lambda: aligned(hidden_layers=("",)).objective.layers, "hidden_layers"),
 }
 
 
@@ -231,12 +270,13 @@ def test_wrong_settings(name: str) -> None:
 
 
 def test_layers_by_number() -> None:
-    assert settings_of(hidden_layers=("7,15", "3")).layers == (7, 15, 3)
-    assert settings_of(hidden_layers=("middle",)).layers == "middle"
-    assert settings_of(hidden_weight=0.0).layers == ()
+    assert aligned(hidden_layers=("7,15", "3")).objective.layers == (7, 15, 3)
+    assert aligned(hidden_layers=("middle",)).objective.layers == "middle"
+    assert aligned(hidden_weight=0.0).objective.layers == ()
 
 
 def test_the_optimizers_own_settings_reach_it() -> None:
-    found = settings_of(optimizer="spsa", mu=0.2, directions=3, sigma=0.4, population=7, learning_rate=0.5).descent
-    assert (found.mu, found.directions, found.sigma, found.population) == (0.2, 3, 0.4, 7)
-    assert (found.rule, found.rate) == ("adam", 0.5)
+    found = aligned(optimizer="spsa", mu=0.2, directions=3, sigma=0.4, population=7, learning_rate=0.5).descent
+    assert (found.spsa.mu, found.spsa.directions) == (0.2, 3)
+    assert (found.cma.sigma, found.cma.population) == (0.4, 7)
+    assert (found.rule, found.learning_rate) == ("adam", 0.5)

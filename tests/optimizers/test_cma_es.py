@@ -8,8 +8,9 @@ from toy_losses import Linear, Quadratic, pieces
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.optimizers.cma_es import SEPARABLE_ABOVE, CmaEs
-from consilience.optimizers.gradient import Descent, Loss, Terms
+from consilience.optimizers.gradient import Loss, Terms
 from consilience.optimizers.parameterisation import Kind
+from consilience.optimizers.settings import CmaSettings, Descent
 
 START = np.array([[0.3, 0.3], [0.2, 0.2]])
 GOAL = np.array([[0.9, 0.1], [0.0, 0.6]])
@@ -60,7 +61,7 @@ def test_a_box_is_never_left() -> None:
 
 def test_a_step_is_a_generation_after_its_mean() -> None:
     loss = Quadratic(GOAL, noise=1.0)
-    optimizer = CmaEs(Descent(population=5), *pieces("real", START, gamma=0.5), seed=0)
+    optimizer = CmaEs(Descent(cma=CmaSettings(population=5)), *pieces("real", START, gamma=0.5), seed=0)
     for number in (3, 4):
         mean = optimizer.alpha
         loss.calls.clear()
@@ -73,7 +74,9 @@ def test_a_step_is_a_generation_after_its_mean() -> None:
 
 def test_sigma_is_the_first_populations_width() -> None:
     loss = Quadratic(np.zeros((2, 30)))
-    optimizer = CmaEs(Descent(sigma=0.2, population=40), *pieces("real", np.full((2, 30), 0.3)), seed=0)
+    optimizer = CmaEs(
+        Descent(cma=CmaSettings(sigma=0.2, population=40)), *pieces("real", np.full((2, 30), 0.3)), seed=0
+    )
     optimizer.step(loss, 0)
     drawn = np.array([alpha for _, _, alpha in loss.calls[1:]])
     assert drawn.std() == pytest.approx(0.2, rel=0.05)
@@ -104,7 +107,9 @@ def test_one_coefficient_or_none(learned: list[bool]) -> None:
 
 
 def test_a_long_run_does_not_collapse() -> None:
-    optimizer = run(CmaEs(Descent(population=4), *pieces("real", [[0.3]]), seed=0), Quadratic([[0.9]]), 400)
+    optimizer = run(
+        CmaEs(Descent(cma=CmaSettings(population=4)), *pieces("real", [[0.3]]), seed=0), Quadratic([[0.9]]), 400
+    )
     assert optimizer.alpha[0, 0] == pytest.approx(0.9, abs=1e-9)
     assert optimizer.strategy.stds.min() > 1e-13
 

@@ -9,8 +9,9 @@ from toy_losses import pieces
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.optimizers.diagnosis import FEWEST, Measured, Record, diagnose, pack, unpack
-from consilience.optimizers.gradient import Descent, Terms
+from consilience.optimizers.gradient import Terms
 from consilience.optimizers.parameterisation import Kind
+from consilience.optimizers.settings import Descent, adjust
 from consilience.optimizers.spsa import make_spsa, record_of
 
 patient = searching(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -34,7 +35,7 @@ class Regression:
 
 
 def after(loss: Regression, steps: int, rate: float, kind: Kind = "softmax", **more: Any) -> Record:
-    settings = Descent("sgd", rate, steps, "constant", **more)
+    settings = adjust(Descent("sgd", rate, steps, schedule="constant"), **more)
     optimizer = make_spsa(settings, *pieces(kind, np.full((4, 1), 0.25)), seed=0)
     for number in range(steps):
         optimizer.step(loss, number)
@@ -143,7 +144,7 @@ def test_many_weights_that_hover_about_the_best_have_converged() -> None:
 
 
 def _searched(loss: Any, count: int, steps: int, rate: float, **more: Any) -> Record:
-    settings = Descent("sgd", rate, steps, "constant", **more)
+    settings = adjust(Descent("sgd", rate, steps, schedule="constant"), **more)
     optimizer = make_spsa(settings, *pieces("softmax", np.full((count, 1), 1 / count)), seed=1)
     for number in range(steps):
         optimizer.step(loss, number)

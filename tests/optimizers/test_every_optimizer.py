@@ -5,9 +5,10 @@ import pytest
 from toy_losses import Quadratic, pieces
 
 from consilience.errors import InputError
-from consilience.optimizers.gradient import Descent, Gradient, Optimizer
+from consilience.optimizers.gradient import Gradient, Optimizer
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Kind
+from consilience.optimizers.settings import Descent, SpsaSettings
 
 NAMES = ["adam", "adamw", "sgd", "spsa", "cma"]
 #: With the one whose first candidate may be its start.
@@ -19,7 +20,7 @@ LEARNED = [True, False, True]
 
 
 def make(name: str, kind: Kind = "real", seed: int = 0) -> Optimizer:
-    settings = Descent(rate=0.05, steps=8, clip=1.0, weight_decay=1e-3, directions=2)
+    settings = Descent(learning_rate=0.05, steps=8, clip=1.0, weight_decay=1e-3, spsa=SpsaSettings(directions=2))
     return make_optimizer(name, settings, *pieces(kind, START, LEARNED, 0.05), seed)
 
 

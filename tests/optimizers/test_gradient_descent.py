@@ -7,8 +7,9 @@ from toy_losses import Linear, Quadratic, pieces, tensor
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.gradient import Descent, Gradient, Rule, Terms, rate_at
+from consilience.optimizers.gradient import Gradient, Terms, rate_at
 from consilience.optimizers.parameterisation import Kind
+from consilience.optimizers.settings import Descent, Rule
 
 START = [[0.3, 0.3, 0.3], [0.2, 0.2, 0.2]]
 GOAL = [[0.9, -0.4, 0.3], [0.1, 0.7, 1.4]]
@@ -30,7 +31,7 @@ def by_hand(settings: Descent, loss: Any, start: Any, steps: int) -> Alpha:
     first, second = settings.betas
     for t in range(steps):
         g = loss(w, t, gradient=True)[1]
-        rate = settings.rate * rate_at(settings.schedule, t, settings.steps)
+        rate = settings.learning_rate * rate_at(settings.schedule, t, settings.steps)
         if settings.rule != "adamw":
             g = g + settings.weight_decay * w
         if settings.clip:
@@ -49,7 +50,7 @@ def by_hand(settings: Descent, loss: Any, start: Any, steps: int) -> Alpha:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "restarts"])
 @pytest.mark.parametrize(("clip", "decay"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1)])
 def test_without_an_anchor_the_rules_are_the_textbooks(rule: Rule, schedule: Any, clip: float, decay: float) -> None:
-    settings = Descent(rule, 0.05, 60, schedule, clip, decay, betas=(0.8, 0.95), eps=1e-6)
+    settings = Descent(rule, 0.05, 60, decay, schedule, clip, betas=(0.8, 0.95), eps=1e-6)
     loss = Quadratic(GOAL, curvature(6), noise=0.1)
     optimizer = Gradient(settings, *pieces("real", START))
     follow(optimizer, loss, 60)

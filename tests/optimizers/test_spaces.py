@@ -12,9 +12,10 @@ from toy_losses import Quadratic, tensor
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.gradient import Descent, Terms
+from consilience.optimizers.gradient import Terms
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Parameterisation, parameterise
+from consilience.optimizers.settings import Descent, SpsaSettings
 from consilience.optimizers.spaces import (
     Space,
     Trusted,
@@ -74,7 +75,7 @@ def test_every_optimizer_moves_in_every_space(name: str, optimizer: str) -> None
         return {"loss": float(off @ off)}, (2 * tau @ off)[:, None] if gradient else None
 
     anchor = Anchor(mapped.start, mapped.learned, 0.0)
-    made = make_optimizer(optimizer, Descent(rate=0.01, steps=25), mapped, anchor, 0)
+    made = make_optimizer(optimizer, Descent(learning_rate=0.01, steps=25), mapped, anchor, 0)
     first = sum(loss(made.alpha, 0, gradient=False)[0].values())
     for number in range(25):
         made.step(loss, number)
@@ -83,7 +84,7 @@ def test_every_optimizer_moves_in_every_space(name: str, optimizer: str) -> None
         if "task" not in name:
             assert made.alpha.sum() == pytest.approx(1)
     assert sum(loss(made.alpha, 0, gradient=False)[0].values()) < first
-    other = make_optimizer(optimizer, Descent(rate=0.01, steps=25), mapped, anchor, 0)
+    other = make_optimizer(optimizer, Descent(learning_rate=0.01, steps=25), mapped, anchor, 0)
     other.restore(made.state())
     assert np.array_equal(other.alpha, made.alpha)
 
@@ -272,7 +273,11 @@ def test_screening_drops_what_is_not_finite_and_keeps_the_first_of_equals() -> N
         (lambda: screen([1.0], 0), "keep: 0 experts"),
         (
             lambda: make_optimizer(
-                "spsa", Descent(perturb="alpha"), maps()["low rank"], Anchor(tensor([[0.0]]), torch.ones(1), 0), 0
+                "spsa",
+                Descent(spsa=SpsaSettings(perturb="alpha")),
+                maps()["low rank"],
+                Anchor(tensor([[0.0]]), torch.ones(1), 0),
+                0,
             ),
             "perturb: alpha cannot be perturbed in low_rank coordinates",
         ),
@@ -289,6 +294,8 @@ def test_a_ball_bounds_spsas_outer_points_too() -> None:
     tau = experts(3)
     mapped = make_space("affine", uniform(3), ONE, gram=tau @ tau.T, radius=0.01)
     loss = Quadratic(np.array([[3.0], [0.0], [-2.0]]))
-    made = make_optimizer("spsa", Descent("sgd", mu=0.5), mapped, Anchor(mapped.start, mapped.learned, 0.0), 0)
+    made = make_optimizer(
+        "spsa", Descent("sgd", spsa=SpsaSettings(mu=0.5)), mapped, Anchor(mapped.start, mapped.learned, 0.0), 0
+    )
     made.step(loss, 0)
     assert all(distance(tau, alpha) <= 0.01 * (1 + 1e-6) for _, _, alpha in loss.calls)

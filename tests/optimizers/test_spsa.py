@@ -3,8 +3,8 @@ import pytest
 import torch
 from toy_losses import Linear, Quadratic, pieces, tensor
 
-from consilience.optimizers.gradient import Descent, Rule
 from consilience.optimizers.parameterisation import Kind
+from consilience.optimizers.settings import Descent, Rule, SpsaSettings
 from consilience.optimizers.spsa import Spsa, make_spsa
 
 SLOPE = np.array([[0.5, -1.0, 2.0], [0.0, 3.0, -0.2]])
@@ -12,7 +12,7 @@ START = np.full((2, 3), 0.4)
 
 
 def estimator(kind: Kind = "real", *, gamma: float = 0.0, directions: int = 1, mu: float = 0.05, seed: int = 0) -> Spsa:
-    return Spsa(*pieces(kind, START, gamma=gamma), seed, mu, directions)
+    return Spsa(*pieces(kind, START, gamma=gamma), seed, Descent(spsa=SpsaSettings(mu=mu, directions=directions)))
 
 
 def test_the_estimate_is_unbiased_on_a_linear_loss() -> None:
@@ -46,7 +46,7 @@ def test_directions_are_signs_from_seed_and_step_alone() -> None:
 
 
 def test_nothing_is_drawn_for_fixed_coefficients() -> None:
-    estimate = Spsa(*pieces("real", START, [True, False, True]), 0, 0.05, 2)
+    estimate = Spsa(*pieces("real", START, [True, False, True]), 0, Descent(spsa=SpsaSettings(directions=2)))
     assert not estimate.draw(0)[:, :, 1].any()
     assert estimate.draw(0)[:, :, 0].all()
 
@@ -60,7 +60,7 @@ def test_all_evaluations_of_a_step_are_forward_only_and_of_its_samples() -> None
     assert terms == pytest.approx({name: np.mean([v[name] for v in values]) for name in ("near", "far")})
     plus, minus = loss.calls[0][2], loss.calls[1][2]
     np.testing.assert_allclose((plus + minus) / 2, START)
-    np.testing.assert_allclose(np.abs(plus - minus), 2 * estimate.mu)
+    np.testing.assert_allclose(np.abs(plus - minus), 2 * estimate.settings.mu)
 
 
 def test_the_anchor_is_in_the_estimate_only_without_a_proximal_step() -> None:
@@ -77,7 +77,7 @@ def test_the_anchor_is_in_the_estimate_only_without_a_proximal_step() -> None:
 @pytest.mark.parametrize(("rule", "rate", "directions"), [("adam", 0.05, 1), ("sgd", 0.05, 1), ("sgd", 0.1, 4)])
 def test_it_converges_on_a_quadratic(rule: Rule, rate: float, directions: int) -> None:
     goal = [[0.9, 0.1, 0.4], [0.0, 0.6, 1.2]]
-    settings = Descent(rule, rate, 400, directions=directions)
+    settings = Descent(rule, rate, 400, spsa=SpsaSettings(directions=directions))
     optimizer = make_spsa(settings, *pieces("real", START), seed=1)
     for number in range(400):
         optimizer.step(Quadratic(goal), number)
@@ -91,7 +91,7 @@ def test_a_heavy_anchor_is_never_left() -> None:
     assert np.array_equal(optimizer.alpha, START)
 
 
-@pytest.mark.parametrize("settings", [Descent(mu=0.0), Descent(mu=float("nan")), Descent(directions=0)])
-def test_settings_that_estimate_nothing_are_refused(settings: Descent) -> None:
+@pytest.mark.parametrize("settings", [SpsaSettings(mu=0.0), SpsaSettings(mu=float("nan")), SpsaSettings(directions=0)])
+def test_settings_that_estimate_nothing_are_refused(settings: SpsaSettings) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        make_spsa(settings, *pieces("real", START), seed=0)
+        make_spsa(Descent(spsa=settings), *pieces("real", START), seed=0)

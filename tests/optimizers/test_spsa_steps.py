@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.learned.loop import descend
 from consilience.optimizers.directions import Law, draw
-from consilience.optimizers.gradient import Descent, Gradient, Loss, Terms, rate_at
+from consilience.optimizers.gradient import Gradient, Loss, Terms, rate_at
 from consilience.optimizers.parameterisation import Kind
+from consilience.optimizers.settings import Descent, SpsaSettings, adjust
 from consilience.optimizers.spsa import GREATEST, LOWEST, Spsa, make_spsa, record_of
 
 patient = searching(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
@@ -78,7 +78,7 @@ def spsa(settings: Descent, kind: Kind = "softmax", start: Any = UNIFORM, gamma:
 @patient
 @given(st.integers(1, 6), st.integers(0, 99), st.sampled_from(["w", "alpha"]))
 def test_the_simplex_is_never_left(experts: int, seed: int, perturb: Any) -> None:
-    settings = replace(PLAIN, rate=0.5, perturb=perturb)
+    settings = adjust(PLAIN, learning_rate=0.5, perturb=perturb)
     optimizer = make_spsa(settings, *pieces("softmax", np.full((experts, 2), 1 / experts)), seed=seed)
     goal = np.random.default_rng(seed).standard_normal((experts, 2))
     for number in range(12):
@@ -98,7 +98,7 @@ def test_a_common_shift_of_the_logits_changes_nothing() -> None:
 @given(order=st.permutations(range(4)))
 def test_permuted_experts_have_permuted_coefficients(perturb: Any, order: list[int]) -> None:
     goal = np.array([[0.7], [0.1], [-0.3], [0.5]])
-    settings = replace(PLAIN, perturb=perturb, directions=2)
+    settings = adjust(PLAIN, perturb=perturb, directions=2)
     one, other = spsa(settings), spsa(settings)
     assert isinstance(one.estimator, Spsa)
     drawn = one.estimator.draw
@@ -138,7 +138,7 @@ def test_the_bias_falls_with_the_square_of_mu() -> None:
     sizes = np.geomspace(1e-2, 1e-1, 4)
     bias: list[float] = []
     for mu in sizes:
-        estimate = Spsa(*pieces("real", start), 0, mu, 200)
+        estimate = Spsa(*pieces("real", start), 0, Descent(spsa=SpsaSettings(mu=mu, directions=200)))
         _, found = estimate(loss, tensor(start), 0)
         u = estimate.draw(0).numpy()
         exact = np.einsum("m,mkn->kn", np.einsum("mkn,kn->m", u, slope.numpy()), u) / len(u)
@@ -155,7 +155,7 @@ def test_both_losses_of_a_step_see_equal_samples_and_noise() -> None:
         seen.append((step, noise))
         return {"loss": noise}, None
 
-    optimizer = run(spsa(replace(PLAIN, directions=3)), loss, range(4, 6))
+    optimizer = run(spsa(adjust(PLAIN, directions=3)), loss, range(4, 6))
     assert [step for step, _ in seen] == [4] * 6 + [5] * 6
     assert len({noise for _, noise in seen}) == 2
     assert np.array_equal(optimizer.alpha, UNIFORM), "noise that both share moves nothing"
@@ -163,7 +163,7 @@ def test_both_losses_of_a_step_see_equal_samples_and_noise() -> None:
 
 @pytest.mark.parametrize("perturb", ["w", "alpha"])
 def test_all_points_are_evaluated_at_once_where_the_loss_can(perturb: Any) -> None:
-    settings = replace(PLAIN, perturb=perturb, directions=3)
+    settings = adjust(PLAIN, perturb=perturb, directions=3)
     many = Many(Quadratic(UNIFORM + 0.3, noise=0.2))
     together, apart = spsa(settings), spsa(settings)
     run(together, many, range(4))
@@ -175,7 +175,7 @@ def test_all_points_are_evaluated_at_once_where_the_loss_can(perturb: Any) -> No
 @pytest.mark.parametrize("directions", [1, 4])
 def test_a_step_is_two_evaluations_a_direction_and_no_gradient(directions: int) -> None:
     loss = Quadratic(UNIFORM + 0.3)
-    run(spsa(replace(PLAIN, directions=directions)), loss, range(5))
+    run(spsa(adjust(PLAIN, directions=directions)), loss, range(5))
     assert [(step, gradient) for step, gradient, _ in loss.calls] == [
         (step, False) for step in range(5) for _ in range(2 * directions)
     ]
@@ -196,7 +196,7 @@ def test_the_papers_step() -> None:
 
 def test_perturbing_coefficients_is_exponentiated_gradient() -> None:
     goal, eta, mu = np.array([[0.9], [0.2], [-0.4], [0.1]]), 0.7, 0.01
-    optimizer = spsa(replace(PLAIN, rate=eta, mu=mu, perturb="alpha", directions=2))
+    optimizer = spsa(adjust(PLAIN, learning_rate=eta, mu=mu, perturb="alpha", directions=2))
     alpha = UNIFORM
     for number in range(6):
         loss = Quadratic(goal)
@@ -216,7 +216,7 @@ def test_perturbing_coefficients_is_exponentiated_gradient() -> None:
 @pytest.mark.parametrize("kind", ["affine", "softmax"])
 @pytest.mark.parametrize("perturb", ["w", "alpha"])
 def test_a_lone_expert_stays_alone(kind: Kind, perturb: Any) -> None:
-    optimizer = run(spsa(replace(PLAIN, perturb=perturb), kind, [[1.0]]), Linear([[5.0]]), range(4))
+    optimizer = run(spsa(adjust(PLAIN, perturb=perturb), kind, [[1.0]]), Linear([[5.0]]), range(4))
     assert optimizer.alpha.tolist() == [[1.0]]
 
 
@@ -233,16 +233,18 @@ THIRDS = np.full((3, 1), 1 / 3)
 @pytest.mark.parametrize("perturb", ["w", "alpha"])
 def test_the_expert_that_is_the_target_is_found(perturb: Any) -> None:
     loss = Blend(EXPERTS, EXPERTS[2])
-    exact = run(Gradient(replace(PLAIN, rate=0.5), *pieces("softmax", THIRDS)), loss, range(150))
+    exact = run(Gradient(adjust(PLAIN, learning_rate=0.5), *pieces("softmax", THIRDS)), loss, range(150))
     assert exact.alpha[2, 0] > 0.95
-    found = run(spsa(replace(PLAIN, rate=0.1, perturb=perturb), start=THIRDS), loss, range(450))
+    found = run(spsa(adjust(PLAIN, learning_rate=0.1, perturb=perturb), start=THIRDS), loss, range(450))
     assert found.alpha[2, 0] > 0.95
 
 
 @pytest.mark.parametrize("law", ["rademacher", "gaussian", "coordinate", "orthogonal"])
 def test_a_target_inside_the_hull_is_recovered(law: Any) -> None:
     truth = np.array([0.5, 0.2, 0.3])
-    found = run(spsa(replace(PLAIN, rate=0.1, law=law), start=THIRDS), Blend(EXPERTS, truth @ EXPERTS), range(500))
+    found = run(
+        spsa(adjust(PLAIN, learning_rate=0.1, law=law), start=THIRDS), Blend(EXPERTS, truth @ EXPERTS), range(500)
+    )
     np.testing.assert_allclose(found.alpha[:, 0], truth, atol=0.03)
 
 
@@ -251,7 +253,7 @@ def test_affine_coefficients_reach_beyond_the_hull() -> None:
     losses: dict[Kind, float] = {}
     kinds: list[Kind] = ["softmax", "affine"]
     for kind in kinds:
-        alpha = run(spsa(replace(PLAIN, rate=0.02), kind, THIRDS), loss, range(500)).alpha
+        alpha = run(spsa(adjust(PLAIN, learning_rate=0.02), kind, THIRDS), loss, range(500)).alpha
         losses[kind] = loss(alpha, 0, gradient=False)[0]["loss"]
     assert losses["affine"] < 0.1 * losses["softmax"]
 
@@ -260,25 +262,25 @@ def test_affine_coefficients_reach_beyond_the_hull() -> None:
 @given(st.floats(1e-6, 1e6))
 def test_normalised_steps_do_not_see_the_losss_unit(unit: float) -> None:
     goal = np.array([[0.7], [0.1], [-0.3], [0.5]])
-    settings = replace(PLAIN, rate=0.2, normalise=True)
+    settings = adjust(PLAIN, learning_rate=0.2, normalise=True)
     one = run(spsa(settings), Quadratic(goal), range(6))
     other = run(spsa(settings), Quadratic(goal, unit * np.eye(4)), range(6))
     np.testing.assert_allclose(other.alpha, one.alpha, rtol=1e-6)
 
 
 def test_a_normalised_first_step_changes_logits_by_the_rate() -> None:
-    optimizer = spsa(replace(PLAIN, rate=0.2, normalise=True))
+    optimizer = spsa(adjust(PLAIN, learning_rate=0.2, normalise=True))
     begun = optimizer.w.detach().clone()
     optimizer.step(Quadratic(np.array([[1.0], [0.0], [0.0], [2.0]])), 0)
     np.testing.assert_allclose((optimizer.w.detach() - begun).abs().numpy(), 0.2, rtol=1e-9)
 
 
 def test_spalls_gains() -> None:
-    settings = replace(PLAIN, rate=0.3, steps=40, mu=0.2, schedule="spall")
+    settings = adjust(PLAIN, learning_rate=0.3, steps=40, mu=0.2, schedule="spall")
     a, big = 0.3 * 5**0.602, 4.0
-    estimate = Spsa(*pieces("real", UNIFORM), 0, 0.2, 1, settings)
+    estimate = Spsa(*pieces("real", UNIFORM), 0, settings)
     for t in (0, 1, 7, 39):
-        assert settings.rate * rate_at("spall", t, 40) == pytest.approx(a / (big + t + 1) ** 0.602)
+        assert settings.learning_rate * rate_at("spall", t, 40) == pytest.approx(a / (big + t + 1) ** 0.602)
         assert estimate.mu_at(t) == pytest.approx(0.2 / (t + 1) ** 0.101)
     loss = Linear(UNIFORM)
     estimate(loss, tensor(UNIFORM), 7)
@@ -288,7 +290,7 @@ def test_spalls_gains() -> None:
 @pytest.mark.parametrize("noise", [1e-4, 1e-3, 5e-3])
 def test_mu_is_tuned_to_the_noise_of_the_loss(noise: float) -> None:
     slope = np.array([[1.0], [-0.5], [0.3], [-0.8]])
-    optimizer = spsa(replace(PLAIN, tune_mu=True), "real", np.full((4, 1), 0.3))
+    optimizer = spsa(adjust(PLAIN, tune_mu=True), "real", np.full((4, 1), 0.3))
     optimizer.step(Rough(slope, noise), 0)
     estimate = optimizer.estimator
     assert isinstance(estimate, Spsa)
@@ -301,7 +303,7 @@ def test_mu_is_tuned_to_the_noise_of_the_loss(noise: float) -> None:
 @pytest.mark.parametrize(("slope", "end"), [(0.0, 1), (1e3, 0)])
 def test_tuning_stays_in_its_range(slope: float, end: int) -> None:
     bounds = (0.01, 0.2)
-    optimizer = spsa(replace(PLAIN, tune_mu=True, mu_range=bounds), "real")
+    optimizer = spsa(adjust(PLAIN, tune_mu=True, mu_range=bounds), "real")
     optimizer.step(Rough(np.full((4, 1), slope), 1e-9), 0)
     record = record_of(optimizer)
     assert record is not None
@@ -309,7 +311,7 @@ def test_tuning_stays_in_its_range(slope: float, end: int) -> None:
 
 
 def test_noisy_estimates_get_more_directions_and_clear_ones_fewer() -> None:
-    settings = replace(PLAIN, rate=1e-4, directions=2, most_directions=16, law="orthogonal")
+    settings = adjust(PLAIN, learning_rate=1e-4, directions=2, most_directions=16, law="orthogonal")
     start = np.full((8, 1), 0.3)
     noisy = spsa(settings, "real", start)
     run(noisy, Quadratic(np.zeros((8, 1)), noise=5.0), range(40))
@@ -326,7 +328,7 @@ def test_noisy_estimates_get_more_directions_and_clear_ones_fewer() -> None:
 
 def test_the_record_is_what_was_measured() -> None:
     loss = Quadratic(UNIFORM + 0.3)
-    optimizer = run(spsa(replace(PLAIN, directions=2, mu=0.1)), loss, range(3))
+    optimizer = run(spsa(adjust(PLAIN, directions=2, mu=0.1)), loss, range(3))
     record = record_of(optimizer)
     assert record is not None
     assert record.size == 4
@@ -345,7 +347,7 @@ def test_the_record_is_what_was_measured() -> None:
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("perturb", ["w", "alpha"])
 def test_the_expected_move_is_the_mean_of_moves(perturb: Any, normalise: bool) -> None:
-    settings = replace(PLAIN, rate=1e-6, perturb=perturb, normalise=normalise)
+    settings = adjust(PLAIN, learning_rate=1e-6, perturb=perturb, normalise=normalise)
     start = np.random.default_rng(3).dirichlet(np.ones(20))[:, None]
     optimizer = spsa(settings, "softmax", start)
     slope = np.random.default_rng(4).standard_normal((20, 1))
@@ -359,12 +361,17 @@ def test_the_expected_move_is_the_mean_of_moves(perturb: Any, normalise: bool) -
     assert sum(step.expected**2 for step in record.steps) == pytest.approx(moved, rel=0.3)
 
 
-TRICKY = Descent(
-    "sgd", 0.05, 30, "spall", directions=1, law="orthogonal", normalise=True, tune_mu=True, most_directions=4
+TRICKY = adjust(
+    Descent("sgd", 0.05, 30, schedule="spall"),
+    directions=1,
+    law="orthogonal",
+    normalise=True,
+    tune_mu=True,
+    most_directions=4,
 )
 
 
-@pytest.mark.parametrize("settings", [TRICKY, replace(TRICKY, rule="adam", perturb="alpha")])
+@pytest.mark.parametrize("settings", [TRICKY, adjust(TRICKY, rule="adam", perturb="alpha")])
 @pytest.mark.parametrize("stop", [0, 1, 9, 20])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, settings: Descent, stop: int) -> None:
     inner = Quadratic([[0.55], [0.25], [-0.25], [0.45]], noise=0.5)
@@ -394,7 +401,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(value: float, tune_m
     def loss(alpha: Alpha, step: int, *, gradient: bool) -> tuple[Terms, Alpha | None]:
         return {"loss": value if tune_mu or step == 3 else float((alpha**2).sum())}, None
 
-    optimizer = run(spsa(replace(PLAIN, tune_mu=tune_mu)), loss, range(0 if tune_mu else 3))
+    optimizer = run(spsa(adjust(PLAIN, tune_mu=tune_mu)), loss, range(0 if tune_mu else 3))
     before = optimizer.alpha
     with pytest.raises(InputError, match=r"^the loss is not finite at step 3 of spsa \(mu = 0\.05\); lower [^\n]*$"):
         optimizer.step(loss, 3)
@@ -404,4 +411,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(value: float, tune_m
 @pytest.mark.parametrize("bounds", [(0.0, 0.1), (0.2, 0.1)])
 def test_a_range_of_mu_that_is_none_is_refused(bounds: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="must be positive"):
-        spsa(replace(PLAIN, mu_range=bounds))
+        spsa(adjust(PLAIN, mu_range=bounds))

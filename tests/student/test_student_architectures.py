@@ -16,6 +16,7 @@ from torch.func import functional_call
 from consilience.api import build_recipe, plan_recipe
 from consilience.errors import InputError
 from consilience.learned.run import Data, Run, Workshop, groups_of, open_workshop
+from consilience.objectives.alignment import Hidden, Logits
 from consilience.objectives.objective import Objective
 from consilience.student.calibration import batches
 from consilience.student.names import doubtful, match_names
@@ -160,7 +161,7 @@ def _reference(family: Family, shop: Workshop, alpha: torch.Tensor) -> torch.Ten
 
 def test_gradient_is_that_of_an_explicit_merge(family: Family):
     rows = _rows(family.folder, family.name)
-    objective = Objective(logit=1.0, hidden=1.0, layers=(1,), distance="mse")
+    objective = Objective(terms=(Logits(), Hidden(1.0, hidden_distance="mse")))
     with workshop(family.folder, rows) as shop:
         generator = np.random.default_rng(0)
         alpha = generator.uniform(0.1, 0.6, (2, shop.bank.count))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from consilience.engine.plan import make_plan
 from consilience.learned.run import Data, Machine, Run, Workshop, groups_of, open_workshop
+from consilience.objectives.alignment import Hidden, Logits
 from consilience.objectives.objective import Objective
 from consilience.recipe.schema import parse_recipe
 from consilience.student.calibration import batches
@@ -147,7 +148,7 @@ def test_a_single_position_has_a_finite_distance(zoo: Path) -> None:
     for name in NAMES:
         write_rows(zoo / "rows" / f"{name}.jsonl", ["w5"])
     with opened(zoo, layers=(1,)) as shop:
-        problem = shop.problem(Objective(hidden=1.0, layers=(1,)))
+        problem = shop.problem(Objective(terms=(Logits(), Hidden(1.0))))
         terms, gradient = problem.evaluate(np.full((3, shop.bank.count), 0.3), [0, 1, 2], gradient=True)
         assert gradient is not None
         assert 0 < terms["hidden"] < 10

@@ -1,25 +1,27 @@
 """AdaMerging++: AdaMerging on task vectors that TIES has trimmed and whose signs it has elected."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from consilience.coefficients import Coefficients
-from consilience.learned.adamerging import adamerging
+from consilience.coefficients import Coefficients, Trimmed
+from consilience.learned.adamerging import AdaMerging, learn_entropy
 from consilience.methods.signature import Default, Range, learned_method
+
+if TYPE_CHECKING:
+    from consilience.learned.run import Run
 
 
 @learned_method(
     source="AdaMerging++, arXiv:2310.02575 (ICLR 2024)",
     data="calibration: unlabelled rows of every expert's task",
-    extends=adamerging,
 )
 def adamerging_pp(
-    run: Any,
+    run: "Run",
     *,
+    settings: AdaMerging,
     density: Annotated[
         float, Default(0.2), Range(1e-6, 1), "share of each task vector that survives, over all merged tensors"
     ],
     elect: Annotated[bool, Default(True), "also drop entries against the elected sign, as the official code does"],
-    **rest: Any,
 ) -> Coefficients:
     """Trim each task vector, drop the entries that the sign election outvotes, and learn as ``adamerging`` does.
 
@@ -30,7 +32,4 @@ def adamerging_pp(
     Known disagreements: accounts of the paper speak of trimming, the official code elects signs too (``elect=false``
     does not). Where trimmed entries cancel that code takes the model's majority sign, and it keeps one entry more.
     """
-    from consilience.coefficients.coefficients import Trimmed
-    from consilience.learned.entropy import learn_entropy
-
-    return learn_entropy(run, rest, Trimmed(density, elect))
+    return learn_entropy(run, settings, Trimmed(density, elect))

@@ -19,7 +19,8 @@ from consilience.tasks.rows import Message, Row, Task
 from consilience.workdir import write_file
 
 if TYPE_CHECKING:
-    from consilience.learned.run import Data, Run
+    from consilience.learned.data import Data
+    from consilience.learned.run import Run
     from consilience.student.calibration import Sample
     from consilience.student.student import Student
     from consilience.tasks.generate import Prompt
@@ -70,7 +71,7 @@ def answered(run: "Run", student: "Student", expert: int, task: Task, data: "Dat
     rows = [(row, text, i) for i, (row, own) in enumerate(zip(bare.rows, texts, strict=True)) for text in own]
     further = frozenset(range(_times(data) - 1, len(rows), _times(data)) if data.further else ())
     note = ""
-    if data.written:
+    if data.written_prompts:
         more, note = _written(run, student, expert, bare, [own[0] for own in texts], data)
         rows += [
             (row, own[0], -1) for row, own in zip(more.rows, _answers(run, student, expert, more, data, 1), strict=True)
@@ -89,19 +90,19 @@ def _written(
 
     plain = [i for i, row in enumerate(task.rows) if row.prompt is not None and row.image is None]
     given, told = [task.rows[i].prompt or "" for i in plain], [answers[i] for i in plain]
-    path = _path(run, expert, task, data, [data.written, told], "prompts")
+    path = _path(run, expert, task, data, [data.written_prompts, told], "prompts")
     kept = _read(path)
     if isinstance(kept, list) and all(isinstance(one, str) for one in kept):
         found = cast(list[str], kept)
     else:
-        run.progress.phase(f"prompts in the manner of {task.name}'s", data.written, "prompts")
+        run.progress.phase(f"prompts in the manner of {task.name}'s", data.written_prompts, "prompts")
         student.become_base()
         tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
         try:
             with student.generating():
                 found = write_prompts(
-                    student.model, tokenizer, given, told, data.written, batch_size=_together(given, data, SHOTS + 1),
-                    seed=run.seed, advance=run.progress.advance,
+                    student.model, tokenizer, given, told, data.written_prompts,
+                    batch_size=_together(given, data, SHOTS + 1), seed=run.seed, advance=run.progress.advance,
                 )  # fmt: skip
         except InputError as error:
             return Task(task.name, ()), f"{task.name}: no further prompts were written: {error}"

@@ -18,10 +18,12 @@ import numpy as np
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.learned.answers import as_given
+from consilience.learned.data import Data
 from consilience.learned.problem import Problem
 from consilience.learned.ranking import make_ranking
-from consilience.learned.run import Data, Workshop, base_folder, encode_rows
+from consilience.learned.run import Workshop, base_folder, encode_rows
 from consilience.objectives.objective import Objective
+from consilience.objectives.target import Target
 from consilience.student.bank import Bank
 from consilience.student.calibration import Sample
 from consilience.student.teachers import Teachers
@@ -139,9 +141,7 @@ def _measure(
         measure, name = "error", "error"
     elif target or (shop.teachers is None and all(_labels(samples[i]) for i in chosen)):
         samples, chosen = [_labelled(samples[i]) for i in chosen], list(range(len(chosen)))
-        problem = Problem(
-            shop.student, shop.reader, None, samples, Objective(logit=0.0, target=1.0), tokens=shop.tokens
-        )
+        problem = Problem(shop.student, shop.reader, None, samples, Objective(terms=(Target(1.0),)), tokens=shop.tokens)
     else:
         teachers = shop.teachers if rows.own else None
         if teachers is None:
@@ -149,7 +149,7 @@ def _measure(
             teachers = Teachers(shop.student, shop.reader, samples, shop.run.answers)
             shop.run.progress.phase("answers of the experts", len(samples), "samples")
             teachers.prepare(shop.tokens, shop.run.progress.advance)
-        problem = Problem(shop.student, shop.reader, teachers, samples, Objective(logit=1.0), tokens=shop.tokens)
+        problem = Problem(shop.student, shop.reader, teachers, samples, Objective(), tokens=shop.tokens)
         measure, name = "kl", "logit"
     experts = len({sample.expert for sample in samples})
 

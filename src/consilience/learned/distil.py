@@ -1,7 +1,7 @@
 """Merge and distil: coefficients and a low-rank correction beside them, learned together by the same loss."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,26 +11,19 @@ from consilience.coefficients import Coefficients
 from consilience.coefficients.coefficients import Alpha
 from consilience.engine.plan import CORRECTION
 from consilience.errors import InputError
-from consilience.learned.align import AlignmentSettings, minimise, optimizer_of, report
 from consilience.learned.compare import compared
 from consilience.learned.correction import Correction, state_of
+from consilience.learned.expert_merging_distil import CorrectionSettings
+from consilience.learned.learning import minimise, optimizer_of, report
 from consilience.learned.regression import start_by_regression
 from consilience.learned.run import Run, open_workshop
-from consilience.optimizers.gradient import Loss, Optimizer, Schedule, Terms, rate_at
+from consilience.learned.settings import Learning
+from consilience.optimizers.gradient import Loss, Optimizer, Terms, rate_at
+from consilience.optimizers.settings import Schedule
 
 #: Share of the steps over which the correction's step size rises: Adam's first steps are as long as any, whatever the
 #: gradient, and would undo the regression that it starts from.
 WARM = 0.1
-
-
-@dataclass(frozen=True)
-class CorrectionSettings:
-    """How the correction is learned: directions of every expert, step size, weight decay, ridge of the regression."""
-
-    rank: int
-    rate: float
-    decay: float
-    ridge: float
 
 
 class Distiller:
@@ -44,7 +37,7 @@ class Distiller:
         self._steps = steps
         self._best: dict[str, Any] = {}
         values = list(correction.parameters.values())
-        self._adam = torch.optim.AdamW(values, lr=settings.rate, weight_decay=settings.decay)
+        self._adam = torch.optim.AdamW(values, lr=settings.correction_rate, weight_decay=settings.correction_decay)
 
     @property
     def alpha(self) -> Alpha:
@@ -55,7 +48,7 @@ class Distiller:
         """Do step ``number`` and return the terms of the loss before it."""
         warm = min(1.0, (number + 1) / max(1.0, WARM * self._steps))
         for group in self._adam.param_groups:
-            group["lr"] = self.settings.rate * warm * rate_at(self._schedule, number, self._steps)
+            group["lr"] = self.settings.correction_rate * warm * rate_at(self._schedule, number, self._steps)
         self._adam.zero_grad()
         terms = self.inner.step(loss, number)
         self._adam.step()
@@ -98,9 +91,7 @@ def _under(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def learn_distilled(
-    run: Run, settings: AlignmentSettings, wanted: CorrectionSettings, parameters: dict[str, Any]
-) -> Coefficients:
+def learn_distilled(run: Run, start: Coefficients, learning: Learning, correct: CorrectionSettings) -> Coefficients:
     """Learn coefficients and the correction; the latter is written to the run's folder as one more expert.
 
     Raises:
@@ -110,32 +101,31 @@ def learn_distilled(
         raise InputError(f"{run.where}: method {run.plan.method.name!r} writes an adapter; name the output to learn in")
     if CORRECTION in run.experts:
         raise InputError(f"{run.where}: an expert is named {CORRECTION!r}, as the learned correction is; rename it")
-    if settings.optimizer not in ("adam", "adamw", "sgd"):
+    if not learning.takes_gradient:
         raise InputError(
-            f"{run.where}: optimizer {settings.optimizer!r} takes no gradient, which the correction needs; use adam"
+            f"{run.where}: optimizer {learning.optimizer!r} takes no gradient, which the correction needs; use adam"
         )
     begun = time.perf_counter()
-    settings.objective(())  # what is wrong with the settings is said before the models are read
-    start = settings.start(run)
+    learning.objective.check()  # what is wrong with the settings is said before the models are read
     shop = open_workshop(
-        run, start, settings.data, layers=settings.layers, precision=settings.precision, checkpoint=settings.checkpoint
-    )
+        run, start, learning.rows, layers=learning.objective.layers, precision=learning.compute.precision,
+        checkpoint=learning.compute.checkpoint,
+    )  # fmt: skip
     try:
         run.progress.phase("directions of the experts")
-        correction = Correction(shop.student, wanted.rank, run.seed)
-        if wanted.ridge:
-            start_by_regression(shop, correction, start.alpha, wanted.ridge)
-        optimizer = Distiller(
-            optimizer_of(start, settings, run.seed), correction, wanted, settings.schedule, settings.steps
-        )
-        problem = shop.problem(settings.objective(shop.reader.layers))
-        learned = minimise(run, shop, problem, optimizer, settings, start, beside=wanted, on_best=optimizer.keep)
+        correction = Correction(shop.student, correct.correction_rank, run.seed)
+        if correct.correction_ridge:
+            start_by_regression(shop, correction, start.alpha, correct.correction_ridge)
+        inner = optimizer_of(start, learning, run.seed)
+        optimizer = Distiller(inner, correction, correct, learning.descent.schedule, learning.loop.steps)
+        problem = shop.problem(learning.objective)
+        learned = minimise(run, shop, problem, optimizer, learning, start, beside=correct, on_best=optimizer.keep)
         optimizer.go_back()
         facts = compared(shop, learned.alpha, correct=correction.turn)
     finally:
         shop.close()
     correction.write(run.folder / CORRECTION, str(run.plan.recipe.base_model))
-    facts |= report(run, shop, settings, learned, time.perf_counter() - begun, parameters)
+    facts |= report(run, shop, learning, learned, time.perf_counter() - begun)
     found = start.with_alpha(learned.alpha, **facts, correction={"rank": correction.rank})
     whole = np.concatenate([found.alpha, np.ones((1, found.count))])
     return replace(found, experts=(*found.experts, CORRECTION), alpha=whole)

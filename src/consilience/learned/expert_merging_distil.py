@@ -1,33 +1,42 @@
 """Expert Merging with a low-rank correction distilled from the experts on the same answers: merge + distil."""
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 from consilience.coefficients import Coefficients
-from consilience.learned.expert_merging import expert_merging
-from consilience.methods.signature import Default, PerExpert, Range, learned_method
+from consilience.learned.expert_merging import PRESETS, ExpertMerging, Preset
+from consilience.learned.settings import Start
+from consilience.methods.signature import Range, learned_method
+
+if TYPE_CHECKING:
+    from consilience.learned.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionSettings:
+    """How the correction is learned."""
+
+    correction_rank: Annotated[int, Range(1), "directions of each expert's update that are moved"] = 8
+    correction_rate: Annotated[float, Range(0), "step size of the correction (AdamW), after a warm-up"] = 4e-4
+    correction_decay: Annotated[float, Range(0), "weight decay of the correction"] = 0.0
+    correction_ridge: Annotated[
+        float, Range(0), "ridge of the regression that the correction starts from; 0: it starts at 0"
+    ] = 0.01
 
 
 @learned_method(
     source="Consilience; Expert Merging's loss (arXiv:2509.25712) on a low-rank correction of the merge",
     data="calibration: 5 to 10 unlabelled rows per expert",
-    extends=expert_merging,
+    presets=PRESETS,
+    changed={
+        "alphabar": {"default": 0.4},
+        "learning_rate": {"default": 0.01},
+        "steps": {"default": 200, "help": "optimizer steps, of coefficients and correction together"},
+        "written_prompts": {"default": 128},
+    },
 )
 def expert_merging_distil(
-    run: Any,
-    *,
-    alphabar: Annotated[PerExpert, Default(0.4), "anchor and start: the Task Arithmetic coefficient"],
-    learning_rate: Annotated[float, Default(0.01), Range(0), "step size, in alpha (in logits for sigmoid)"],
-    steps: Annotated[int, Default(200), Range(0), "optimizer steps, of coefficients and correction together"],
-    correction_rank: Annotated[int, Default(8), Range(1), "directions of each expert's update that are moved"],
-    correction_rate: Annotated[float, Default(4e-4), Range(0), "step size of the correction (AdamW), after a warm-up"],
-    correction_decay: Annotated[float, Default(0.0), Range(0), "weight decay of the correction"],
-    correction_ridge: Annotated[
-        float, Default(0.01), Range(0), "ridge of the regression that the correction starts from; 0: it starts at 0"
-    ],
-    written_prompts: Annotated[
-        int, Default(128), Range(0), "generate: further prompts that the base writes in the manner of an expert's rows"
-    ],
-    **rest: Any,
+    run: "Run", *, preset: Preset, start: Start, learning: ExpertMerging, correction: CorrectionSettings
 ) -> Coefficients:
     """Learn coefficients per tensor and, together with them, a low-rank correction of the merge by the same loss.
 
@@ -38,21 +47,7 @@ def expert_merging_distil(
     The correction is trained, not merged: it is a PEFT adapter beside the coefficients (``consilience/correction`` in
     the output), one more expert of coefficient 1, and the output is an ordinary checkpoint.
     """
-    from consilience.learned.align import AlignmentSettings
-    from consilience.learned.distil import CorrectionSettings, learn_distilled
+    from consilience.learned.distil import learn_distilled
+    from consilience.learned.learning import start_of
 
-    own = {
-        "correction_rank": correction_rank,
-        "correction_rate": correction_rate,
-        "correction_decay": correction_decay,
-        "correction_ridge": correction_ridge,
-    }
-    values = {
-        **rest,
-        "alphabar": alphabar,
-        "learning_rate": learning_rate,
-        "steps": steps,
-        "written_prompts": written_prompts,
-    }
-    wanted = CorrectionSettings(correction_rank, correction_rate, correction_decay, correction_ridge)
-    return learn_distilled(run, AlignmentSettings.of(values), wanted, {**values, **own})
+    return learn_distilled(run, start_of(run, start), learning, correction)

@@ -1,22 +1,28 @@
 """Expert Merging++: more coefficients where they matter."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from consilience.coefficients import Coefficients, expand
 from consilience.coefficients.importance import allocate, allocation_groups, importance
-from consilience.learned.expert_merging import PRESETS, expert_merging
+from consilience.learned.expert_merging import PRESETS, ExpertMerging, Preset
+from consilience.learned.settings import Start
 from consilience.methods.signature import Default, Range, learned_method
+
+if TYPE_CHECKING:
+    from consilience.learned.run import Run
 
 
 @learned_method(
     source="Expert Merging++, arXiv:2509.25712 (ICLR 2026)",
     data="calibration: 5 to 10 unlabelled rows per expert",
-    extends=expert_merging,
-    presets={**expert_merging.presets, "official-code": {**PRESETS["official-code"], "stage_2": "anchor"}},
+    presets={**PRESETS, "official-code": {**PRESETS["official-code"], "stage_2": "anchor"}},
 )
 def expert_merging_pp(
-    run: Any,
+    run: "Run",
     *,
+    preset: Preset,
+    start: Start,
+    learning: ExpertMerging,
     budget: Annotated[
         float, Default(1.0), Range(0), "coefficients to hand out per expert, in units of the number of groups"
     ],
@@ -28,7 +34,6 @@ def expert_merging_pp(
         Default("stage_1"),
         "where the second stage starts: the anchor, or the first's end",
     ],
-    **rest: Any,
 ) -> Coefficients:
     """Learn per tensor, measure each tensor's importance, cut important tensors into chunks, learn again.
 
@@ -38,24 +43,21 @@ def expert_merging_pp(
     A layer with m_l = 0 keeps one fixed coefficient per expert: the anchor's, or the first stage's where the second
     starts from it. The released code starts from the anchor again and takes m_l as given.
     """
-    from consilience.learned.align import AlignmentSettings, learn_alignment
+    from consilience.learned.learning import learn_coefficients, start_of
     from consilience.student.bank import Bank
 
-    settings = AlignmentSettings.of(rest)
-    start = settings.start(run)
-    first = learn_alignment(run.inside("stage-1"), start, settings, compare=False)
-    bank = Bank(run.plan, start.groups, threads=run.machine.threads)
+    anchor = start_of(run, start)
+    first = learn_coefficients(run.inside("stage-1"), anchor, learning, compare=False)
+    bank = Bank(run.plan, anchor.groups, threads=run.machine.threads)
     try:
         shares = importance(first, bank.l1())
     finally:
         bank.close()
     chunks = allocate(shares, budget, kappa)
-    groups = allocation_groups(start.groups, chunks)
-    begin = expand(first if stage_2 == "stage_1" else start, groups)
-    anchor = expand(start, groups).alpha
-    found = learn_alignment(run.inside("stage-2"), begin, settings, anchor=anchor)
+    groups = allocation_groups(anchor.groups, chunks)
+    begin = expand(first if stage_2 == "stage_1" else anchor, groups)
+    found = learn_coefficients(run.inside("stage-2"), begin, learning, anchor=expand(anchor, groups).alpha)
     kept = ("history", "steps", "step", "seconds")
     facts = {"stage_1": {key: first.facts[key] for key in kept}, "importance": shares, "chunks": chunks}
-    extra = {"budget": budget, "kappa": kappa, "stage_2": stage_2}
     seconds = first.facts["seconds"] + found.facts["seconds"]
-    return found.with_alpha(found.alpha, **facts, seconds=seconds, parameters=found.facts["parameters"] | extra)
+    return found.with_alpha(found.alpha, **facts, seconds=seconds)

@@ -1,22 +1,22 @@
 """GLUE: convex weights of experts, learned on a small labelled target with forward passes only."""
 
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from consilience.coefficients import Coefficients
-from consilience.learned.settings import (
-    Checkpoint,
-    Directions,
-    Exclude,
-    Holdout,
-    Mu,
-    Patience,
-    Population,
-    Samples,
-    Score,
-    Sigma,
-    Tokens,
-)
+from consilience.errors import InputError
+from consilience.learned.data import Data
+from consilience.learned.loop import EarlyStopping, Loop
+from consilience.learned.settings import Checkpoint, Compute, Exclude, Learning, Samples, Score, Tokens
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
+from consilience.objectives.objective import Objective
+from consilience.objectives.target import Target
+from consilience.optimizers.parameterisation import SpaceSettings
+from consilience.optimizers.settings import CmaSettings, Descent, SpsaSettings
+from consilience.optimizers.spaces import KINDS
+
+if TYPE_CHECKING:
+    from consilience.learned.run import Run
 
 
 @learned_method(
@@ -24,7 +24,7 @@ from consilience.methods.signature import Default, PerExpert, Range, learned_met
     data="target: labelled rows to learn from, and others to stop by",
 )
 def glue(
-    run: Any,
+    run: "Run",
     *,
     alphabar: Annotated[PerExpert, Default(1.0), Range(0), "start, divided by the sum over experts (paper: uniform)"],
     granularity: Annotated[
@@ -55,9 +55,9 @@ def glue(
     schedule: Annotated[
         Literal["constant", "linear", "cosine", "restarts"], Default("constant"), "how the learning rate falls"
     ],
-    mu: Mu,
+    mu: Annotated[float, Default(0.05), Range(1e-6), "spsa: half the distance between its two points"],
     tune_mu: Annotated[bool, Default(False), "spsa: choose mu by the noise of the loss before the first step"],
-    directions: Directions,
+    directions: Annotated[int, Default(1), Range(1), "spsa: directions averaged in a step, two evaluations each"],
     most_directions: Annotated[
         int, Default(0), Range(0), "spsa: average more directions, up to these, while noisy; 0: no"
     ],
@@ -72,12 +72,10 @@ def glue(
         "spsa: what the two points differ in; weights make the step exponentiated gradient",
     ],
     normalise: Annotated[bool, Default(True), "spsa: divide slopes by their running root mean square"],
-    sigma: Sigma,
-    population: Population,
+    cma: CmaSettings,
     batch: Annotated[int, Default(16), Range(0), "target rows of a step, the same for all its evaluations; 0: all"],
     steps: Annotated[int, Default(60), Range(0), "most optimizer steps"],
-    holdout: Holdout,
-    patience: Patience,
+    stopping: EarlyStopping,
     precision: Annotated[
         Literal["float32", "mixed", "float64"],
         Default("float32"),
@@ -95,7 +93,36 @@ def glue(
     disagreement: the paper perturbs alpha in one place and updates beta in another; ``perturb`` has both readings. Its
     one direction a step is known; mu, learning rate, steps and batch are not, and the defaults are ours.
     """
-    values = {key: value for key, value in locals().items() if key != "run"}
-    from consilience.learned.mixture import learn_mixture
+    from consilience.learned.learning import learn_coefficients
+    from consilience.learned.ranking import check_score
+    from consilience.learned.run import groups_of
+    from consilience.learned.spectrum import spectrum
 
-    return learn_mixture(run, values)
+    spsa = SpsaSettings(
+        mu=mu,
+        tune_mu=tune_mu,
+        directions=directions,
+        most_directions=most_directions,
+        law=law,
+        perturb="w" if perturb == "logits" else "alpha",
+        normalise=normalise,
+    )
+    learning = Learning(
+        space=SpaceSettings(coefficients=KINDS[space]),
+        objective=Objective(terms=(Target(1.0),), total="mean"),
+        data=Data(positions=positions, samples=samples),
+        optimizer=optimizer,
+        descent=Descent("sgd", learning_rate, schedule=schedule, spsa=spsa, cma=cma),
+        loop=Loop(batch=batch, steps=steps, stopping=stopping),
+        compute=Compute(precision=precision, checkpoint=checkpoint, batch_tokens=batch_tokens),
+        score=score,
+    )
+    check_score(run, learning)
+    total = sum(alphabar)
+    if not total > 0 or (space == "simplex" and not all(alphabar)):
+        raise InputError("alphabar: start weights must be above 0; leave it out to start at the mean of the experts")
+    start = groups_of(run, granularity, exclude, [weight / total for weight in alphabar])
+    found = learn_coefficients(run, start, learning)
+    sums = found.alpha.sum(0)
+    facts = {"sum": [float(sums.min()), float(sums.max())], **spectrum(run, found.groups)}
+    return replace(found, facts=found.facts | facts)

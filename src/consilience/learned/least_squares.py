@@ -1,13 +1,17 @@
 """Coefficients in closed form: least squares on what every module puts out, without backpropagation."""
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from consilience.coefficients import Coefficients
+from consilience.learned.data import Data
 from consilience.learned.settings import Exclude, Grouping, Precision, Responses, ResponseTokens, Samples, Tokens
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
+
+if TYPE_CHECKING:
+    from consilience.learned.run import Run
 
 
 @learned_method(
@@ -15,7 +19,7 @@ from consilience.methods.signature import Default, PerExpert, Range, learned_met
     data="calibration: a few unlabelled rows per expert",
 )
 def least_squares(
-    run: Any,
+    run: "Run",
     *,
     alphabar: Annotated[PerExpert, Default(0.3), "anchor, and the value where there are no data"],
     grouping: Grouping,
@@ -42,16 +46,15 @@ def least_squares(
     Embedding) have data; norms, biases and fused 3-D experts keep ``alphabar``. Known disagreement: the drift of a
     merged model's own activations from X_k is left out, as in RegMean, where RegMean++ follows it.
     """
-    values = {key: value for key, value in locals().items() if key != "run"}
-    from consilience.learned.align import facts_of
     from consilience.learned.compare import compared
+    from consilience.learned.facts import facts_of
     from consilience.learned.gram import collect_grams
     from consilience.learned.quadratic import Quadratic
-    from consilience.learned.run import Data, groups_of, open_workshop
+    from consilience.learned.run import groups_of, open_workshop
 
     begun = time.perf_counter()
     start = groups_of(run, grouping, exclude, alphabar)
-    data = Data(samples, responses, response_tokens, tokens=batch_tokens)
+    data = Data(samples=samples, responses=responses, response_tokens=response_tokens, tokens=batch_tokens)
     shop = open_workshop(run, start, data, teachers=False, precision=precision)
     alpha, anchor = start.alpha.copy(), np.asarray(alphabar, np.float64)
     loss = {"base": 0.0, "alphabar": 0.0, "solution": 0.0}
@@ -69,5 +72,5 @@ def least_squares(
         beside = compared(shop, alpha)
     finally:
         shop.close()
-    facts = facts_of(run, shop, values, data, time.perf_counter() - begun) | beside
+    facts = facts_of(run, shop, run.plan.learning, data, time.perf_counter() - begun) | beside
     return start.with_alpha(alpha, **facts, loss=loss, at_alphabar=silent)

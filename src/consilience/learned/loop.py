@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 
 from consilience.checkpoints.json_files import parse_object
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
+from consilience.methods.signature import Range
 from consilience.optimizers.gradient import Loss, Optimizer, Terms
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import write_file
@@ -21,6 +22,23 @@ from consilience.workdir import write_file
 SAVE_EVERY = 20.0
 #: Change when the meaning of a stored state changes.
 VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """On which rows it is decided when to stop, and when."""
+
+    holdout: Annotated[float, Range(0, 0.9), "share of each expert's rows held out for early stopping"] = 0.0
+    patience: Annotated[int, Range(1), "held-out checks (one every five steps) without a new best that end it"] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """How long is learned, and from how many samples a step."""
+
+    batch: Annotated[int, Range(0), "samples per step, taken in turn from the experts; 0: all"] = 8
+    steps: Annotated[int, Range(0), "optimizer steps"] = 40
+    stopping: EarlyStopping = EarlyStopping()
 
 
 @dataclass

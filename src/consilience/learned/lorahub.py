@@ -1,10 +1,20 @@
 """LoraHub: coefficients of LoRA experts for a new task, searched without gradients on a few labelled rows."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from consilience.coefficients import Coefficients
-from consilience.learned.settings import Exclude, Population, Samples, Score, Sigma, Tokens
+from consilience.errors import InputError
+from consilience.learned.data import Data
+from consilience.learned.loop import EarlyStopping, Loop
+from consilience.learned.settings import Compute, Exclude, Learning, Samples, Score, Tokens
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
+from consilience.objectives.objective import Objective
+from consilience.objectives.target import Target
+from consilience.optimizers.anchor import AnchorSettings
+from consilience.optimizers.settings import CmaSettings, Descent
+
+if TYPE_CHECKING:
+    from consilience.learned.run import Run
 
 
 @learned_method(
@@ -12,7 +22,7 @@ from consilience.methods.signature import Default, PerExpert, Range, learned_met
     data="target: a few labelled rows of a new task",
 )
 def lorahub(
-    run: Any,
+    run: "Run",
     *,
     alphabar: Annotated[PerExpert, Default(0.0), "where the search starts, and where the penalty pulls to"],
     bound: Annotated[float, Default(1.5), Range(1e-3), "largest coefficient, of either sign"],
@@ -25,8 +35,7 @@ def lorahub(
     samples: Samples,
     optimizer: Annotated[Literal["ngopt", "cma"], Default("ngopt"), "ngopt: nevergrad's (the paper); cma: CMA-ES"],
     steps: Annotated[int, Default(40), Range(0), "evaluations (ngopt), or generations (cma)"],
-    sigma: Sigma,
-    population: Population,
+    cma: CmaSettings,
     precision: Annotated[Literal["float32", "mixed", "bfloat16", "float64"], Default("mixed"), "as for expert_merging"],
     batch_tokens: Tokens,
 ) -> Coefficients:
@@ -38,7 +47,22 @@ def lorahub(
     Known disagreement: the paper multiplies factors apart, (sum_k w_k A_k)(sum_k w_k B_k), which has cross terms
     between experts; here every expert's own product is weighted, so that full experts fit too.
     """
-    values = {key: value for key, value in locals().items() if key != "run"}
-    from consilience.learned.mixture import learn_search
+    from consilience.learned.learning import learn_coefficients
+    from consilience.learned.ranking import check_score
+    from consilience.learned.run import groups_of
 
-    return learn_search(run, values)
+    learning = Learning(
+        anchor=AnchorSettings(gamma=penalty),
+        objective=Objective(terms=(Target(1.0),), total="mean"),
+        data=Data(positions="response", samples=samples),
+        optimizer=optimizer,
+        descent=Descent(cma=cma, bounds=(-bound, bound)),
+        # Losses of different rows cannot be ranked: every evaluation sees all of them.
+        loop=Loop(batch=0, steps=steps, stopping=EarlyStopping(patience=1)),
+        compute=Compute(precision=precision, batch_tokens=batch_tokens),
+        score=score,
+    )
+    check_score(run, learning)
+    if not all(abs(value) <= bound for value in alphabar):
+        raise InputError(f"alphabar: the search starts outside [-{bound:g}, {bound:g}]; raise bound, or start inside")
+    return learn_coefficients(run, groups_of(run, granularity, exclude, alphabar), learning)

@@ -10,6 +10,7 @@ import numpy as np
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.objectives.objective import Objective
+from consilience.objectives.term import Compared
 from consilience.optimizers.gradient import Terms
 from consilience.student.calibration import Batch, Sample, batches
 from consilience.student.outputs import Reader
@@ -38,7 +39,7 @@ class Problem:
         self.student, self.reader, self.teachers = student, reader, teachers
         self.samples, self.objective, self.tokens = list(samples), objective, tokens
         # What an expert's rows are compared with is its own; who reads them is the student in any case.
-        self.mixed = not objective.hidden and (teachers is None or teachers.one_head)
+        self.mixed = not objective.layers and (teachers is None or teachers.one_head)
 
     def evaluate(self, alpha: Alpha, chosen: Sequence[int], *, gradient: bool) -> tuple[Terms, Alpha | None]:
         """Return the weighted terms on the chosen samples and, if asked for, dL/dalpha [K, N].
@@ -96,7 +97,7 @@ class Problem:
         import torch
 
         objective = self.objective
-        counted = {name: weight for name, weight in objective.weights.items()}
+        counted = objective.weights
         if not any(weights[i] for i in batch.indices):
             return dict.fromkeys(counted, 0.0)
         each = torch.tensor(
@@ -108,7 +109,8 @@ class Problem:
             ours, targets = self.reader.run(batch)
             expert = self.teachers.outputs(batch) if self.teachers is not None else None
             variances = self.teachers.variances[batch.expert] if self.teachers is not None else {}
-            found = objective.terms(ours, expert, targets, each, variances, self.reader.readout.vocabulary)
+            at = Compared(ours, expert, targets, each, variances, self.reader.readout.vocabulary)
+            found = objective.losses(at)
         total: Any = sum(counted[name] * value for name, value in found.items())
         if gradient and total.requires_grad:
             torch.autograd.backward(total)

@@ -5,20 +5,19 @@
 It moves in steps of one row and has no gradient: optimizers that only evaluate can lower it, others cannot.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.learned.run import Run, Workshop, base_folder
+from consilience.learned.settings import Learning
 from consilience.optimizers.gradient import Terms
 from consilience.student.calibration import Sample
 from consilience.student.student import Student
 from consilience.tasks.encoding import encode
 from consilience.tasks.rows import Task
-
-_GRADIENT = ("adam", "adamw", "sgd")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,22 +71,22 @@ def make_ranking(shop: Workshop, rows: int) -> Ranking:
     return Ranking(shop.student, tokenizer, shop.samples, max(1, shop.tokens // widest))
 
 
-def check_score(run: Run, values: Mapping[str, Any]) -> None:
+def check_score(run: Run, learning: Learning) -> None:
     """Refuse an accuracy that cannot be had, before anything is read but the rows.
 
     Raises:
         InputError: the optimizer follows a gradient or chooses mu by the noise of a loss, or a row has no choices.
     """
-    if values["score"] != "accuracy":
+    if learning.score != "accuracy":
         return
-    if values["optimizer"] in _GRADIENT:
+    if learning.takes_gradient:
         raise InputError(
-            f"optimizer: {values['optimizer']} follows a gradient and an accuracy has none; use spsa or cma, or "
+            f"optimizer: {learning.optimizer} follows a gradient and an accuracy has none; use spsa or cma, or "
             "score=loss"
         )
-    if values.get("tune_mu"):
+    if learning.descent.spsa.tune_mu:
         raise InputError("tune_mu: an accuracy has no noise to choose mu by; set mu itself, or use score=loss")
-    for task in run.target(values["samples"]):
+    for task in run.target(learning.data.samples):
         for index, row in enumerate(task.rows if task is not None else ()):
             if task is not None and row.choices is None:
                 raise InputError(

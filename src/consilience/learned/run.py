@@ -4,24 +4,23 @@ import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
 from consilience.engine.plan import Plan, resolve_file
 from consilience.errors import InputError, option
-from consilience.learned.answers import Answered, answered, as_given, shown
+from consilience.learned.answers import Answered, answered, as_given
+from consilience.learned.data import Data
 from consilience.learned.problem import Problem
 from consilience.learned.settings import PATTERNS
 from consilience.objectives.objective import Objective
 from consilience.progress import NullProgress, Progress
 from consilience.student.bank import Bank, check_bank, mergeable
-from consilience.student.calibration import Positions, Sample, batches, check_tokenizers, encode_task, held_out
+from consilience.student.calibration import Sample, batches, check_tokenizers, encode_task, held_out
 from consilience.student.outputs import Reader
 from consilience.student.student import Precision, Settings, Student, blocks_of, make_student
 from consilience.student.teachers import Teachers
 from consilience.tasks.rows import Task, overlap, read_rows
-
-Responses = Literal["given", "none", "generate"]
 
 
 @dataclass(frozen=True)
@@ -164,35 +163,6 @@ def require_tensorboard() -> None:
             f"{option('tensorboard', 'FOLDER')}: needs the tensorboard package; install it with: pip install "
             "'consilience[tensorboard]'"
         )
-
-
-@dataclass(frozen=True)
-class Data:
-    """How calibration rows are read; see the learned methods' parameters of the same names.
-
-    ``judged``: rows are kept apart to compare the result with others on; ``tokens``: most padded tokens of a pass.
-    """
-
-    samples: int = 0
-    responses: Responses = "given"
-    response_tokens: int = 64
-    positions: Positions = "all"
-    holdout: float = 0.0
-    key: Literal["calibration", "probe"] = "calibration"
-    answers: int = 1
-    answer_temperature: float = 0.0
-    judged: bool = False
-    written: int = 0
-    tokens: int = 4096
-
-    @property
-    def further(self) -> int:
-        """Answers to a prompt that nothing is learned from: one, if the result is judged and no prompt is held out.
-
-        Greedy answers are all alike, so none of them is further.
-        """
-        drawn = self.responses == "generate" and self.answer_temperature > 0
-        return int(self.judged and drawn and not self.holdout)
 
 
 def base_folder(plan: Plan) -> Path:
@@ -369,24 +339,3 @@ def encode_rows(run: Run, student: Student, tasks: Sequence[Answered], folder: P
             vocabulary=vocabulary_of(student.model),
         )
     ]
-
-
-def provenance(run: Run, samples: Sequence[Sample], data: Data) -> dict[str, Any]:
-    """Return what is written of the calibration data: per expert its file's name, number of rows, and row hashes.
-
-    The hashes let ``consilience evaluate`` say when a model is measured on rows that its coefficients were learned on.
-    """
-    from consilience.tasks.rows import row_hashes
-
-    out: dict[str, Any] = {}
-    target = run.plan.recipe.target if run.plan.method.reads_target else None
-    for expert, name in enumerate(run.experts if target is None else ["target"]):
-        own = [sample for sample in samples if sample.expert == expert]
-        path = run.path_of(name, data.key) if target is None else Path(target.train or "")
-        hashes = sorted({value for sample in own for value in row_hashes(sample.row)})
-        out[name] = {"file": path.name if path else None, "rows": len({s.where for s in own}),
-                     "responses": data.responses, "hashes": hashes}  # fmt: skip
-        if target is None and data.responses == "generate":
-            asked = {"answers": data.answers, "temperature": data.answer_temperature}
-            out[name] |= asked | {"tokens": sum(len(s.encoded.positions) for s in own), "shown": shown(own)}
-    return out

@@ -1,8 +1,15 @@
-"""Parameters that learned methods share, as their signatures declare them."""
+"""What learned methods share of their parameters, and the settings that a run of learning is made of."""
 
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from consilience.methods.signature import Default, Range
+from consilience.learned.data import Data
+from consilience.learned.loop import Loop
+from consilience.methods.signature import Default, PerExpert, Range
+from consilience.objectives.objective import Objective
+from consilience.optimizers.anchor import AnchorSettings
+from consilience.optimizers.parameterisation import SpaceSettings
+from consilience.optimizers.settings import GRADIENT, Descent, OptimizerName
 
 Grouping = Annotated[str, Default("tensor"), "what shares a coefficient: global, block, module, tensor, or re:PATTERN"]
 #: Lists of patterns that ``exclude`` knows by name. ``vision``: the towers, as transformers' models name them; experts
@@ -32,15 +39,6 @@ Responses = Annotated[
     Default("given"),
     "responses in the rows: use them, ignore them, or let the expert generate its own",
 ]
-Answers = Annotated[
-    int, Default(4), Range(1), "generate: answers that an expert gives to a prompt; one more is kept to judge by"
-]
-AnswerTemperature = Annotated[
-    float, Default(1.0), Range(0), "generate: temperature at which answers are sampled; 0: greedy"
-]
-WrittenPrompts = Annotated[
-    int, Default(0), Range(0), "generate: further prompts that the base writes in the manner of an expert's rows"
-]
 ResponseTokens = Annotated[int, Default(64), Range(1), "most tokens of a generated response"]
 Positions = Annotated[
     Literal["all", "response"], Default("all"), "compare all tokens, or where a response is predicted"
@@ -50,7 +48,50 @@ Score = Annotated[
     Default("loss"),
     "loss: of the target's responses; accuracy: share of rows whose labelled choice is ranked first (no gradient)",
 ]
-Mu = Annotated[float, Default(0.05), Range(1e-6), "spsa: half the distance between its two points"]
-Directions = Annotated[int, Default(1), Range(1), "spsa: directions averaged in a step, two evaluations each"]
-Sigma = Annotated[float, Default(0.1), Range(1e-6), "cma: standard deviation of the first generation"]
-Population = Annotated[int, Default(0), Range(0), "cma: evaluations in a generation; 0: by the number of coefficients"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What shares a coefficient, and the coefficients that learning starts from."""
+
+    alphabar: Annotated[PerExpert, Default(0.3), "anchor and start: the Task Arithmetic coefficient"]
+    grouping: Grouping = "tensor"
+    exclude: Exclude = ("vision",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How the model runs."""
+
+    precision: Precision = "mixed"
+    checkpoint: Checkpoint = False
+    batch_tokens: Tokens = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What is minimised, over which coefficients, how, and on which rows.
+
+    ``score``: of a target, what is minimised instead of the objective: the share of rows ranked wrongly.
+    """
+
+    space: SpaceSettings = field(default_factory=SpaceSettings)
+    anchor: AnchorSettings = field(default_factory=AnchorSettings)
+    objective: Objective = field(default_factory=Objective)
+    data: Data = field(default_factory=Data)
+    optimizer: OptimizerName = "adam"
+    descent: Descent = field(default_factory=Descent)
+    loop: Loop = field(default_factory=Loop)
+    compute: Compute = field(default_factory=Compute)
+    score: Literal["loss", "accuracy"] = "loss"
+
+    @property
+    def rows(self) -> Data:
+        """How rows are read, by everything that has a say in it."""
+        judged = "logit" in self.objective.weights
+        return replace(self.data, holdout=self.loop.stopping.holdout, judged=judged, tokens=self.compute.batch_tokens)
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether the optimizer follows the loss's own gradient."""
+        return self.optimizer in GRADIENT

@@ -7,19 +7,23 @@ A parameter annotated ``PerExpert`` takes one number per expert (a recipe gives 
 layer); ``float``, ``int``, ``bool``, ``Literal``, ``str`` and ``tuple[str, ...]`` parameters are shared by all experts.
 ``Range`` bounds numbers.
 
-A *learned* method is a function of the whole merge: it returns Coefficients, found on data (``learned_method``).
+A *learned* method is a function of the whole merge: it returns Coefficients, found on data (``learned_method``). Its
+arguments may also be settings: frozen dataclasses whose fields, annotated alike, are parameters of the method, by the
+same names. So each part of learning (an objective, an optimizer, the data) owns its parameters, and methods share them.
 """
 
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import wraps
+from typing import Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from consilience.methods.program import Program, WeightedSum
 
 PerExpert = tuple[float, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,13 @@ class Range:
 
     low: float = float("-inf")
     high: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """Marks a tuple of settings that has one of every class which a registry lists."""
+
+    classes: Callable[[], Iterable[type]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +164,7 @@ class Method:
         return ((self.learn or self.plan).__doc__ or "").strip().splitlines()[0]
 
 
-def _parameter(name: str, annotation: Any) -> Parameter:
+def _parameter(name: str, annotation: Any, default: Any = None) -> Parameter:
     base, *extras = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     per_expert = base == PerExpert
     choices: tuple[Any, ...] = ()
@@ -167,7 +178,7 @@ def _parameter(name: str, annotation: Any) -> Parameter:
         name=name.rstrip("_"),
         kind=kind,
         per_expert=per_expert,
-        default=next((e.value for e in extras if isinstance(e, Default)), None),
+        default=next((e.value for e in extras if isinstance(e, Default)), default),
         range=next((e for e in extras if isinstance(e, Range)), Range()),
         choices=choices,
         help=next((e for e in extras if isinstance(e, str)), ""),
@@ -175,10 +186,62 @@ def _parameter(name: str, annotation: Any) -> Parameter:
     )
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
-    hints = get_type_hints(function, include_extras=True)
-    names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return {p.name: p for p in (_parameter(name, hints[name]) for name in names)}
+def _annotations(owner: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Return annotation and default (None: there is none) of a dataclass's fields, or of keyword arguments."""
+    if is_dataclass(owner):
+        hints = get_type_hints(owner, include_extras=True)
+        return {f.name: (hints[f.name], None if f.default is MISSING else f.default) for f in fields(owner)}
+    own = {p.name: p.annotation for p in inspect.signature(owner).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    bare = types.SimpleNamespace(__annotations__=own)
+    hints = get_type_hints(bare, globalns=getattr(owner, "__globals__", {}), include_extras=True)
+    return {name: (hints[name], None) for name in own}
+
+
+def _settings(annotation: Any) -> list[type] | None:
+    """Return the classes of settings that a field or argument holds; None: it is no settings, but a value."""
+    if get_origin(annotation) is Annotated:
+        each = [extra for extra in get_args(annotation) if isinstance(extra, Each)]
+        return list(each[0].classes()) if each else None
+    return [annotation] if isinstance(annotation, type) and is_dataclass(annotation) else None
+
+
+def _declares(owner: Callable[..., Any], annotation: Any) -> bool:
+    return get_origin(annotation) is Annotated or not is_dataclass(owner)
+
+
+def parameters_of(owner: Callable[..., Any]) -> dict[str, Parameter]:
+    """Return the parameters that a function's keyword arguments or a settings class's fields declare, in their order.
+
+    Settings within are read in their place. Their fields without ``Annotated`` are no parameters: they keep the
+    class's default.
+    """
+    found: dict[str, Parameter] = {}
+    for name, (annotation, default) in _annotations(owner).items():
+        inner = _settings(annotation)
+        if inner is not None:
+            for part in inner:
+                found |= parameters_of(part)
+        elif _declares(owner, annotation):
+            parameter = _parameter(name, annotation, default)
+            found[parameter.name] = parameter
+    return found
+
+
+def _arguments(owner: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, (annotation, _) in _annotations(owner).items():
+        inner = _settings(annotation)
+        if inner is not None:
+            parts = tuple(settings_of(part, values) for part in inner)
+            out[name] = parts if get_origin(annotation) is Annotated else parts[0]
+        elif _declares(owner, annotation):
+            out[name] = values[name]
+    return out
+
+
+def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return settings from a method's parameters by name, of which there may be more."""
+    return kind(**_arguments(kind, values))
 
 
 def method(
@@ -207,7 +270,7 @@ def method(
         return Method(
             name=function.__name__,
             plan=cast(MethodFunction, function),
-            parameters=_parameters(function),
+            parameters=parameters_of(function),
             base=base,
             minimum=experts[0],
             maximum=experts[1],
@@ -232,24 +295,35 @@ def learned_method(
     data: str,
     experts: tuple[int, int | None] = (1, None),
     presets: Mapping[str, Mapping[str, Any]] | None = None,
-    extends: Method | None = None,
+    changed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Make a method of a function that finds coefficients on data.
 
-    The function takes a ``consilience.learned.run.Run`` and its parameters as keyword arguments, one of which is
-    ``alphabar`` (per expert: the coefficients to start from), and returns ``Coefficients``. ``presets`` are values for
-    what a recipe leaves out, by the value of its parameter ``preset``. A method that ``extends`` another has the
-    other's parameters (and presets) too, which it takes as ``**rest``.
+    The function takes a ``consilience.learned.run.Run`` and, as keyword arguments, parameters and settings, one of
+    whose parameters is ``alphabar`` (per expert: the coefficients to start from), and returns ``Coefficients``.
+
+    Args:
+        source: where it is published.
+        data: the data it needs.
+        experts: least and greatest number of experts.
+        presets: values for what a recipe leaves out, by the value of its parameter ``preset``.
+        changed: what of a shared parameter is this method's own, by the fields of ``Parameter``.
     """
 
     def decorate(function: Callable[..., Any]) -> Method:
-        parameters = (extends.parameters if extends else {}) | _parameters(function)
+        parameters = parameters_of(function)
         if "alphabar" not in parameters:
             raise TypeError(f"{function.__name__}: a learned method has a parameter alphabar")
+        parameters |= {name: replace(parameters[name], **values) for name, values in (changed or {}).items()}
+
+        @wraps(function)
+        def learn(run: Any, **values: Any) -> Any:
+            return function(run, **_arguments(function, values))
+
         plan = cast(MethodFunction, _anchor)
         return Method(
-            function.__name__, plan, parameters, "required", *experts, data, source, counts_base=False,
-            learn=function, presets=presets or (extends.presets if extends else {}),
+            function.__name__, plan, parameters, "required", *experts, data, source, counts_base=False, learn=learn,
+            presets=presets or {},
         )  # fmt: skip
 
     return decorate

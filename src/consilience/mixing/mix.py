@@ -7,7 +7,7 @@ Experts never change; what is learned are their coefficients.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -29,9 +29,10 @@ from consilience.mixing.trajectory import Traced
 from consilience.numbers import is_count, is_number
 from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.diagnosis import FEWEST, Diagnosis, Record, diagnose
-from consilience.optimizers.gradient import Descent, Optimizer
+from consilience.optimizers.gradient import Optimizer
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Parameterisation
+from consilience.optimizers.settings import GRADIENT, NAMES, Descent, adjust
 from consilience.optimizers.spaces import Space as Plain
 from consilience.optimizers.spaces import cluster, hierarchical, low_rank, make_space, screen, trust
 from consilience.optimizers.spsa import record_of
@@ -40,7 +41,6 @@ from consilience.tasks.gradients import gradients
 
 Space = Plain | Literal["low_rank", "hierarchical"]
 _SPACES = (*get_args(Plain), "low_rank", "hierarchical")
-_GRADIENT = ("adam", "adamw", "sgd")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ def mix(
         progress: True for a bar (or lines) on standard error, a function called with (steps done, steps in all), or a
             ``Progress``.
         folder: where the state is kept, from which an interrupted call goes on; None: nothing is kept.
-        settings: further fields of ``consilience.optimizers.gradient.Descent``: mu, directions, rule, schedule, ...
+        settings: further fields of ``consilience.optimizers.settings.Descent``: mu, directions, rule, schedule, ...
 
     Raises:
         InputError: the experts do not fit the module or each other, the target has no rows, a setting is unknown, or
@@ -338,18 +338,19 @@ def _descent(search: Search) -> Descent:
     Raises:
         InputError: one is unknown or has a value that it cannot have.
     """
-    known = sorted({f.name for f in fields(Descent)} - {"rate", "steps"})
+    known = sorted(NAMES - {"learning_rate", "steps"})
     for name in search.settings:
         if name not in known:
             raise InputError(f"setting {name!r} is unknown (known: {', '.join(known)}){nearest(name, known)}")
     # GLUE's step is beta - eta d u: no momentum, no decay. Adam's rules bring their own by name.
-    rule = search.optimizer if search.optimizer in _GRADIENT else "sgd"
-    values = {"rate": search.learning_rate, "steps": search.steps, "rule": rule, "schedule": "constant"}
+    rule = search.optimizer if search.optimizer in GRADIENT else "sgd"
+    values = {"learning_rate": search.learning_rate, "steps": search.steps, "rule": rule, "schedule": "constant"}
     try:
-        return TypeAdapter(Descent).validate_python(values | dict(search.settings))
+        return TypeAdapter(Descent).validate_python(asdict(adjust(Descent(), **(values | dict(search.settings)))))
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"setting {first['loc'][0]!r}: {first['input']!r} will not do; {first['msg']}") from None
+        name = next(part for part in first["loc"] if part in known)
+        raise InputError(f"setting {name!r}: {first['input']!r} will not do; {first['msg']}") from None
 
 
 def _optimizer(search: Search, mapped: Parameterisation) -> Optimizer:

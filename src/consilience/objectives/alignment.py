@@ -8,7 +8,13 @@ Source: Expert Merging, arXiv:2509.25712. Known disagreements: the paper sums sq
 the soft-target cross-entropy, which has the same gradient and differs by the expert's entropy.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from consilience.errors import InputError
+from consilience.methods.signature import Range
+from consilience.objectives.term import Compared, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +64,66 @@ def hidden_distance(ours: "Tensor", expert: "Tensor", distance: Distance, varian
     return (square / (variance + floor)).mean(-1)
 
 
-def logit_loss(kind: Divergence) -> Any:
+def logit_loss(kind: Divergence) -> "Callable[[Tensor, Tensor, float], Tensor]":
     """Return the function of a kind of logit loss."""
     return {"kl": logit_divergence, "cross_entropy": soft_cross_entropy}[kind]
+
+
+@dataclass(frozen=True)
+class Logits(Term):
+    """Agreement of the next token's distribution with the expert's."""
+
+    logit_weight: Annotated[float, Range(0), "weight of the logits' divergence from the expert"] = 1.0
+    temperature: Annotated[float, Range(1e-3), "temperature of the logits' divergence"] = 1.0
+    divergence: Annotated[Divergence, "the logits' loss; same gradient"] = "kl"
+
+    name: ClassVar[str] = "logit"
+    reads_experts: ClassVar[bool] = True
+
+    def loss(self, compared: Compared) -> "Tensor":
+        """See ``Term``."""
+        loss, expert = logit_loss(self.divergence), compared.expert
+        assert expert is not None
+        return compared.over_logits(lambda z, at: loss(z, expert.head(expert.states[at]).to(z.dtype), self.temperature))
+
+
+@dataclass(frozen=True)
+class Hidden(Term):
+    """Distance of the chosen blocks' outputs from the expert's, averaged over blocks."""
+
+    hidden_weight: Annotated[float, Range(0), "weight of the hidden states' distance from the expert"] = 0.0
+    hidden_layers: Annotated[tuple[str, ...], "blocks to align, counted from 1; or middle"] = ("middle",)
+    hidden_distance: Annotated[
+        Distance, "squared difference: over the expert's variance, summed or averaged over channels"
+    ] = "variance"
+
+    name: ClassVar[str] = "hidden"
+    reads_experts: ClassVar[bool] = True
+
+    @property
+    def layers(self) -> Sequence[int] | str:
+        """Blocks to align; none without a weight.
+
+        Raises:
+            InputError: they are neither numbers nor ``middle``.
+        """
+        if not self.hidden_weight:
+            return ()
+        if self.hidden_layers == ("middle",):
+            return "middle"
+        try:
+            return tuple(int(part) for text in self.hidden_layers for part in text.split(","))
+        except ValueError:
+            raise InputError(
+                f"hidden_layers: {', '.join(self.hidden_layers)!r} is neither middle nor block numbers; write 7,15"
+            ) from None
+
+    def loss(self, compared: Compared) -> "Tensor":
+        """See ``Term``."""
+        expert, weights = compared.expert, compared.weights
+        assert expert is not None
+        each = [
+            hidden_distance(states, expert.blocks[layer], self.hidden_distance, compared.variances.get(layer))
+            for layer, states in compared.student.blocks.items()
+        ]
+        return sum(((d * weights.to(d.dtype)).sum() for d in each), weights.new_zeros(())) / len(each)

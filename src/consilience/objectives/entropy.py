@@ -1,6 +1,10 @@
 """How unsure a model is: AdaMerging's objective."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from consilience.methods.signature import Range
+from consilience.objectives.term import Compared, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,3 +20,16 @@ def prediction_entropy(logits: "Tensor") -> "Tensor":
 
     logs = torch.log_softmax(logits, -1)
     return -(logs.exp() * logs).sum(-1)
+
+
+@dataclass(frozen=True)
+class Entropy(Term):
+    """How unsure the student is, whoever is right."""
+
+    entropy_weight: Annotated[float, Range(0), "weight of the prediction entropy (AdaMerging's)"] = 0.0
+
+    name: ClassVar[str] = "entropy"
+
+    def loss(self, compared: Compared) -> "Tensor":
+        """See ``Term``."""
+        return compared.over_logits(lambda z, at: prediction_entropy(z))

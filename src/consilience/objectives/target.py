@@ -1,6 +1,10 @@
 """The supervised loss on labelled rows."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from consilience.methods.signature import Range
+from consilience.objectives.term import Compared, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,3 +16,17 @@ def target_loss(logits: "Tensor", targets: "Tensor") -> "Tensor":
 
     picked = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
     return torch.where(targets >= 0, torch.logsumexp(logits, -1) - picked, torch.zeros_like(picked))
+
+
+@dataclass(frozen=True)
+class Target(Term):
+    """The supervised loss on labelled positions."""
+
+    target_weight: Annotated[float, Range(0), "weight of the supervised loss on given responses"] = 0.0
+
+    name: ClassVar[str] = "target"
+    reads_labels: ClassVar[bool] = True
+
+    def loss(self, compared: Compared) -> "Tensor":
+        """See ``Term``."""
+        return compared.over_logits(lambda z, at: target_loss(z, compared.targets[at]))

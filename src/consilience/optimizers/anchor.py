@@ -9,10 +9,20 @@ that code.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from consilience.methods.signature import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorSettings:
+    """How strongly coefficients are held at their start."""
+
+    gamma: Annotated[float, Range(0), "weight of the L1 anchor"] = 0.0
+    reg_norm: Annotated[Literal["paper", "code"], "the anchor's norm: mean over all, or that times experts"] = "paper"
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ import numpy.typing as npt
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.gradient import Descent, Loss, Terms
+from consilience.optimizers.gradient import Loss, Terms
 from consilience.optimizers.parameterisation import Parameterisation
+from consilience.optimizers.settings import Descent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,12 +81,12 @@ class CmaEs:
             "minstd": _NARROWEST,
             "CMA_diagonal": self.size > SEPARABLE_ABOVE,
         }
-        if self.settings.population:
-            options["popsize"] = self.settings.population
+        if self.settings.cma.population:
+            options["popsize"] = self.settings.cma.population
         bounds = (0.0, 1.0) if self.map.kind == "box" else self.settings.bounds
         if bounds is not None:
             options["bounds"] = list(bounds)
-        return cma.CMAEvolutionStrategy(start, self.settings.sigma, options)
+        return cma.CMAEvolutionStrategy(start, self.settings.cma.sigma, options)
 
     @property
     def w(self) -> "Tensor":

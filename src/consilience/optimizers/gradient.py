@@ -12,19 +12,17 @@ penalty is differentiated with the loss, so that Adam ends within about its lear
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.directions import Law
 from consilience.optimizers.parameterisation import Parameterisation
+from consilience.optimizers.settings import Descent, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Terms = dict[str, float]
-Rule = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["constant", "linear", "cosine", "restarts", "spall"]
 
 
 class Loss(Protocol):
@@ -105,58 +103,6 @@ def rate_at(schedule: Schedule, step: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class Descent:
-    """Settings of every optimizer, in the units of w; each says which of them it reads.
-
-    Args:
-        rule: what turns a gradient into a step.
-        rate: learning rate.
-        steps: number of steps that the schedule is laid over.
-        schedule: see ``rate_at``.
-        clip: greatest norm of the gradient (0: no bound).
-        weight_decay: decay of w towards zero: part of the gradient for adam and sgd, decoupled for adamw.
-        betas: Adam's two averages.
-        eps: what Adam adds to its denominator.
-        mu: half the distance between SPSA's two points. The error in the direction falls with mu^2 and that from
-            rounding in the loss grows as 1/mu; 0.05 is a sixth of the usual start, and far above what bf16 rounds away.
-            Under the schedule spall it falls as mu / (t + 1)^0.101.
-        directions: directions that SPSA averages over in a step, two evaluations each (GLUE uses one).
-        sigma: standard deviation of CMA-ES's first generation.
-        population: evaluations in one generation of CMA-ES (0: 4 + 3 log n, for n coefficients).
-        law: of SPSA's directions; see ``directions``.
-        perturb: what SPSA adds them to: w, or the coefficients themselves; see ``spsa``.
-        zero_sum: whether SPSA's directions sum to 0 over experts.
-        normalise: divide SPSA's slopes by their running root mean square: under sgd the learning rate is then the
-            change of w in a step, whatever the loss is measured in.
-        tune_mu: choose mu before the first step, beginning with ``mu``; see ``spsa``.
-        mu_range: least and greatest mu that tuning may choose.
-        most_directions: let SPSA take up to so many where its estimates are mostly noise (0: always ``directions``).
-        bounds: where NGOpt and CMA-ES may search w (None: anywhere; CMA-ES under the map "box": [0, 1]).
-    """
-
-    rule: Rule = "adam"
-    rate: float = 0.02
-    steps: int = 50
-    schedule: Schedule = "cosine"
-    clip: float = 0.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    mu: float = 0.05
-    directions: int = 1
-    sigma: float = 0.1
-    population: int = 0
-    law: Law = "rademacher"
-    perturb: Literal["w", "alpha"] = "w"
-    zero_sum: bool = False
-    normalise: bool = False
-    tune_mu: bool = False
-    mu_range: tuple[float, float] = (1e-3, 0.5)
-    most_directions: int = 0
-    bounds: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
 class Backward:
     """The loss's own gradient, brought to w by the chain rule."""
 
@@ -206,9 +152,9 @@ class Gradient:
 
         s = self.settings
         if s.rule == "sgd":
-            return torch.optim.SGD([self.w], lr=s.rate, weight_decay=s.weight_decay)
+            return torch.optim.SGD([self.w], lr=s.learning_rate, weight_decay=s.weight_decay)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s.rule]
-        return kind([self.w], lr=s.rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
+        return kind([self.w], lr=s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
 
     @property
     def alpha(self) -> Alpha:
@@ -224,7 +170,7 @@ class Gradient:
         self.w.grad = gradient
         scale = self._clip()
         for group in self.rule.param_groups:
-            group["lr"] = self.settings.rate * rate_at(self.settings.schedule, number, self.settings.steps)
+            group["lr"] = self.settings.learning_rate * rate_at(self.settings.schedule, number, self.settings.steps)
         self.rule.step()
         with torch.no_grad():
             if self.map.plain and self.anchor.gamma:

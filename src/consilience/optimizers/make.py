@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from consilience.errors import InputError
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.gradient import Descent, Gradient, Optimizer
+from consilience.optimizers.gradient import Gradient, Optimizer
 from consilience.optimizers.parameterisation import Parameterisation
+from consilience.optimizers.settings import Descent
 
 
 def make_optimizer(

@@ -16,8 +16,9 @@ import numpy as np
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.optimizers.anchor import Anchor
-from consilience.optimizers.gradient import Descent, Loss, Terms
+from consilience.optimizers.gradient import Loss, Terms
 from consilience.optimizers.parameterisation import Parameterisation
+from consilience.optimizers.settings import Descent
 
 if TYPE_CHECKING:
     from torch import Tensor

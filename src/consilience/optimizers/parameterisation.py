@@ -12,7 +12,7 @@ number are in ``spaces``.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import numpy as np
 
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["real", "sigmoid", "softplus", "softmax", "affine", "box"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceSettings:
+    """Where coefficients may lie."""
+
+    coefficients: Annotated[Kind, "set that coefficients are from; softmax and affine sum to 1 over experts"] = "real"
 
 
 class Parameterisation(Protocol):

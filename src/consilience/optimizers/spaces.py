@@ -31,7 +31,8 @@ Space = Literal["simplex", "affine", "task_vector"]
 Matrix = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
-_KINDS: dict[Space, Kind] = {"simplex": "softmax", "affine": "affine", "task_vector": "real"}
+#: The map of each space.
+KINDS: dict[Space, Kind] = {"simplex": "softmax", "affine": "affine", "task_vector": "real"}
 #: Singular values below this share of the largest are what rounding leaves of 0.
 _NOTHING = 1e-6
 #: How far beyond the radius rounding may carry a point that was put on it, as a share of its square.
@@ -53,7 +54,7 @@ def make_space(
     Raises:
         InputError: the start is out of reach, or a trust region lacks the Gram matrix.
     """
-    found = parameterise(_KINDS[space], alpha, learned)
+    found = parameterise(KINDS[space], alpha, learned)
     if not radius:
         return found
     if gram is None:

@@ -43,8 +43,9 @@ from consilience.errors import InputError
 from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.diagnosis import Measured, Record, pack, unpack
 from consilience.optimizers.directions import STREAM, Array, draw
-from consilience.optimizers.gradient import Descent, Gradient, Loss, ManyPoints, Optimizer, Terms, rate_at
+from consilience.optimizers.gradient import Gradient, Loss, ManyPoints, Optimizer, Terms, rate_at
 from consilience.optimizers.parameterisation import Kind, Parameterisation, as_array
+from consilience.optimizers.settings import Descent, SpsaSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,9 +104,8 @@ class Spsa:
         map: from w [R, N] to coefficients [K, N].
         anchor: the penalty on the coefficients.
         seed: of the directions.
-        mu: half the distance between the two points; where tuning begins.
-        directions: directions of a step; the fewest of them where their number may change.
-        settings: what else there is to say; its own ``mu`` and ``directions`` are not read.
+        descent: how w moves; what of it is SPSA's own is ``settings``. Tuning begins at its ``mu``, and ``directions``
+            are the fewest where their number may change.
 
     ``record`` is what was measured, a step each.
     """
@@ -113,18 +113,21 @@ class Spsa:
     map: Parameterisation
     anchor: Anchor
     seed: int
-    mu: float
-    directions: int
-    settings: Descent = field(default_factory=Descent)
+    descent: Descent = field(default_factory=Descent)
     record: list[Measured] = field(default_factory=list[Measured], init=False)
     memory: Memory = field(init=False)
 
     def __post_init__(self) -> None:
         self.memory = self._fresh()
 
+    @property
+    def settings(self) -> SpsaSettings:
+        """SPSA's own settings."""
+        return self.descent.spsa
+
     def _fresh(self) -> Memory:
         nothing = np.zeros(tuple(self.map.start.shape))
-        return Memory(self.mu, self.directions, nothing, nothing.copy())
+        return Memory(self.settings.mu, self.settings.directions, nothing, nothing.copy())
 
     def __call__(self, loss: Loss, w: "Tensor", step: int) -> tuple[Terms, "Tensor"]:
         """Return terms, averaged over all evaluations, and gradient; see ``Estimator``.
@@ -151,7 +154,7 @@ class Spsa:
 
     def mu_at(self, step: int) -> float:
         """Return mu at ``step``: Spall's gain mu / (t + 1)^0.101 under his schedule, else constant."""
-        return self.memory.mu / (step + 1) ** 0.101 if self.settings.schedule == "spall" else self.memory.mu
+        return self.memory.mu / (step + 1) ** 0.101 if self.descent.schedule == "spall" else self.memory.mu
 
     def draw(self, step: int) -> "Tensor":
         """Return the directions of a step [directions, R, N], 0 where nothing is learned.
@@ -260,7 +263,7 @@ class Spsa:
             if signal < NOISY * noise:
                 memory.count = max(memory.count, min(2 * memory.count, most))
             elif signal > CLEAR * noise:
-                memory.count = max(self.directions, memory.count // 2)
+                memory.count = max(self.settings.directions, memory.count // 2)
         memory.total, memory.power, memory.window = np.zeros_like(memory.total), 0.0, 0
 
     def _expected(self, step: int, w: "Tensor", directions: "Tensor", slopes: Array) -> float:
@@ -270,8 +273,8 @@ class Spsa:
         by its rate times sqrt((1 - beta_1) / (1 + beta_1)) where the estimates have no common part, else by up to its
         rate.
         """
-        own = self.settings
-        rate = own.rate * rate_at(own.schedule, step, own.steps)
+        own = self.descent
+        rate = own.learning_rate * rate_at(own.schedule, step, own.steps)
         ends = ((self.map.alpha(w + _NEAR * u), self.map.alpha(w - _NEAR * u)) for u in directions)
         moved = [float(((high - low) / (2 * _NEAR)).square().sum()) for high, low in ends]
         if own.rule != "sgd":
@@ -279,7 +282,7 @@ class Spsa:
             free = self.map.start.shape[0] * int(self.map.learned.sum())
             damped = (1 - own.betas[0]) / (1 + own.betas[0])
             return rate * math.sqrt(damped * free * float(np.mean(moved)) / size) if size else 0.0
-        slope = 1.0 if own.normalise else math.sqrt(float(np.mean(slopes**2)))
+        slope = 1.0 if own.spsa.normalise else math.sqrt(float(np.mean(slopes**2)))
         return rate * slope * math.sqrt(float(np.mean(moved)) / len(moved))
 
     def state(self) -> dict[str, Any]:
@@ -301,17 +304,14 @@ def make_spsa(settings: Descent, parameterisation: Parameterisation, anchor: Anc
         ValueError: mu or its range is not positive, or there is no direction.
         InputError: the coefficients are to be perturbed under a map that no mirror descent belongs to.
     """
-    low, high = settings.mu_range
-    if not settings.mu > 0 or settings.directions < 1 or not 0 < low <= high:
-        raise ValueError(
-            f"mu = {settings.mu}, mu_range = {low, high} and directions = {settings.directions} must be positive"
-        )
-    if settings.perturb == "alpha" and parameterisation.kind not in get_args(Kind):
+    own, (low, high) = settings.spsa, settings.spsa.mu_range
+    if not own.mu > 0 or own.directions < 1 or not 0 < low <= high:
+        raise ValueError(f"mu = {own.mu}, mu_range = {low, high} and directions = {own.directions} must be positive")
+    if own.perturb == "alpha" and parameterisation.kind not in get_args(Kind):
         raise InputError(
             f"perturb: alpha cannot be perturbed in {parameterisation.kind} coordinates; perturb w, or mix without them"
         )
-    estimator = Spsa(parameterisation, anchor, seed, settings.mu, settings.directions, settings)
-    return Gradient(settings, parameterisation, anchor, estimator)
+    return Gradient(settings, parameterisation, anchor, Spsa(parameterisation, anchor, seed, settings))
 
 
 def record_of(optimizer: Optimizer) -> Record | None:
@@ -326,5 +326,5 @@ def record_of(optimizer: Optimizer) -> Record | None:
         size=size,
         noise=estimator.memory.noise,
         simplex=mapped.kind in ("softmax", "hierarchical"),
-        plain=estimator.settings.rule == "sgd",
+        plain=estimator.descent.rule == "sgd",
     )

@@ -53,6 +53,7 @@ class RecipeLandscape:
         """
         from consilience.learned.run import Data, Machine, Run, groups_of, open_workshop
         from consilience.objectives.objective import Objective
+        from consilience.objectives.target import Target
 
         run = Run(case.plan, case.root, machine=Machine(device, threads, trust_remote_code), where=case.where)
         for name in case.names:
@@ -64,7 +65,7 @@ class RecipeLandscape:
         self.start = groups_of(run, "global", (), [0.0] * len(case.names))
         self.data = Data(samples=rows, positions="response", key="probe", tokens=tokens)
         self.shop = open_workshop(run, self.start, self.data, teachers=False, precision=precision)
-        self.problem = self.shop.problem(Objective(logit=0.0, target=1.0, total="mean"))
+        self.problem = self.shop.problem(Objective(terms=(Target(1.0),), total="mean"))
         self._rows = [
             [i for i, sample in enumerate(self.shop.samples) if sample.expert == k] for k in range(len(case.names))
         ]
@@ -75,7 +76,7 @@ class RecipeLandscape:
 
     def facts(self, parameters: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Return what is written of a learned method's run."""
-        from consilience.learned.align import facts_of
+        from consilience.learned.facts import facts_of
 
         return facts_of(self.run, self.shop, parameters, self.data, seconds)
 
