@@ -385,7 +385,7 @@ def _imported() -> float:
     """Import what any side needs and return the anonymous memory in MB."""
     for name in (
         "peft.tuners.lora.arrow", "transformers.models.llama.modeling_llama", "safetensors.torch",
-        "consilience.engine.kernels.routed",
+        "consilience.kernels.routed",
     ):  # fmt: skip
         importlib.import_module(name)
     return anonymous_bytes(os.getpid()) / 1e6

@@ -140,8 +140,8 @@ def test_threads_segments_and_blocks_do_not_change_a_bit(name: str, monkeypatch:
     for segment in (4096, 3 * 4096, 1 << 22):
         for block in (4096, 2 * 4096, 1 << 16):
             monkeypatch.setattr("consilience.engine.plan.SEGMENT", segment)
-            monkeypatch.setattr("consilience.engine.block.SMALLEST_BLOCK", block)
-            monkeypatch.setattr("consilience.engine.block.LARGEST_BLOCK", block)
+            monkeypatch.setattr("consilience.experts.block.SMALLEST_BLOCK", block)
+            monkeypatch.setattr("consilience.experts.block.LARGEST_BLOCK", block)
             for threads in (1, 2, 4) if block == 4096 else (3,):
                 assert digest(in_memory(name, threads=threads)) == expected, (segment, block, threads)
 

@@ -562,8 +562,8 @@ def test_any_shape(
     epsilon = epsilon_of([kind], out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("consilience.engine.plan.SEGMENT", segment)
-        patch.setattr("consilience.engine.block.LARGEST_BLOCK", block)
-        patch.setattr("consilience.engine.block.SMALLEST_BLOCK", block)
+        patch.setattr("consilience.experts.block.LARGEST_BLOCK", block)
+        patch.setattr("consilience.experts.block.SMALLEST_BLOCK", block)
         if method == "linear":
             found = model.merge(method=method, out_dtype=out)
             answer = reference_linear(thetas, [1, 1, 1], True)

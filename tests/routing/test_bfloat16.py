@@ -10,7 +10,7 @@ from routed_models import make_experts
 from tiny_models import make_llama
 from torch import Tensor
 
-from consilience.engine.kernels import routed
+from consilience.kernels import routed
 from consilience.routing import scores
 from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors

@@ -12,8 +12,8 @@ from routed_models import ByLetter, linears, make_expert, make_experts, merge_in
 from tiny_models import make_llama, make_t5, make_tokenizer
 from torch import Tensor
 
-from consilience.engine.kernels import routed
 from consilience.errors import InputError
+from consilience.kernels import routed
 from consilience.routing.expert import Expert
 from consilience.routing.install import install
 from consilience.routing.layer import Experts, Factors, RoutedLinear

@@ -19,7 +19,8 @@ NAMES = ("a", "b", "c")
 def _survey(recipe: dict[str, Any], **options: Any) -> Survey:
     plan = plan_recipe(parse_recipe(recipe, "recipe"))
     try:
-        return survey(plan, **options)
+        names = tuple(expert.name for expert in plan.experts)
+        return survey(names, [tensor.stack for tensor in plan.tensors], **options)
     finally:
         plan.close()
 

@@ -213,7 +213,7 @@ def test_segments_and_threads_change_no_byte(
 
 
 def test_blocks_inside_a_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("consilience.engine.block.CACHE", 0)  # the smallest blocks: 8192 elements
+    monkeypatch.setattr("consilience.experts.block.CACHE", 0)  # the smallest blocks: 8192 elements
     shapes = {"x.0.weight": (150, 131), "x.1.weight": (3, 9000), "b": (8193,)}
     zoo = make_zoo(tmp_path, torch.bfloat16, shapes)
     plan = zoo.plan(("full", "lora"))

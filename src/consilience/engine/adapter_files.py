@@ -16,7 +16,7 @@ from consilience.checkpoints.checkpoint import TensorInfo
 from consilience.checkpoints.dtypes import DType
 from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.safetensors_file import encode_header
-from consilience.engine.kernels import encode as enc
+from consilience.kernels import encode as enc
 
 Array = npt.NDArray[np.float64]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -19,7 +19,6 @@ from consilience.checkpoints.adapter import LoraPair
 from consilience.checkpoints.checkpoint import same_bytes
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, lora_config, write_tensors
-from consilience.engine.block import Loader, Scratch
 from consilience.engine.card import licences, render_card
 from consilience.engine.chosen_files import adapter_files
 from consilience.engine.differences import by_level
@@ -147,14 +146,12 @@ def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
     assert isinstance(program.combine, WeightedSum)
     lefts: list[Array] = []
     rights: list[Array] = []
-    scratch = Scratch()
-    for name, weight, source in zip(tensor.row_names, program.combine.weights, tensor.rows, strict=True):
-        if source.pair is not None:
-            left, right = scratch.factors(source, np.float64)
-            if not (np.isfinite(left).all() and np.isfinite(right).all()):
-                raise InputError(f"{name}: tensor {tensor.name!r}: its LoRA factors hold NaN or Inf; repair the model")
-            lefts.append(left * (weight * program.scale * source.pair.scale))
-            rights.append(right.copy())
+    for row, left, right, scale in replace(tensor.stack, wide=True).factors():
+        if not (np.isfinite(left).all() and np.isfinite(right).all()):
+            who = tensor.row_names[row]
+            raise InputError(f"{who}: tensor {tensor.name!r}: its LoRA factors hold NaN or Inf; repair the model")
+        lefts.append(left * (program.combine.weights[row] * program.scale * scale))
+        rights.append(right)
     return np.concatenate(lefts, 1), np.concatenate(rights, 0)
 
 
@@ -165,7 +162,7 @@ def dense_update(plan: Plan, tensor: TensorPlan, threads: int | None) -> Array:
     sink = MemorySink(small)
     Streamer(small, sink, threads=threads).run()
     merged = sink.arrays[tensor.name].view(np.float64)
-    base = Loader(Scratch(), alone, check=False).base(0, tensor.numel, None)
+    base = alone.stack.loader(check=False).base(0, tensor.numel, None)
     return (merged - base).reshape(tensor.shape[0], -1)
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from consilience.engine.block import LARGEST_BLOCK, block_size
 from consilience.engine.differences import by_level
 from consilience.engine.output import tie_notes
 from consilience.engine.plan import Plan, TensorPlan
+from consilience.experts.block import LARGEST_BLOCK, block_size
 
 #: What one core did on the machine the defaults were measured on; a dry run's time is an estimate from these.
 READ_RATE, WRITE_RATE, VALUE_RATE = 3.0e9, 0.8e9, 4.0e8

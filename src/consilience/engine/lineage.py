@@ -11,11 +11,11 @@ import numpy as np
 
 from consilience import __version__
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo, raw
-from consilience.engine.kernels.fingerprint import digest, mix
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece
 from consilience.engine.worker import Record
 from consilience.experts.model import Model, Source
+from consilience.kernels.fingerprint import digest, mix
 
 
 def model_fingerprint(tensors: dict[str, str]) -> str:

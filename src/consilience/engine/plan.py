@@ -25,6 +25,7 @@ from consilience.experts.flattened import unflatten
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
 from consilience.experts.quantised import in_floats, packed_target
+from consilience.experts.stack import Stack
 from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
@@ -66,6 +67,16 @@ class TensorPlan:
     parameters: dict[str, Any]
     stream: str
 
+    @cached_property
+    def stack(self) -> Stack:
+        """The rows on their base, as something to read."""
+        return Stack(self.name, self.shape, self.base, self.rows, self.row_names, self.wide)
+
+    @property
+    def vectors(self) -> bool:
+        """Whether the rows enter the arithmetic as task vectors, not as the experts' own values."""
+        return self.program is None or self.program.space == "task_vectors"
+
     @property
     def segments(self) -> int:
         """Number of pieces workers take."""
@@ -78,9 +89,7 @@ class TensorPlan:
     @cached_property
     def reads_base(self) -> bool:
         """Whether the base's values enter the arithmetic."""
-        if self.program is None or self.program.space == "task_vectors":
-            return True
-        return any(row.dense is None for row in self.rows)
+        return self.vectors or any(row.dense is None for row in self.rows)
 
     @cached_property
     def passes(self) -> int:

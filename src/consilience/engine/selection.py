@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.block import Loader, Marks
-from consilience.engine.kernels.select import HIGH, LOW, count_equal, count_high, count_low, pick_bin
 from consilience.errors import InputError
+from consilience.experts.block import Loader, Marks
+from consilience.kernels.select import HIGH, LOW, count_equal, count_high, count_low, pick_bin
 
 Piece = tuple[int, int]
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from consilience.checkpoints.checkpoint import same_bytes
-from consilience.engine.block import Marks, NonFinite, Stopped, count_tensor
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
-from consilience.engine.worker import Record, Sink, Worker
-from consilience.errors import InputError, MachineError
+from consilience.engine.worker import Record, Sink, Stopped, Worker
+from consilience.errors import InputError, MachineError, option
+from consilience.experts.block import Marks, NonFinite, count_tensor
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
 from consilience.methods.program import Program
@@ -249,7 +249,7 @@ class Streamer:
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, NonFinite):
-            return count_tensor(error)
+            return count_tensor(error, f"repair the model, or pass {option('allow_nonfinite')}")
         if isinstance(error, OSError):
             place = f"{error.filename}: " if error.filename else ""
             return MachineError(

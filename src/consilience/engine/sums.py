@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from consilience.engine.block import Loader, Marks
-from consilience.engine.kernels.reduce import LEAF, leaf_magnitudes, leaf_products
+from consilience.experts.block import Loader, Marks
+from consilience.kernels.reduce import LEAF, leaf_magnitudes, leaf_products
 from consilience.methods.program import Sums
 
 

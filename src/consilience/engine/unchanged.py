@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consilience.checkpoints.files import Stamp, stamp
-from consilience.engine.block import Marks
-from consilience.engine.kernels.fingerprint import MASK
 from consilience.engine.lineage import fingerprints, tensor_fingerprint
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece
 from consilience.engine.worker import Record
 from consilience.errors import InputError
+from consilience.experts.block import Marks
 from consilience.experts.model import Model
+from consilience.kernels.fingerprint import MASK
 
 
 def check_files(plan: Plan) -> None:

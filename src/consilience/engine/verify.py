@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from consilience.checkpoints.safetensors_file import read_header
-from consilience.engine.kernels.fingerprint import MASK, mix
 from consilience.engine.output import FileSink
 from consilience.engine.plan import Plan
 from consilience.engine.worker import Record
 from consilience.errors import MachineError
+from consilience.kernels.fingerprint import MASK, mix
 
 _STEP = 1 << 22
 

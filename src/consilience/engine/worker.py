@@ -8,17 +8,21 @@ import numpy as np
 
 from consilience.checkpoints.checkpoint import raw
 from consilience.checkpoints.values import count_nonfinite, decode
-from consilience.engine.block import Loader, Marks, NonFinite, Scratch, Stopped
-from consilience.engine.kernels import combine as comb
-from consilience.engine.kernels import encode as enc
-from consilience.engine.kernels import random_bits
-from consilience.engine.kernels.fingerprint import mix
-from consilience.engine.kernels.select import trim
-from consilience.engine.kernels.settle import audit
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Selection
-from consilience.errors import InputError, option
+from consilience.errors import ConsilienceError, InputError, option
+from consilience.experts.block import Loader, Marks, NonFinite, Scratch
+from consilience.kernels import combine as comb
+from consilience.kernels import encode as enc
+from consilience.kernels import random_bits
+from consilience.kernels.fingerprint import mix
+from consilience.kernels.select import trim
+from consilience.kernels.settle import audit
 from consilience.methods.program import Drop, Elect, PiecewiseSum, Program, SignedSum, WeightedSum
+
+
+class Stopped(ConsilienceError):
+    """Another worker failed or the user interrupted: give up quietly."""
 
 
 class Sink(Protocol):
@@ -55,7 +59,8 @@ class Worker:
 
     def loader(self, tensor: TensorPlan, first: bool = True) -> Loader:
         """Return a loader of ``tensor`` over this worker's buffers; only the ``first`` pass looks for NaN and Inf."""
-        return Loader(self.scratch, tensor, first and not self.plan.allow_nonfinite)
+        check = first and not self.plan.allow_nonfinite
+        return tensor.stack.loader(self.scratch, vectors=tensor.vectors, check=check)
 
     def stages(self, tensor: TensorPlan, program: Program, selection: Selection | None, quota: list[int]) -> Any:
         """Return the function that applies the program's stages to a block, in place."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.engine.kernels import routed
+from consilience.kernels import routed
 from consilience.routing.settings import Local, Settings
 
 Floats, Edges = npt.NDArray[np.float32], npt.NDArray[np.int64]

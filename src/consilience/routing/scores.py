@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.engine.kernels.routed import NORM_EPSILON
+from consilience.kernels.routed import NORM_EPSILON
 from consilience.routing.settings import Local, Settings
 
 #: Entries that are normalised at once on a CPU.

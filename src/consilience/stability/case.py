@@ -7,6 +7,7 @@ from typing import Any
 from consilience.engine.plan import Plan, expert_names, make_plan
 from consilience.engine.stream import check_copies
 from consilience.errors import InputError
+from consilience.experts.stack import Stack
 from consilience.recipe.schema import ModelEntry, Recipe
 
 
@@ -41,6 +42,11 @@ class Case:
     def names(self) -> tuple[str, ...]:
         """The names of the experts that fit."""
         return tuple(expert.name for expert in self.plan.experts)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The experts' task vectors of every tensor of the base, in its order; of what is not merged without rows."""
+        return tuple(tensor.stack for tensor in self.plan.tensors)
 
     def close(self) -> None:
         """Release files."""

@@ -67,7 +67,7 @@ def diagnose(
         if probes is not None:
             check_probes(probes, where, probed=probed)
             check_methods(probes.methods, case, recipe)
-        read = survey(case.plan, threads=threads, exact=exact, seed=seed, progress=progress)
+        read = survey(case.names, case.stacks, threads=threads, exact=exact, seed=seed, progress=progress)
         beside = from_files.findings(case.plan)
         p, said = weights_of(recipe, case)
         trainings = trainings_of(case)

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from consilience.engine.block import Loader, NonFinite, Scratch, count_tensor
-from consilience.engine.kernels import survey as kernels
-from consilience.engine.plan import SEGMENT, Plan, TensorPlan
+from consilience.engine.plan import SEGMENT
 from consilience.engine.stream import thread_count
+from consilience.experts.block import Scratch
+from consilience.experts.stack import Stack
 from consilience.jit import compilation_shown
-from consilience.methods.program import Program, WeightedSum
+from consilience.kernels import survey as kernels
 from consilience.progress import NullProgress, Progress
 from consilience.stability.geometry import Geometry, Matrix, Vector
 
@@ -113,12 +113,19 @@ class _Sums:
 
 
 def survey(
-    plan: Plan, *, threads: int | None = None, exact: bool = False, seed: int = 0, progress: Progress | None = None
+    names: tuple[str, ...],
+    stacks: Sequence[Stack],
+    *,
+    threads: int | None = None,
+    exact: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Survey:
-    """Read a plan's base and experts once and return what they say.
+    """Read the experts' task vectors once and return what they say.
 
     Args:
-        plan: of any merge of these experts on their base.
+        names: the experts'.
+        stacks: of all tensors of the base, in its order; those without rows are not merged.
         threads: number of workers; None: all cores.
         exact: compute the energies from whole matrices, one at a time, instead of sketches.
         seed: of the sketches.
@@ -127,20 +134,19 @@ def survey(
     Raises:
         InputError: a stored value is NaN or Inf.
     """
-    names = tuple(expert.name for expert in plan.experts)
-    chosen = [_vectors(tensor) for tensor in plan.tensors if tensor.rows and not all(r.untouched for r in tensor.rows)]
-    total = sum(tensor.bytes_read for tensor in chosen)
+    chosen = {i: replace(stack, wide=False) for i, stack in enumerate(stacks) if not stack.untouched}
+    total = sum(stack.nbytes for stack in chosen.values())
     progress = progress or NullProgress()
     progress.phase("reading the experts", total, "bytes")
     run = _Run(len(names), exact, seed, progress)
-    jobs = [(tensor, first, last) for tensor in chosen for first, last in _spans(tensor)]
+    jobs = [(index, stack, first, last) for index, stack in chosen.items() for first, last in _spans(stack)]
     count = thread_count(threads)
     with compilation_shown(progress), ThreadPoolExecutor(count, thread_name_prefix="survey") as pool:
         found = _windowed(pool, run.job, jobs, 2 * count)
         surveyed = tuple(one for one in found if one is not None)
-    order = {tensor.name: number for number, tensor in enumerate(chosen)}
+    order = {stack.name: number for number, stack in chosen.items()}
     ordered = tuple(sorted(surveyed, key=lambda one: order[one.name]))
-    return Survey(names, ordered, sum(t.numel for t in plan.tensors if t.rows), total)
+    return Survey(names, ordered, sum(stack.numel for stack in stacks if stack.rows), total)
 
 
 def _windowed(pool: ThreadPoolExecutor, run: Callable[..., Any], jobs: Sequence[Any], width: int) -> Iterator[Any]:
@@ -158,21 +164,11 @@ def _windowed(pool: ThreadPoolExecutor, run: Callable[..., Any], jobs: Sequence[
             one.cancel()
 
 
-def _vectors(tensor: TensorPlan) -> TensorPlan:
-    """Return a tensor whose stack are task vectors."""
-    return replace(tensor, program=Program("task_vectors", WeightedSum((1.0,) * len(tensor.rows))), wide=False)
-
-
-def _columns(tensor: TensorPlan) -> int:
-    """Return the row length of a tensor as a matrix; a vector is one row."""
-    return tensor.numel // max(1, tensor.shape[0]) if len(tensor.shape) > 1 else tensor.numel
-
-
-def _spans(tensor: TensorPlan) -> list[tuple[int, int]]:
+def _spans(stack: Stack) -> list[tuple[int, int]]:
     """Return the spans of whole rows, of about a segment each, that workers take."""
-    columns = max(1, _columns(tensor))
+    columns = max(1, stack.columns)
     step = max(1, SEGMENT // columns) * columns
-    return [(start, min(tensor.numel, start + step)) for start in range(0, tensor.numel, step)]
+    return [(start, min(stack.numel, start + step)) for start in range(0, stack.numel, step)]
 
 
 class _Run:
@@ -184,61 +180,54 @@ class _Run:
         self.lock = threading.Lock()
         self.local = threading.local()
 
-    def job(self, tensor: TensorPlan, first: int, last: int) -> TensorSurvey | None:
-        """Add one span; return the tensor's survey with its last one."""
+    def job(self, index: int, stack: Stack, first: int, last: int) -> TensorSurvey | None:
+        """Add one span of the tensor of some number; return the tensor's survey with its last one."""
         if not hasattr(self.local, "scratch"):
             self.local.scratch = Scratch()
-        part = _Sums.of(self.rows, self._sketched(tensor), 0)
-        try:
-            self._read(tensor, first, last, part)
-        except NonFinite as error:
-            raise count_tensor(error) from None
+        part = _Sums.of(self.rows, self._sketched(stack), 0)
+        self._read(index, stack, first, last, part)
         with self.lock:
-            held = self.sums.get(tensor.name)
+            held = self.sums.get(stack.name)
             if held is None:
-                held = self.sums[tensor.name] = _Sums.of(self.rows, self._sketched(tensor), len(_spans(tensor)))
+                held = self.sums[stack.name] = _Sums.of(self.rows, self._sketched(stack), len(_spans(stack)))
             _add(held, part)
             held.left -= 1
-            self.progress.advance(tensor.bytes_read * (last - first) // tensor.numel)
+            self.progress.advance(stack.nbytes * (last - first) // stack.numel)
             if held.left:
                 return None
-            del self.sums[tensor.name]
-        return self._finished(tensor, held)
+            del self.sums[stack.name]
+        return self._finished(stack, held)
 
-    def _sketched(self, tensor: TensorPlan) -> int | None:
+    def _sketched(self, stack: Stack) -> int | None:
         """Return the width of a tensor's sketch; None: it has none."""
-        return _columns(tensor) if len(tensor.shape) > 1 and tensor.shape[0] > 1 and not self.exact else None
+        return stack.columns if len(stack.shape) > 1 and stack.shape[0] > 1 and not self.exact else None
 
-    def _read(self, tensor: TensorPlan, first: int, last: int, part: _Sums) -> None:
-        loader, columns = Loader(self.local.scratch, tensor, True), max(1, _columns(tensor))
-        step = max(1, loader.size // columns) * columns
-        for start in range(first, last, step):
-            stop = min(last, start + step)
-            stack, base = loader.load(start, stop)
-            assert base is not None
-            room = self.local.scratch.array("together", (kernels.TILE,), np.float32)
+    def _read(self, index: int, stack: Stack, first: int, last: int, part: _Sums) -> None:
+        scratch, columns = self.local.scratch, max(1, stack.columns)
+        room = scratch.array("together", (kernels.TILE,), np.float32)
+        for start, stop, vectors, base in stack.blocks(first, last, align=columns, scratch=scratch):
             sums = part.gram, part.diagonal, part.counts, part.magnitudes
-            kernels.add_rows(base, stack, columns, *sums, room)
+            kernels.add_rows(base, vectors, columns, *sums, room)
             if part.sketch is not None:
-                buckets, signs = _places(self.seed, tensor, start // columns, stop // columns)
-                kernels.add_sketch(stack, columns, buckets, signs, part.sketch)
+                buckets, signs = _places(self.seed, index, stack, start // columns, stop // columns)
+                kernels.add_sketch(vectors, columns, buckets, signs, part.sketch)
 
-    def _finished(self, tensor: TensorPlan, sums: _Sums) -> TensorSurvey:
+    def _finished(self, stack: Stack, sums: _Sums) -> TensorSurvey:
         gram = np.tril(sums.gram) + np.tril(sums.gram, -1).T
         diagonal = np.tril(sums.diagonal) + np.tril(sums.diagonal, -1).T
         opposite, both = (np.tril(one, -1) + np.tril(one, -1).T for one in sums.counts)
         energies = errors = None
-        if sums.sketch is not None and tensor.shape[0] <= BUCKETS:
+        if sums.sketch is not None and stack.shape[0] <= BUCKETS:
             energies = np.array([[_energy(one, other) for other in sums.sketch] for one in sums.sketch])
             errors = np.zeros_like(energies)
         elif sums.sketch is not None:
             energies, errors = _energies(sums.sketch, gram[1:, 1:], diagonal)
-        elif self.exact and len(tensor.shape) > 1:
-            energies = _exact_energies(Loader(Scratch(), tensor, False), self.rows)
+        elif self.exact and len(stack.shape) > 1:
+            energies = _exact_energies(stack.whole(check=False))
             errors = np.zeros_like(energies)
         return TensorSurvey(
-            tensor.name,
-            tensor.shape,
+            stack.name,
+            stack.shape,
             Geometry(gram[1:, 1:], gram[1:, 0], float(gram[0, 0])),
             opposite,
             both,
@@ -263,16 +252,16 @@ def _energy(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> flo
     return float(np.square((one @ other.T).astype(np.float64)).sum())
 
 
-def _places(seed: int, tensor: TensorPlan, first: int, last: int) -> tuple[Any, Any]:
-    """Return the buckets and signs of matrix rows ``first ... last``: the same however a tensor is cut.
+def _places(seed: int, index: int, stack: Stack, first: int, last: int) -> tuple[Any, Any]:
+    """Return the buckets and signs of rows ``first ... last`` of the matrix of some number, however it is cut.
 
     Where there are no more rows than buckets, each has one to itself.
     """
-    if tensor.shape[0] <= BUCKETS:
+    if stack.shape[0] <= BUCKETS:
         return np.arange(first, last), np.ones(last - first, np.float32)
     numbers = np.arange(first, last, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        mixed = _mixed(numbers + _mixed(np.array([(seed << 32) ^ tensor.index], np.uint64)))
+        mixed = _mixed(numbers + _mixed(np.array([(seed << 32) ^ index], np.uint64)))
     return (mixed % np.uint64(BUCKETS)).astype(np.int64), np.where(mixed >> np.uint64(63), 1, -1).astype(np.float32)
 
 
@@ -337,15 +326,9 @@ def _jackknife(energy: _Energy) -> tuple[float, float]:
     return float(np.clip(value, energy.diagonal, max(energy.known, energy.diagonal))), float(np.sqrt(spread))
 
 
-def _exact_energies(loader: Loader, count: int) -> Matrix:
-    """Return the energies of a tensor's whole task vectors, in float64."""
-    tensor = loader.tensor
-    height, columns = tensor.shape[0], _columns(tensor)
-    whole = np.empty((count, tensor.numel), np.float32)
-    for start in range(0, tensor.numel, loader.size):
-        stop = min(tensor.numel, start + loader.size)
-        whole[:, start:stop] = loader.load(start, stop)[0]
-    matrices = whole.reshape(count, height, columns).astype(np.float64)
+def _exact_energies(whole: npt.NDArray[np.float32]) -> Matrix:
+    """Return the energies of whole task vectors [K, rows, columns], in float64."""
+    (count, height, columns), matrices = whole.shape, whole.astype(np.float64)
     found = np.zeros((count, count))
     if columns <= height:  # <tau_j^T tau_j, tau_k^T tau_k>: what is squared has the shorter side
         inner = [matrix.T @ matrix for matrix in matrices]

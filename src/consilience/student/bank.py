@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from consilience.coefficients import Coefficients, Group
 from consilience.coefficients.coefficients import Alpha, Trimmed
-from consilience.engine.block import NonFinite, count_tensor
-from consilience.engine.kernels import pieces as kernels
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Selection
 from consilience.engine.stream import Streamer, thread_count
 from consilience.engine.worker import Worker
 from consilience.errors import InputError
+from consilience.experts.block import NonFinite, count_tensor
+from consilience.kernels import pieces as kernels
 from consilience.methods.program import Elect, Program, Trim, WeightedSum
 from consilience.student import low_rank, on_device, packed
 from consilience.student.extents import cuts, cuts_by_piece, extents_of

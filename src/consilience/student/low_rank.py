@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from consilience.coefficients.coefficients import Alpha
-from consilience.engine.block import Scratch
 from consilience.engine.plan import TensorPlan
+from consilience.experts.block import Scratch
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 from consilience.checkpoints.checkpoint import Bytes, Storage, TensorInfo, raw
 from consilience.checkpoints.dtypes import TORCH_NAMES
 from consilience.coefficients.coefficients import Alpha
-from consilience.engine.block import Scratch
 from consilience.engine.plan import TensorPlan
+from consilience.experts.block import Scratch
 from consilience.experts.model import Source
 
 

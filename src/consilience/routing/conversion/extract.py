@@ -8,12 +8,10 @@ does not hold (embeddings, the output layer, norms, biases) is left out, and how
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from consilience.api import build_recipe, plan_recipe
@@ -21,23 +19,20 @@ from consilience.checkpoints.dtypes import ALIASES, DTYPES
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, gather, lora_config, write_tensors
-from consilience.engine.block import Loader, NonFinite, Scratch
 from consilience.engine.card import label, licences, origin
 from consilience.engine.lineage import versions
-from consilience.engine.low_rank import Array, factorise
+from consilience.engine.low_rank import factorise
 from consilience.engine.origin import hub_ids
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import check_copies
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError, nearest
-from consilience.methods.program import Program, WeightedSum
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.conversion.linear import Layout, layout
 from consilience.tasks.load import check_folder, require_transformers
 from consilience.workdir import check_out, digest_of, workdir, write_json
 
 RECORD = "extraction.json"
-_TASK_VECTOR = Program("task_vectors", WeightedSum((1.0,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +215,7 @@ def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, progress
             if part.is_file():
                 layers.append(_layer(tensor, known.linear[tensor.name], part))
         else:
-            total = math.fsum(float(block @ block) for _, block in _blocks(tensor))
+            total = float(replace(tensor.stack, wide=True).gram()[0, 0])
             rest += [Rest(tensor.name, known.kinds[tensor.name], total)] if total else []
         progress.advance()
     base, expert = plan.recipe.base_model or "", plan.experts[0].reference
@@ -233,25 +228,12 @@ def _part(work: Path, tensor: TensorPlan) -> Path:
     return work / f"{tensor.index:05d}.safetensors"
 
 
-def _blocks(tensor: TensorPlan) -> Iterator[tuple[int, Array]]:
-    """Yield a task vector in float64, piece by piece, each with its first element's place; the memory is reused."""
-    alone = replace(tensor, wide=True, program=_TASK_VECTOR)
-    loader = Loader(Scratch(), alone, check=True)
-    try:
-        for start in range(0, tensor.numel, loader.size):
-            yield start, loader.load(start, min(start + loader.size, tensor.numel))[0][0]
-    except NonFinite as error:
-        raise InputError(f"{error.who}: tensor {error.name!r} holds NaN or Inf; repair the model") from None
-
-
 def _factorise(tensor: TensorPlan, module: str, wanted: _Wanted, part: Path) -> None:
     """Write the factors of a layer, unless it is unchanged."""
-    delta = np.empty(tensor.numel)
-    for start, block in _blocks(tensor):
-        delta[start : start + block.size] = block
+    delta = replace(tensor.stack, wide=True).whole()[0]
     if not delta.any():
         return
-    found = factorise(delta.reshape(tensor.shape), wanted.rank, wanted.energy)
+    found = factorise(delta, wanted.rank, wanted.energy)
     dtype = tensor.out_dtype if wanted.dtype is None else DTYPES[ALIASES[wanted.dtype]]
     a, b = factor_names(module)
     unfinished = part.with_suffix(".new")

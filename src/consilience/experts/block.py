@@ -1,8 +1,10 @@
-"""One worker's buffers, and how a block of one tensor's stack gets into them.
+"""One worker's buffers, and how a block of a stack gets into them.
 
 Buffers are allocated once per worker: first touch of fresh memory costs more than the arithmetic.
 """
 
+import contextlib
+from collections.abc import Generator
 from math import prod
 from typing import Any
 
@@ -10,21 +12,17 @@ import numpy as np
 
 from consilience.checkpoints.checkpoint import Storage, TensorInfo, raw
 from consilience.checkpoints.values import count_nonfinite, values
-from consilience.engine.kernels.ingest import ingest
-from consilience.engine.kernels.lowrank import add_product
-from consilience.engine.kernels.reduce import LEAF
-from consilience.engine.plan import TensorPlan
-from consilience.errors import ConsilienceError, InputError, option
+from consilience.errors import ConsilienceError, InputError
 from consilience.experts.model import Source
+from consilience.experts.stack import Stack
+from consilience.kernels.ingest import ingest
+from consilience.kernels.lowrank import add_product
+from consilience.kernels.reduce import LEAF
 
 #: Bytes a block's stack may take. Measured: smaller blocks fit a second-level cache but hand the GIL over more often,
 #: which costs more; kernels that can work tile by tile inside a block do.
 CACHE = 4 << 20
 LARGEST_BLOCK, SMALLEST_BLOCK = 1 << 18, 1 << 13
-
-
-class Stopped(ConsilienceError):
-    """Another worker failed or the user interrupted: give up quietly."""
 
 
 def block_size(rows: int, wide: bool) -> int:
@@ -58,36 +56,40 @@ class Scratch:
 
     def factors(self, source: Source, real: Any) -> tuple[Any, Any]:
         """Return (left [rows, r], right [r, columns]) of a source's LoRA pair, in the compute type."""
-        pair, storage = source.pair, source.pair_storage
-        assert pair is not None
-        assert storage is not None
-        key = (id(storage), pair.target, real)
+        assert source.pair is not None
+        key = (id(source.pair_storage), source.pair.target, real)
         if self._factors is None or self._factors[0] != key:
-            sides: list[Any] = []
-            for tensor in (pair.b, pair.a):
-                sides.append(values(storage, tensor, 0, tensor.numel, np.empty(tensor.numel, real)))
-            b, a = sides[0].reshape(-1, pair.rank), sides[1].reshape(pair.rank, -1)
-            left, right = (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.transposed else (b, a)
-            self._factors = (key, left, right)
+            self._factors = (key, *read_factors(source, real))
         return self._factors[1], self._factors[2]
+
+
+def read_factors(source: Source, real: Any) -> tuple[Any, Any]:
+    """Return (left [rows, r], right [r, columns]) of a source's LoRA pair, in the type ``real``."""
+    pair, storage = source.pair, source.pair_storage
+    assert pair is not None
+    assert storage is not None
+    b, a = (values(storage, side, 0, side.numel, np.empty(side.numel, real)) for side in (pair.b, pair.a))
+    b, a = b.reshape(-1, pair.rank), a.reshape(pair.rank, -1)
+    return (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.transposed else (b, a)
 
 
 Marks = list[list[int]]
 
 
 class Loader:
-    """Reads blocks of one tensor's stack for one worker.
+    """Reads blocks of a stack for one worker, as task vectors (``vectors``) or as the experts' own values.
 
     ``marks`` [sources][2] collects the fingerprint sums of every dense input (base first) when it is given. ``check``
     looks for NaN and Inf: the first pass over a tensor does, later ones need not.
     """
 
-    def __init__(self, scratch: Scratch, tensor: TensorPlan, check: bool) -> None:
-        self.scratch, self.tensor, self.check = scratch, tensor, check
-        self.real: Any = np.float64 if tensor.wide else np.float32
+    def __init__(self, scratch: Scratch, stack: Stack, *, vectors: bool = True, check: bool = True) -> None:
+        self.scratch, self.stack, self.vectors, self.check = scratch, stack, vectors, check
+        self.reads_base = vectors or any(row.dense is None for row in stack.rows)
+        self.real: Any = np.float64 if stack.wide else np.float32
         self.largest = self.real(np.finfo(self.real).max)
         self.nothing = np.empty(0, self.real)
-        self.size = block_size(len(tensor.rows), tensor.wide)
+        self.size = block_size(len(stack.rows), stack.wide)
 
     def _dense(
         self, source: Source, who: str, start: int, stop: int, out: Any, base: Any, mark: list[int] | None
@@ -104,7 +106,7 @@ class Loader:
             mark[0] += low
             mark[1] += high
         if bad:
-            raise NonFinite(who, self.tensor.name, source)
+            raise NonFinite(who, self.stack.name, source)
 
     def _low_rank(self, source: Source, who: str, start: int, out: Any) -> None:
         left, right = self.scratch.factors(source, self.real)
@@ -112,36 +114,43 @@ class Loader:
         part = self.scratch.array("part", (out.size,), self.real)
         add_product(out, start, left, right, self.real(source.pair.scale), part)
         if self.check and count_nonfinite(out, self.largest):
-            raise NonFinite(who, self.tensor.name, source)
+            raise NonFinite(who, self.stack.name, source)
 
     def base(self, start: int, stop: int, marks: Marks | None) -> Any:
         """Return the base's values of a block."""
         out = self.scratch.array("base", (stop - start,), self.real)
-        self._dense(self.tensor.base, "base", start, stop, out, self.nothing, marks[0] if marks else None)
-        if self.tensor.base.pair is not None:
-            self._low_rank(self.tensor.base, "base", start, out)
+        self._dense(self.stack.base, "base", start, stop, out, self.nothing, marks[0] if marks else None)
+        if self.stack.base.pair is not None:
+            self._low_rank(self.stack.base, "base", start, out)
         return out
 
     def load(self, start: int, stop: int, marks: Marks | None = None) -> tuple[Any, Any]:
-        """Return (stack [K, n], base [n] or None) of elements ``start ... stop``."""
-        tensor, n = self.tensor, stop - start
-        task_vectors = tensor.program is not None and tensor.program.space == "task_vectors"
-        base = self.base(start, stop, marks) if tensor.reads_base else None
-        stack = self.scratch.array("stack", (len(tensor.rows), n), self.real)
-        for k, source in enumerate(tensor.rows):
-            row, who = stack[k], tensor.row_names[k]
+        """Return (rows [K, n], base [n] or None) of elements ``start ... stop``."""
+        base = self.base(start, stop, marks) if self.reads_base else None
+        rows = self.scratch.array("stack", (len(self.stack.rows), stop - start), self.real)
+        for k, source in enumerate(self.stack.rows):
+            row, who = rows[k], self.stack.row_names[k]
             if source.dense is not None:
-                less = base if task_vectors else self.nothing
+                less = base if self.vectors else self.nothing
                 self._dense(source, who, start, stop, row, less, marks[k + 1] if marks else None)
             else:
-                row[:] = 0 if task_vectors else base
+                row[:] = 0 if self.vectors else base
             if source.pair is not None:
                 self._low_rank(source, who, start, row)
-        return stack, base
+        return rows, base
 
 
-def count_tensor(error: NonFinite) -> InputError:
-    """Scan the whole tensor that held NaN or Inf and return the error that says how many."""
+@contextlib.contextmanager
+def finite_errors() -> Generator[None]:
+    """Raise, for a block within that held NaN or Inf, the error that counts them in the whole tensor."""
+    try:
+        yield
+    except NonFinite as error:
+        raise count_tensor(error) from None
+
+
+def count_tensor(error: NonFinite, mend: str = "repair the model") -> InputError:
+    """Scan the whole tensor that held NaN or Inf and return the error that says how many, and how to ``mend`` it."""
     info, storage = error.source.dense, error.source.storage
     name, where = error.name, "its LoRA factors hold or produce"
     if info is not None and storage is not None:
@@ -151,9 +160,7 @@ def count_tensor(error: NonFinite) -> InputError:
             if count:
                 name, where = part.name if part in scales else name, f"{count} of its {part.numel} values are"
                 break
-    return InputError(
-        f"{error.who}: tensor {name!r}: {where} NaN or Inf; repair the model, or pass {option('allow_nonfinite')}"
-    )
+    return InputError(f"{error.who}: tensor {name!r}: {where} NaN or Inf; {mend}")
 
 
 def _nonfinite(storage: Storage, tensor: TensorInfo) -> int:

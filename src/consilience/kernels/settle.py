@@ -6,9 +6,9 @@ import numpy as np
 
 from consilience.checkpoints.dtypes import DType
 from consilience.checkpoints.values import count_nonfinite, from_bf16, widen
-from consilience.engine.kernels.encode import rounding_cost
-from consilience.engine.kernels.fingerprint import mix, mix_words
 from consilience.jit import kernel
+from consilience.kernels.encode import rounding_cost
+from consilience.kernels.fingerprint import mix, mix_words
 
 
 @kernel

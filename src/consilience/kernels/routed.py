@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.kernels.pieces import widened
 from consilience.jit import inlined, reporting
+from consilience.kernels.pieces import widened
 
 #: Ways to a local logit of a product z = u . prototype: 0, z / std(u), |z|, z; the last two over the temperature.
 NONE, SCALED, MAGNITUDE, PLAIN = range(4)

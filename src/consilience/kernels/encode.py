@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from consilience.checkpoints.dtypes import DType
-from consilience.engine.kernels.random_bits import splitmix64
 from consilience.jit import kernel, reporting
+from consilience.kernels.random_bits import splitmix64
 
 
 @kernel

@@ -1,0 +1,162 @@
+"""The experts' task vectors of one tensor: a value that merges, learning, the doctor and extraction read.
+
+    tau_k = theta_k - theta_0
+
+They stay as they are stored, two slices and a subtraction or low-rank factors, until somebody asks for numbers. NaN and
+Inf are looked for by whoever reads first, and need not be again.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from consilience.experts.model import Source
+
+if TYPE_CHECKING:
+    from consilience.experts.block import Loader, Scratch
+
+Floats = npt.NDArray[Any]
+
+
+class Block(NamedTuple):
+    """Elements ``start ... stop``: task vectors [K, n] and the base [n]. The next block overwrites them."""
+
+    start: int
+    stop: int
+    vectors: Floats
+    base: Floats
+
+
+class Factors(NamedTuple):
+    """Row ``row`` as ``scale * left @ right``: [m, r] and [r, n], for a tensor as a matrix of its first dimension."""
+
+    row: int
+    left: Floats
+    right: Floats
+    scale: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tensor's rows, the experts', on its base.
+
+    Attributes:
+        name: of the tensor.
+        shape: its shape.
+        base: where its base comes from.
+        rows: where each expert's value comes from.
+        row_names: the experts' names.
+        wide: numbers are float64, else float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base: Source
+    rows: tuple[Source, ...]
+    row_names: tuple[str, ...]
+    wide: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of a row."""
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Row length of the tensor as a matrix of its first dimension; a vector is one row."""
+        return self.numel // max(1, self.shape[0]) if len(self.shape) > 1 else self.numel
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no expert changes the tensor."""
+        return all(row.untouched for row in self.rows)
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether every row that changes the tensor is low-rank."""
+        return all(row.dense is None for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that reading it once takes."""
+        return self.base.nbytes + sum(row.nbytes for row in self.rows)
+
+    def loader(self, scratch: "Scratch | None" = None, *, vectors: bool = True, check: bool = True) -> "Loader":
+        """Return what reads blocks into buffers (``scratch``, a worker's own): see ``Loader``."""
+        from consilience.experts.block import Loader, Scratch  # compiled code
+
+        return Loader(Scratch() if scratch is None else scratch, self, vectors=vectors, check=check)
+
+    def blocks(
+        self,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        align: int = 1,
+        scratch: "Scratch | None" = None,
+        check: bool = True,
+    ) -> Iterator[Block]:
+        """Yield the elements from ``start`` to ``stop`` (the end), in blocks that fit a cache.
+
+        Args:
+            start: first element.
+            stop: last + 1.
+            align: blocks are multiples of so many elements, such as a matrix' columns.
+            scratch: a worker's buffers.
+            check: look for NaN and Inf; a second reader need not.
+
+        Raises:
+            InputError: a value is NaN or Inf.
+        """
+        from consilience.experts.block import finite_errors
+
+        loader, stop = self.loader(scratch, check=check), self.numel if stop is None else stop
+        step = max(1, loader.size // align) * align
+        with finite_errors():
+            for at in range(start, stop, step):
+                end = min(stop, at + step)
+                vectors, base = loader.load(at, end)
+                yield Block(at, end, vectors, base)
+
+    def whole(self, *, check: bool = True) -> Floats:
+        """Return all task vectors as matrices, [K, rows, columns].
+
+        Raises:
+            InputError: a value is NaN or Inf.
+        """
+        out = np.empty((len(self.rows), self.numel), np.float64 if self.wide else np.float32)
+        for start, stop, vectors, _ in self.blocks(check=check):
+            out[:, start:stop] = vectors
+        return out.reshape(len(self.rows), -1, max(1, self.columns))
+
+    def factors(self) -> list[Factors]:
+        """Return the low-rank part of every row that has one: all there is of the task vectors if ``low_rank``."""
+        from consilience.experts.block import read_factors
+
+        real = np.float64 if self.wide else np.float32
+        pairs = [(k, row, row.pair) for k, row in enumerate(self.rows) if row.pair is not None]
+        return [Factors(k, *read_factors(row, real), pair.scale) for k, row, pair in pairs]
+
+    def gram(self, *, check: bool = True) -> npt.NDArray[np.float64]:
+        """Return the inner products [K, K] of the task vectors: sums of a fixed tree, whatever the blocks.
+
+        Raises:
+            InputError: a value is NaN or Inf.
+        """
+        from consilience.kernels.reduce import LEAF, leaf_products
+
+        count, buffer = len(self.rows), np.empty(LEAF)
+        leaves: list[list[Any]] = [[] for _ in range(count * count)]
+        for start, stop, vectors, _ in self.blocks(check=check):
+            for i in range(count):
+                for j in range(i + 1):
+                    part = np.empty(-(-(stop - start) // LEAF))
+                    leaf_products(vectors[i], vectors[j], buffer, part)
+                    leaves[i * count + j].append(part)
+        sums = [math.fsum(np.concatenate(parts)) if parts else 0.0 for parts in leaves]
+        lower = np.array(sums).reshape(count, count)
+        return np.tril(lower) + np.tril(lower, -1).T
