@@ -44,6 +44,16 @@ CORRECTION = "correction"
 SHARD_SIZE = 5_000_000_000
 
 
+def segments(numel: int) -> int:
+    """Return how many pieces workers take of a tensor."""
+    return -(-numel // SEGMENT)
+
+
+def span(numel: int, segment: int) -> tuple[int, int]:
+    """Return the first and last-plus-one element of a segment."""
+    return segment * SEGMENT, min(numel, (segment + 1) * SEGMENT)
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """The treatment of one output tensor.
@@ -80,11 +90,11 @@ class TensorPlan:
     @property
     def segments(self) -> int:
         """Number of pieces workers take."""
-        return -(-self.numel // SEGMENT)
+        return segments(self.numel)
 
     def span(self, segment: int) -> tuple[int, int]:
         """First and last-plus-one element of a segment."""
-        return segment * SEGMENT, min(self.numel, (segment + 1) * SEGMENT)
+        return span(self.numel, segment)
 
     @cached_property
     def reads_base(self) -> bool:

@@ -185,11 +185,6 @@ class Streamer:
                 selection.share(tensor.index, places[tensor.stream], tensor.segments)
         return selection
 
-    def select(self) -> Selection:
-        """Rank the magnitudes of all trimmed tensors of the model and return which survive; nothing is merged."""
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="select") as pool:
-            return self._model_selection(pool, [t for t in self.plan.tensors if t.program and t.program.trim])
-
     def _select(self, pool: ThreadPoolExecutor, selection: Selection) -> None:
         def each(run: Callable[[Piece, Worker, TensorPlan, int, int], None]) -> None:
             def one(piece: Piece) -> None:

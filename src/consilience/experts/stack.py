@@ -8,7 +8,7 @@ Inf are looked for by whoever reads first, and need not be again.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -121,6 +121,25 @@ class Stack:
                 end = min(stop, at + step)
                 vectors, base = loader.load(at, end)
                 yield Block(at, end, vectors, base)
+
+    def own(
+        self, row: int | None, *, scratch: "Scratch | None" = None, check: bool = True
+    ) -> Iterator[tuple[int, int, Floats]]:
+        """Yield (start, stop, values [n]) of one expert's own tensor, or with None of the base's.
+
+        Raises:
+            InputError: a value is NaN or Inf.
+        """
+        from consilience.experts.block import finite_errors
+
+        chosen = slice(0, 0) if row is None else slice(row, row + 1)
+        alone = replace(self, rows=self.rows[chosen], row_names=self.row_names[chosen])
+        loader = alone.loader(scratch, vectors=row is None, check=check)
+        with finite_errors():
+            for at in range(0, self.numel, loader.size):
+                end = min(self.numel, at + loader.size)
+                rows, base = loader.load(at, end)
+                yield at, end, base if row is None else rows[0]
 
     def whole(self, *, check: bool = True) -> Floats:
         """Return all task vectors as matrices, [K, rows, columns].

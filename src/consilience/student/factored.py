@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from consilience.checkpoints.mapped import mapped
-from consilience.engine.plan import TensorPlan
 from consilience.experts.model import Source
+from consilience.experts.stack import Stack
 from consilience.student import low_rank
 from consilience.student.extents import Extent
 
@@ -55,7 +55,7 @@ class Leaf:
 class Factored:
     """One linear layer's adapters of all experts, and their update as a function of the layer's input."""
 
-    def __init__(self, tensor: TensorPlan, extent: Extent, leaf: Leaf, device: Any) -> None:
+    def __init__(self, tensor: Stack, extent: Extent, leaf: Leaf, device: Any) -> None:
         self.leaf, self.calls = leaf, 0
         pairs = [(k, source) for k, source in enumerate(tensor.rows) if source.pair is not None]
         self._sides = [stored_factors(source) for _, source in pairs]
@@ -250,11 +250,9 @@ def stored_factors(source: Source) -> tuple[Any, Any]:
     return (a.T, b.T) if pair.transposed else (b, a)
 
 
-def suits(tensor: TensorPlan, pieces: int) -> bool:
+def suits(tensor: Stack, pieces: int) -> bool:
     """Whether a tensor's update is adapters alone, cheaper through the activations than through the weight."""
-    if len(tensor.shape) != 2 or tensor.program is None or tensor.program.stages or tensor.base.pair is not None:
-        return False
-    if any(row.dense is not None for row in tensor.rows):
+    if len(tensor.shape) != 2 or tensor.base.pair is not None or not tensor.low_rank:
         return False
     pairs = [row.pair for row in tensor.rows if row.pair is not None]
     if any(side.dtype.name not in ("BF16", "F16", "F32", "F64") for pair in pairs for side in (pair.a, pair.b)):

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from consilience.coefficients.coefficients import Alpha
-from consilience.engine.plan import TensorPlan
 from consilience.experts.block import Scratch
+from consilience.experts.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,12 @@ class Factors:
     expert: Any
 
 
-def suits(tensor: TensorPlan) -> bool:
+def suits(stack: Stack) -> bool:
     """Whether a tensor is changed by nothing but LoRA pairs, on a base without one."""
-    plain = tensor.program is not None and not tensor.program.stages and tensor.base.pair is None
-    return plain and not tensor.wide and all(row.dense is None for row in tensor.rows)
+    return stack.base.pair is None and not stack.wide and stack.low_rank
 
 
-def read_factors(tensor: TensorPlan, scratch: Scratch, device: Any) -> Factors:
+def read_factors(tensor: Stack, scratch: Scratch, device: Any) -> Factors:
     """Read the factors of every expert that changes the tensor."""
     import torch
 

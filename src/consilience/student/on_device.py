@@ -14,14 +14,14 @@ import numpy as np
 from consilience.checkpoints.checkpoint import Bytes, Storage, TensorInfo, raw
 from consilience.checkpoints.dtypes import TORCH_NAMES
 from consilience.coefficients.coefficients import Alpha
-from consilience.engine.plan import TensorPlan
 from consilience.experts.block import Scratch
 from consilience.experts.model import Source
+from consilience.experts.stack import Stack
 
 
-def suits(tensor: TensorPlan, out: Any) -> bool:
+def suits(out: Any) -> bool:
     """Whether a tensor's passes run on the student's own device."""
-    return out.device.type != "cpu" and tensor.program is not None and not tensor.program.stages
+    return out.device.type != "cpu"
 
 
 def read_flat(info: TensorInfo, storage: Storage, buffer: Bytes | None = None) -> Any:
@@ -37,7 +37,7 @@ def stored(info: TensorInfo, storage: Storage, device: Any) -> Any:
     return read_flat(info, storage).to(device).float()
 
 
-def base(tensor: TensorPlan, scratch: Scratch, device: Any) -> Any:
+def base(tensor: Stack, scratch: Scratch, device: Any) -> Any:
     """Return the base's values, with its own adapter if it has one."""
     info, storage = tensor.base.dense, tensor.base.storage
     assert info is not None
@@ -65,9 +65,7 @@ def task_vector(source: Source, values: Any, scratch: Scratch) -> Any | None:
     return delta
 
 
-def blend(
-    tensor: TensorPlan, alpha: Alpha, starts: Sequence[int], stops: Sequence[int], out: Any, scratch: Scratch
-) -> None:
+def blend(tensor: Stack, alpha: Alpha, starts: Sequence[int], stops: Sequence[int], out: Any, scratch: Scratch) -> None:
     """Write the blend of one tensor into ``out``; ``alpha`` is [K, pieces]."""
     values = base(tensor, scratch, out.device)
     total = values.clone()
@@ -79,7 +77,7 @@ def blend(
     out.copy_(total)
 
 
-def products(tensor: TensorPlan, gradient: Any, starts: Sequence[int], stops: Sequence[int], scratch: Scratch) -> Alpha:
+def products(tensor: Stack, gradient: Any, starts: Sequence[int], stops: Sequence[int], scratch: Scratch) -> Alpha:
     """Return the inner products [pieces, K] of one tensor's gradient with the task vectors."""
     values = base(tensor, scratch, gradient.device)
     gradient = gradient.detach().float()

@@ -9,27 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from consilience.engine.plan import TensorPlan
+from consilience.engine.plan import span
 from consilience.experts.model import Source
+from consilience.experts.stack import Stack
 
 #: Elements of a block. Of float32 gradients and weights it fits a near cache; the GIL changes hands once a block.
 BLOCK = 1 << 18
 
 
-def suits(tensor: TensorPlan) -> bool:
-    """Whether base and changed rows are stored in bfloat16 and nothing is done to them first."""
-    program, base = tensor.program, tensor.base
-    plain = program is not None and not program.stages and base.pair is None and not tensor.wide
-    sources = [base, *(row for row in tensor.rows if not row.untouched)]
+def suits(stack: Stack) -> bool:
+    """Whether base and changed rows are stored in bfloat16."""
+    plain = stack.base.pair is None and not stack.wide
+    sources = [stack.base, *(row for row in stack.rows if not row.untouched)]
     stored = all(s.pair is None and s.dense is not None and s.dense.plain.name == "BF16" for s in sources)
     return plain and stored and len(sources) > 1
 
 
-def blocks(tensor: TensorPlan, segment: int) -> Iterator[tuple[int, int, tuple[Any, ...], list[int]]]:
+def blocks(stack: Stack, segment: int) -> Iterator[tuple[int, int, tuple[Any, ...], list[int]]]:
     """Yield (first, last + 1, bits of base and changed rows as 1 + R arrays of uint16, the rows' R numbers)."""
-    rows = [k for k, row in enumerate(tensor.rows) if not row.untouched]
-    stored = [_bits(source) for source in (tensor.base, *(tensor.rows[k] for k in rows))]
-    start, stop = tensor.span(segment)
+    rows = [k for k, row in enumerate(stack.rows) if not row.untouched]
+    stored = [_bits(source) for source in (stack.base, *(stack.rows[k] for k in rows))]
+    start, stop = span(stack.numel, segment)
     for at in range(start, stop, BLOCK):
         end = min(stop, at + BLOCK)
         yield at, end, tuple(one[at:end] for one in stored), rows

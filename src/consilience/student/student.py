@@ -324,7 +324,8 @@ def _factor(student: Student) -> None:
     left to the bank.
     """
     bank, model = student.bank, student.model
-    able = [n for n, t in bank.tensors.items() if suits(t, len(bank.extents[n].indices))]
+    whole = bank.tensors if bank.trimmed is None else {}
+    able = [name for name, stack in whole.items() if suits(stack, len(bank.extents[name].indices))]
     layers = layers_of(model, student.parameters, able)
     handles: dict[str, Any] = {}
     for name, layer in layers.items():
