@@ -119,7 +119,6 @@ def _searched(
 
 def _compared(made: Any, module: Any, bank: Any, loss: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
     from consilience.mixing import baselines
-    from consilience.mixing.spectrum import Spectrum
 
     searched = {
         "glue": _searched(bank, loss, "simplex", "spsa", setting["seed"]),
@@ -130,7 +129,7 @@ def _compared(made: Any, module: Any, bank: Any, loss: Any, setting: Mapping[str
     weights = {name: found.alpha[:, 0] for name, found in searched.items()} | _fixed(made, module, bank, loss, setting)
     result: dict[str, Any] = {
         "experts": {name: card["target_test_accuracy"] for name, card in made.cards.items()},
-        "sigma_max": [Spectrum.of(bank).sigma_max, Spectrum.of(bank).sigma_max_centred],
+        "sigma_max": [bank.spectrum().sigma_max, bank.spectrum().sigma_max_centred],
         "methods": {},
     }
     # Methods often choose the same expert: what the same weights lead to is measured once.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +11,9 @@ import torch
 from consilience.api import build_recipe, learn, merge_recipe, plan_recipe
 from consilience.coefficients import load_coefficients
 from consilience.errors import InputError
+from consilience.mixing.target import as_rows
+from consilience.optimizers.spaces import Space
+from consilience.recipe.schema import parse_recipe
 from tests.learned.tiny_experts import read_state, sentences, write_base, write_expert, write_rows
 
 NAMES = ("a", "b", "c")
@@ -126,6 +129,62 @@ def test_other_spaces_and_granularities(zoo: Path, space: str, granularity: str)
     assert found.alpha.shape[1] > 1
     if space != "task_vector":
         np.testing.assert_allclose(found.alpha.sum(0), 1.0, atol=1e-6)
+
+
+SPACES: dict[str, dict[str, Any]] = {
+    "simplex": {},
+    "affine": {"perturb": "weights"},
+    "low_rank": {"parts": 2},
+    "hierarchical": {"parts": 2, "alphabar": {"a": 0.5, "b": 0.25, "c": 0.25}},
+    "a ball": {"radius": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_experts_on_disk_and_in_memory_are_mixed_alike(zoo: Path, name: str) -> None:
+    from consilience.mixing import LossOf, Target, mix
+    from consilience.student.student import load_any
+    from consilience.tasks.encoding import encode
+    from consilience.tasks.load import load_tokenizer
+    from consilience.tasks.rows import Task, read_rows
+
+    own: dict[str, Any] = {"space": name if name in get_args(Space) else "simplex", "steps": 4, "learning_rate": 0.3}
+    own |= SPACES[name]
+    start: dict[str, float] = own.pop("alphabar", dict.fromkeys(NAMES, 1 / 3))
+    target = {"train": str(zoo / "train.jsonl")}
+    experts = {k: {"model": str(zoo / k), "parameters": {"alphabar": start[k]}} for k in NAMES}
+    stored = learn(
+        build_recipe("glue", str(zoo / "base"), {k: str(zoo / k) for k in NAMES}, own | {"batch": 0}, target=target)
+        if name != "hierarchical"
+        else parse_recipe(
+            {"merge_method": "glue", "base_model": str(zoo / "base"), "models": [*experts.values()],
+             "parameters": own | {"batch": 0}, "target": target},
+            "test",
+        )
+    )  # fmt: skip
+
+    rows = encode(Task("t", read_rows(zoo / "train.jsonl")), load_tokenizer(zoo / "base"))
+    width = max(len(one.inputs) for one in rows)
+    inputs, labels = (torch.full((len(rows), width), fill) for fill in (0, -100))
+    for i, one in enumerate(rows):
+        inputs[i, : len(one.inputs)] = torch.tensor(one.inputs)
+        for at, label in zip(one.positions, one.targets, strict=True):
+            labels[i, at] = label
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2).double(), labels)
+
+    perturb = {"weights": "alpha"}.get(own.pop("perturb", "logits"), "w")
+    held = mix(
+        load_any(zoo / "base"), {k: load_any(zoo / k).state_dict() for k in NAMES},
+        Target(as_rows((inputs, labels)), None, LossOf(loss), 0), bn="blend", start=[start[k] for k in NAMES],
+        normalise=True, perturb=perturb, **own,
+    )  # fmt: skip
+    np.testing.assert_allclose(stored.alpha, held.alpha, atol=2e-4)
+    assert np.abs(stored.alpha - np.array([[start[k]] for k in NAMES])).max() > 0.01
+    for key in ("entropy", "distance", "sigma_max", "sigma_max_centred"):
+        assert stored.facts.get(key, np.nan) == pytest.approx(getattr(held, key), rel=1e-3, nan_ok=True), key
+    assert stored.facts["left_hull"] == held.left_hull
 
 
 def test_what_is_wrong_is_said_in_one_line(zoo: Path, tmp_path: Path) -> None:

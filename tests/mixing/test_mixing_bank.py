@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
-from consilience.mixing import ExpertBank, Spectrum
+from consilience.mixing import ExpertBank
 
 GROUPINGS = ["global", "block", "module", "tensor", r"re:\.(weight|bias)$"]
 
@@ -86,7 +86,7 @@ def test_equal_experts_are_every_mixture_of_theirs() -> None:
     for weights in np.random.default_rng(0).dirichlet(np.ones(3), 5):
         for name, value in bank.state(bank.table(weights)).items():
             assert torch.allclose(value.float(), one[name].float(), rtol=1e-6, atol=1e-6)
-    assert Spectrum.of(bank).sigma_max_centred == pytest.approx(0, abs=1e-6)
+    assert bank.spectrum().sigma_max_centred == pytest.approx(0, abs=1e-6)
 
 
 def test_integer_buffers_are_copied_and_float_buffers_blended() -> None:
@@ -143,7 +143,7 @@ def test_slopes_are_inner_products_with_each_expert() -> None:
 def test_the_largest_singular_value_is_that_of_the_matrix() -> None:
     module = net(torch.float64)
     bank = ExpertBank.of(scattered(module, 4), module, base=module.state_dict())
-    found = Spectrum.of(bank)
+    found = bank.spectrum()
     experts = bank.matrix[:4].numpy()
     assert found.sigma_max == pytest.approx(np.linalg.norm(experts, 2))
     assert found.sigma_max_centred == pytest.approx(np.linalg.norm(experts - experts.mean(0), 2))
@@ -156,7 +156,7 @@ def test_with_groups_the_matrix_is_block_diagonal() -> None:
     for span in bank.layout.spans:
         part = slice(span.start, span.stop)
         whole[part, 3 * span.index : 3 * span.index + 3] = bank.matrix[:, part].numpy().T
-    assert Spectrum.of(bank).sigma_max == pytest.approx(np.linalg.norm(whole, 2))
+    assert bank.spectrum().sigma_max == pytest.approx(np.linalg.norm(whole, 2))
 
 
 def test_a_small_spread_is_not_lost_beside_a_large_mean() -> None:
@@ -167,14 +167,14 @@ def test_a_small_spread_is_not_lost_beside_a_large_mean() -> None:
     bank = ExpertBank.of(states, module)
     exact = bank.matrix.double().numpy()
     expected = np.linalg.norm(exact - exact.mean(0), 2)
-    assert Spectrum.of(bank).sigma_max_centred == pytest.approx(expected, rel=1e-9)
+    assert bank.spectrum().sigma_max_centred == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("based", [False, True])
 def test_distances_from_the_mean(based: bool) -> None:
     module = net(torch.float64)
     bank = ExpertBank.of(scattered(module, 3), module, grouping="block", base=module.state_dict() if based else None)
-    spectrum = Spectrum.of(bank)
+    spectrum = bank.spectrum()
     alpha = bank.table([0.5, 0.7, 0.1 if based else -0.2])
     alpha[:2, 1] += [0.3, 0.5 if based else -0.3]
     mean = bank.matrix[:3].mean(0)

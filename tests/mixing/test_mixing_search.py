@@ -7,6 +7,7 @@ import torch
 from tiny_nets import Point, fingerprint, labelled, net, points, scattered, towards
 from torch import Tensor
 
+from consilience.coefficients.spectrum import entropy
 from consilience.errors import InputError
 from consilience.learned import loop
 from consilience.mixing import (
@@ -14,14 +15,12 @@ from consilience.mixing import (
     Mixture,
     RemoteScore,
     Search,
-    Spectrum,
     Target,
     TargetLoss,
     identity,
     mix,
     mix_bank,
 )
-from consilience.mixing.mix import entropy
 from consilience.mixing.target import Tensors, as_rows
 from consilience.optimizers.parameterisation import parameterise
 from consilience.optimizers.spaces import hierarchical, low_rank, make_space
@@ -163,7 +162,7 @@ def test_the_error_of_a_unit_direction_is_within_the_proposition() -> None:
     inputs, labels = loss.target.batch(0, 0)
     torch.autograd.backward(torch.nn.functional.cross_entropy(module.train()(inputs), labels))
     norm = sum(float(value.grad.square().sum()) for value in module.parameters() if value.grad is not None)
-    assert np.mean(errors) <= share * Spectrum.of(bank).sigma_max ** 2 * norm
+    assert np.mean(errors) <= share * bank.spectrum().sigma_max ** 2 * norm
 
 
 def test_a_search_ends_where_validation_no_longer_improves() -> None:
@@ -181,7 +180,7 @@ def test_a_search_ends_where_validation_no_longer_improves() -> None:
 
 def test_a_search_may_move_in_any_map() -> None:
     bank = ExpertBank.of(CORNERS, Point())
-    spectrum = Spectrum.of(bank)
+    spectrum = bank.spectrum()
     goals = towards(goal(0.2, 0.3, 0.5))
     mapped = low_rank(spectrum.metric[0], 2, bank.table([1 / 3] * 3), [True])
     found = mix_bank(

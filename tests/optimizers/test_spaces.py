@@ -178,7 +178,7 @@ def test_a_full_rank_is_the_affine_space() -> None:
 def test_a_rank_that_the_experts_do_not_have_is_refused(rank: int) -> None:
     tau = experts(4)
     tau[3] = tau[2]
-    with pytest.raises(InputError, match=f"^rank: {rank} is not among 1 to 2,"):
+    with pytest.raises(InputError, match=f"^parts: {rank} is not among 1 to 2,"):
         low_rank(tau @ tau.T, rank, uniform(4), ONE)
 
 
@@ -268,7 +268,7 @@ def test_screening_drops_what_is_not_finite_and_keeps_the_first_of_equals() -> N
             lambda: make_space("affine", np.array([[3.0], [0.0], [0.0]]), ONE, gram=np.eye(3), radius=0.5),
             "trust: the start lies",
         ),
-        (lambda: cluster(np.eye(3), 4), "clusters: 4 cannot be made of 3 experts"),
+        (lambda: cluster(np.eye(3), 4), "parts: 4 clusters cannot be made of 3 experts"),
         (lambda: screen([1.0, float("nan")], 2), "keep: 2 experts of 2 cannot be kept, 1 have a finite loss"),
         (lambda: screen([1.0], 0), "keep: 0 experts"),
         (

@@ -116,7 +116,7 @@ def learn_distilled(run: Run, start: Coefficients, learning: Learning, correct: 
         correction = Correction(shop.student, correct.correction_rank, run.seed)
         if correct.correction_ridge:
             start_by_regression(shop, correction, start.alpha, correct.correction_ridge)
-        inner = optimizer_of(start, learning, run.seed)
+        inner = optimizer_of(run, start, learning)
         optimizer = Distiller(inner, correction, correct, learning.descent.schedule, learning.loop.steps)
         problem = shop.problem(learning.objective)
         learned = minimise(run, shop, problem, optimizer, learning, start, beside=correct, on_best=optimizer.keep)

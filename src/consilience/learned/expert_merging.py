@@ -7,6 +7,7 @@ from consilience.coefficients import Coefficients
 from consilience.learned.data import Data
 from consilience.learned.settings import Learning, ResponseTokens, Samples, Start
 from consilience.methods.signature import Default, Range, learned_method
+from consilience.optimizers.parameterisation import SpaceSettings
 from consilience.optimizers.settings import Descent
 from consilience.student.calibration import Positions
 
@@ -79,6 +80,7 @@ class Steps(Descent):
 class ExpertMerging(Learning):
     """Expert Merging's parameters but for its start, as its successors have them too."""
 
+    space: SpaceSettings = field(default_factory=SpaceSettings)
     data: AnswersOfExperts = field(default_factory=AnswersOfExperts)
     optimizer: Annotated[Literal["adam", "adamw", "sgd", "spsa", "cma"], "what moves the coefficients"] = "adam"
     descent: Steps = field(default_factory=Steps)

@@ -11,9 +11,8 @@ from consilience.learned.settings import Checkpoint, Compute, Exclude, Learning,
 from consilience.methods.signature import Default, PerExpert, Range, learned_method
 from consilience.objectives.objective import Objective
 from consilience.objectives.target import Target
-from consilience.optimizers.parameterisation import SpaceSettings
 from consilience.optimizers.settings import CmaSettings, Descent, SpsaSettings
-from consilience.optimizers.spaces import KINDS
+from consilience.optimizers.spaces import BlendSpace
 
 if TYPE_CHECKING:
     from consilience.learned.run import Run
@@ -30,11 +29,7 @@ def glue(
     granularity: Annotated[
         Literal["global", "block", "tensor"], Default("global"), "one weight per expert, or one per block or tensor"
     ],
-    space: Annotated[
-        Literal["simplex", "affine", "task_vector"],
-        Default("simplex"),
-        "convex weights (the paper); weights of any sign that sum to 1; or free coefficients of task vectors",
-    ],
+    space: BlendSpace,
     exclude: Exclude,
     score: Score,
     positions: Annotated[
@@ -108,7 +103,7 @@ def glue(
         normalise=normalise,
     )
     learning = Learning(
-        space=SpaceSettings(coefficients=KINDS[space]),
+        space=space,
         objective=Objective(terms=(Target(1.0),), total="mean"),
         data=Data(positions=positions, samples=samples),
         optimizer=optimizer,
@@ -119,10 +114,11 @@ def glue(
     )
     check_score(run, learning)
     total = sum(alphabar)
-    if not total > 0 or (space == "simplex" and not all(alphabar)):
+    if not total > 0 or (space.space in ("simplex", "hierarchical") and not all(alphabar)):
         raise InputError("alphabar: start weights must be above 0; leave it out to start at the mean of the experts")
     start = groups_of(run, granularity, exclude, [weight / total for weight in alphabar])
     found = learn_coefficients(run, start, learning)
     sums = found.alpha.sum(0)
-    facts = {"sum": [float(sums.min()), float(sums.max())], **spectrum(run, found.groups)}
-    return replace(found, facts=found.facts | facts)
+    # Off the simplex there is no entropy, and no number that JSON could hold.
+    own = {key: value for key, value in spectrum(run, found.groups).facts(found.alpha).items() if value == value}
+    return replace(found, facts=found.facts | {"sum": [float(sums.min()), float(sums.max())], **own})

@@ -15,11 +15,11 @@ from consilience.learned.problem import Problem
 from consilience.learned.ranking import Ranking, make_ranking
 from consilience.learned.run import Run, Workshop, groups_of, open_workshop
 from consilience.learned.settings import Learning, Start
+from consilience.learned.spectrum import spectrum
 from consilience.objectives.objective import Objective
 from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.gradient import Optimizer, Terms
 from consilience.optimizers.make import make_optimizer
-from consilience.optimizers.parameterisation import parameterise
 
 
 def start_of(run: Run, start: Start) -> Coefficients:
@@ -41,7 +41,7 @@ def learn_coefficients(
     """
     begun = time.perf_counter()
     learning.objective.check()  # what is wrong with the settings is said before the models are read
-    optimizer = optimizer_of(start, learning, run.seed, anchor)
+    optimizer = optimizer_of(run, start, learning, anchor)
     shop = open_workshop(
         run, start, learning.rows, layers=learning.objective.layers, precision=learning.compute.precision,
         checkpoint=learning.compute.checkpoint, trimmed=start.trimmed, teachers=learning.objective.reads_experts,
@@ -67,17 +67,17 @@ def _diagnosis(optimizer: Optimizer) -> dict[str, Any]:
     return {"diagnosis": {"verdict": found.verdict, "advice": found.advice, "evidence": dict(found.evidence)}}
 
 
-def optimizer_of(start: Coefficients, learning: Learning, seed: int, anchor: Alpha | None = None) -> Optimizer:
+def optimizer_of(run: Run, start: Coefficients, learning: Learning, anchor: Alpha | None = None) -> Optimizer:
     """Return the optimizer at ``start``."""
     import torch
 
-    mapped = parameterise(learning.space.coefficients, start.alpha, start.learned)
+    mapped = learning.space.map(start.alpha, start.learned, lambda: spectrum(run, start.groups))
     # A map and its inverse may miss the start by a rounding error, which would turn the penalty's slope there from 0
     # into its full size.
     at = mapped.alpha(mapped.initial()) if anchor is None else torch.tensor(anchor, dtype=torch.float64)
     pull = Anchor(at, mapped.learned, learning.anchor.gamma, learning.anchor.reg_norm)
     descent = replace(learning.descent, steps=learning.loop.steps)
-    return make_optimizer(learning.optimizer, descent, mapped, pull, seed)
+    return make_optimizer(learning.optimizer, descent, mapped, pull, run.seed)
 
 
 def minimise(

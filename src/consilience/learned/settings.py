@@ -10,6 +10,7 @@ from consilience.objectives.objective import Objective
 from consilience.optimizers.anchor import AnchorSettings
 from consilience.optimizers.parameterisation import SpaceSettings
 from consilience.optimizers.settings import GRADIENT, Descent, OptimizerName
+from consilience.optimizers.spaces import BlendSpace
 
 Grouping = Annotated[str, Default("tensor"), "what shares a coefficient: global, block, module, tensor, or re:PATTERN"]
 #: Lists of patterns that ``exclude`` knows by name. ``vision``: the towers, as transformers' models name them; experts
@@ -75,7 +76,7 @@ class Learning:
     ``score``: of a target, what is minimised instead of the objective: the share of rows ranked wrongly.
     """
 
-    space: SpaceSettings = field(default_factory=SpaceSettings)
+    space: SpaceSettings | BlendSpace = field(default_factory=SpaceSettings)
     anchor: AnchorSettings = field(default_factory=AnchorSettings)
     objective: Objective = field(default_factory=Objective)
     data: Data = field(default_factory=Data)

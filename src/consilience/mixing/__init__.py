@@ -1,12 +1,12 @@
 """GLUE: experts of one architecture mixed for a target, in memory; baselines, fine-tuning and what a step costs."""
 
+from consilience.coefficients.spectrum import Spectrum
 from consilience.mixing.bank import Blends, ExpertBank, StateDict
 from consilience.mixing.batchnorm import recalibrate
 from consilience.mixing.cost import Cost, measure_cost
 from consilience.mixing.fine_tune import Evaluation, FineTuned, evaluate, fine_tune
 from consilience.mixing.mix import Mixture, Search, mix, mix_bank
 from consilience.mixing.problem import Counts, TargetLoss
-from consilience.mixing.spectrum import Spectrum
 from consilience.mixing.student import Student
 from consilience.mixing.target import LossOf, Measure, RemoteScore, ScoreOf, Target
 

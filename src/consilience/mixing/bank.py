@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from consilience.coefficients.coefficients import Alpha
+from consilience.coefficients.spectrum import Spectrum
 from consilience.errors import InputError
 from consilience.mixing.layout import Layout, Slot, Span, lay_out
 
 StateDict = Mapping[str, Tensor]
+#: Columns of the bank that are in float64 at a time.
+_COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +161,19 @@ class ExpertBank:
         found = [self.matrix[:, s.start : s.stop] @ gradient[s.start : s.stop] for s in self.layout.spans]
         table = torch.stack(found, 1).double().cpu().numpy()
         return table[:-1] - table[-1:] if self.has_base else table
+
+    def spectrum(self) -> Spectrum:
+        """Return how far apart the experts are, in float64, in one pass over the bank."""
+        experts, rows = len(self.names), self.matrix.shape[0]
+        gram = np.zeros((self.count, experts, experts))
+        centred = np.zeros((self.count, rows, rows))
+        for span in self.layout.spans:
+            for start in range(span.start, span.stop, _COLUMNS):
+                block = self.matrix[:, start : min(start + _COLUMNS, span.stop)].to(torch.float64, copy=True)
+                gram[span.index] += (block[:experts] @ block[:experts].T).cpu().numpy()
+                block -= block[:experts].mean(0)
+                centred[span.index] += (block @ block.T).cpu().numpy()
+        return Spectrum(gram, centred)
 
     def state(self, alpha: Alpha) -> dict[str, Tensor]:
         """Return the state dict of a blend, in tensors of its own and in the module's dtypes; ties stay ties."""

@@ -5,11 +5,10 @@
 Experts never change; what is learned are their coefficients.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.coefficients.groups import Group
+from consilience.coefficients.spectrum import Spectrum
 from consilience.errors import InputError, nearest
 from consilience.learned.loop import History, Stopping, descend
 from consilience.mixing.bank import ExpertBank, StateDict
 from consilience.mixing.batchnorm import Policy
 from consilience.mixing.identity import digest
 from consilience.mixing.problem import Counts, TargetLoss
-from consilience.mixing.spectrum import Spectrum
 from consilience.mixing.target import Measure, RemoteScore, Target, as_rows, measure_of, split
 from consilience.mixing.trajectory import Traced
 from consilience.numbers import is_count, is_number
@@ -33,14 +32,10 @@ from consilience.optimizers.gradient import Optimizer
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Parameterisation
 from consilience.optimizers.settings import GRADIENT, NAMES, Descent, adjust
-from consilience.optimizers.spaces import Space as Plain
-from consilience.optimizers.spaces import cluster, hierarchical, low_rank, make_space, screen, trust
+from consilience.optimizers.spaces import BlendSpace, Space, screen
 from consilience.optimizers.spsa import record_of
 from consilience.progress import ProgressOption, open_progress
 from consilience.tasks.gradients import gradients
-
-Space = Plain | Literal["low_rank", "hierarchical"]
-_SPACES = (*get_args(Plain), "low_rank", "hierarchical")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +51,10 @@ class Mixture:
         validation: (steps done, held-out loss) where it was taken; a score's sign is turned.
         trajectory: [steps + 1, K, N]: the coefficients at the start and after every step.
         step: the number of steps that ``alpha`` is from.
-        entropy: of alpha in nats, the mean over groups; NaN off the simplex.
+        entropy: of alpha in nats, the mean over groups; NaN off the simplex (these five: see ``Spectrum.facts``).
         distance: ``||theta(alpha) - theta_bar||``, as a share of the experts' own root mean square distance.
         left_hull: whether some coefficient is negative, or they sum to more than 1.
-        sigma_max: largest singular value of the experts' matrix, see ``spectrum``.
+        sigma_max: largest singular value of the experts' matrix.
         sigma_max_centred: the same less the experts' mean.
         counts: forward and backward passes.
         seconds: wall time of the search, all its interrupted parts together.
@@ -111,6 +106,19 @@ class Search:
     every: int = 10
     patience: int = 5
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def map(self, bank: ExpertBank, spectrum: Spectrum) -> Parameterisation:
+        """Return the map from what moves to a bank's coefficients.
+
+        Raises:
+            InputError: the start is not one coefficient an expert, or out of the space's reach.
+        """
+        experts = len(bank.names)
+        start = [1.0 / experts] * experts if self.start is None else list(self.start)
+        if len(start) != experts:
+            raise InputError(f"start: {len(start)} coefficients for {experts} experts; give one each")
+        space = BlendSpace(space=self.space, radius=self.radius, parts=self.parts)
+        return space.map(bank.table(start), np.ones(bank.count, bool), lambda: spectrum)
 
 
 def mix(
@@ -239,9 +247,9 @@ def mix_bank(
     Raises:
         InputError: as ``mix``.
     """
-    spectrum = spectrum or Spectrum.of(bank)
+    spectrum = spectrum or bank.spectrum()
     loss.counts = Counts()
-    mapped = parameterisation or _parameterisation(bank, search, spectrum)
+    mapped = parameterisation or search.map(bank, spectrum)
     traced = Traced(_optimizer(search, mapped), loss.counts)
     stoppable = loss.target.validation is not None or isinstance(loss.target.measure, RemoteScore)
     stopping = Stopping(loss.validate, search.every, search.patience) if stoppable and search.steps else None
@@ -267,23 +275,11 @@ def mix_bank(
         validation=learned.history.held_out,
         trajectory=traced.trajectory,
         step=learned.step,
-        entropy=entropy(alpha),
-        distance=spectrum.distance(alpha) / spectrum.spread,
-        left_hull=bool((alpha < 0).any() or (alpha.sum(0) > 1 + 1e-9).any()),
-        sigma_max=spectrum.sigma_max,
-        sigma_max_centred=spectrum.sigma_max_centred,
+        **spectrum.facts(alpha),
         counts=loss.counts,
         seconds=seconds,
         record=record_of(traced.inner),
     )
-
-
-def entropy(alpha: Alpha) -> float:
-    """Return ``-sum_k alpha_k log alpha_k`` in nats, the mean over groups; NaN off the simplex."""
-    if (alpha < 0).any() or not np.allclose(alpha.sum(0), 1):
-        return math.nan
-    logs = np.log(np.where(alpha > 0, alpha, 1.0))
-    return float(-(alpha * logs).sum(0).mean())
 
 
 def check_module(module: Any) -> None:
@@ -323,8 +319,8 @@ def _check(search: Search, base: StateDict | None) -> None:
         raise InputError(f"steps: {search.steps!r} must be a whole number of at least 0")
     if not is_number(search.learning_rate) or search.learning_rate < 0:
         raise InputError(f"learning_rate: {search.learning_rate!r} must be a number of at least 0")
-    if search.space not in _SPACES:
-        raise InputError(f"space {search.space!r} is unknown (known: {', '.join(_SPACES)})")
+    if search.space not in get_args(Space):
+        raise InputError(f"space {search.space!r} is unknown (known: {', '.join(get_args(Space))})")
     if (search.space == "task_vector") != (base is not None):
         raise InputError(
             f"space {search.space!r}: "
@@ -359,19 +355,3 @@ def _optimizer(search: Search, mapped: Parameterisation) -> Optimizer:
         return make_optimizer(search.optimizer, _descent(search), mapped, anchor, search.seed)
     except ValueError as error:
         raise InputError(f"optimizer {search.optimizer!r}: {error}") from None
-
-
-def _parameterisation(bank: ExpertBank, search: Search, spectrum: Spectrum) -> Parameterisation:
-    experts = len(bank.names)
-    start = [1.0 / experts] * experts if search.start is None else list(search.start)
-    if len(start) != experts:
-        raise InputError(f"start: {len(start)} coefficients for {experts} experts; give one each")
-    radius, alpha, learned = search.radius * spectrum.spread, bank.table(start), np.ones(bank.count, bool)
-    if search.space not in ("low_rank", "hierarchical"):
-        return make_space(search.space, alpha, learned, gram=spectrum.metric, radius=radius)
-    gram = spectrum.metric.sum(0)
-    if search.space == "low_rank":
-        found: Parameterisation = low_rank(gram, search.parts or max(1, round(experts**0.5)), alpha, learned)
-    else:
-        found = hierarchical(cluster(gram, search.parts), alpha, learned)
-    return trust(found, spectrum.metric, radius) if radius else found

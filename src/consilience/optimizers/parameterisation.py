@@ -11,25 +11,20 @@ Coefficients that are not learned keep their value and bypass the map. Maps that
 number are in ``spaces``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import numpy as np
 
 from consilience.coefficients.coefficients import Alpha
+from consilience.coefficients.spectrum import Spectrum
 from consilience.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["real", "sigmoid", "softplus", "softmax", "affine", "box"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpaceSettings:
-    """Where coefficients may lie."""
-
-    coefficients: Annotated[Kind, "set that coefficients are from; softmax and affine sum to 1 over experts"] = "real"
 
 
 class Parameterisation(Protocol):
@@ -165,3 +160,15 @@ def parameterise(kind: Kind, alpha: Alpha, learned: object) -> OfKind:
         fixed = start / total if kind == "softmax" else start + (1 - total) / start.shape[0]
         start = torch.where(mask, fixed, start)
     return OfKind(kind, start, mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceSettings:
+    """Where coefficients may lie, whatever the experts are."""
+
+    coefficients: Annotated[Kind, "set that coefficients are from; softmax and affine sum to 1 over experts"] = "real"
+
+    def map(self, alpha: Alpha, learned: object, spectrum: Callable[[], Spectrum]) -> Parameterisation:
+        """Return the map whose start is ``alpha`` [K, N]; see ``parameterise``."""
+        del spectrum
+        return parameterise(self.coefficients, alpha, learned)

@@ -3,6 +3,8 @@
     simplex        theta = sum_k alpha_k theta_k,  alpha >= 0, sum alpha = 1           softmax
     affine         the same with alpha of any sign
     task_vector    theta = theta_0 + sum_k lambda_k tau_k,  lambda free                real
+    low_rank       along the directions in which experts differ most, from their mean  ``LowRank``
+    hierarchical   a softmax inside clusters of like experts times one across them     ``Hierarchical``
 
 Where theta may go is measured by the Gram matrix G [K, K] of the experts (``G_ij = <tau_i, tau_j>``; any common origin
 will do for coefficients that sum to 1, task vectors must be task vectors), without reading a parameter again:
@@ -13,53 +15,103 @@ Every space is a ``Parameterisation``, so that any optimizer moves in it. GLUE (
 and names the hull and many experts as limitations; the other spaces are ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from consilience.coefficients.coefficients import Alpha
+from consilience.coefficients.spectrum import Spectrum
 from consilience.errors import InputError
+from consilience.methods.signature import Range
 from consilience.optimizers.parameterisation import Kind, Parameterisation, as_array, parameterise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Space = Literal["simplex", "affine", "task_vector"]
+Space = Literal["simplex", "affine", "task_vector", "low_rank", "hierarchical"]
 Matrix = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
-#: The map of each space.
+#: The map of each space that knows no more of the experts than their number.
 KINDS: dict[Space, Kind] = {"simplex": "softmax", "affine": "affine", "task_vector": "real"}
+_OF_MANY = ("low_rank", "hierarchical")
 #: Singular values below this share of the largest are what rounding leaves of 0.
 _NOTHING = 1e-6
 #: How far beyond the radius rounding may carry a point that was put on it, as a share of its square.
 _SLACK = 1e-9
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlendSpace:
+    """Where the coefficients of a mixture may lie.
+
+    Args:
+        space: see the module's docstring; low_rank and hierarchical are for many experts.
+        radius: greatest distance from the experts' mean, in units of their own root mean square distance from it.
+        parts: directions of low_rank, or clusters of hierarchical; 0: about the square root of the number of experts.
+    """
+
+    space: Annotated[
+        Space,
+        "convex weights (the paper); weights of any sign that sum to 1; free coefficients of task vectors; for many "
+        "experts: along directions in which they differ most, or a softmax inside clusters times one across them",
+    ] = "simplex"
+    radius: Annotated[
+        float, Range(0), "greatest distance from the experts' mean, in units of their own from it; 0: any"
+    ] = 0.0
+    parts: Annotated[
+        int, Range(0), "directions of low_rank, or clusters of hierarchical; 0: about the root of the experts' number"
+    ] = 0
+
+    def map(self, alpha: Alpha, learned: object, spectrum: Callable[[], Spectrum]) -> Parameterisation:
+        """Return the map whose start is ``alpha`` [K, N]; the spectrum is asked for where it is needed.
+
+        Raises:
+            InputError: see ``make_space``.
+        """
+        known = spectrum() if self.radius or self.space in _OF_MANY else None
+        gram, unit = (None, 0.0) if known is None else (known.metric, known.spread)
+        return make_space(self.space, alpha, learned, gram=gram, radius=self.radius * unit, parts=self.parts)
+
+
 def make_space(
-    space: Space, alpha: Alpha, learned: object, *, gram: Matrix | None = None, radius: float = 0.0
+    space: Space,
+    alpha: Alpha,
+    learned: object,
+    *,
+    gram: Matrix | None = None,
+    radius: float = 0.0,
+    parts: int = 0,
 ) -> Parameterisation:
     """Return a space from its name, with a trust region if ``radius`` is positive.
 
     Args:
-        space: see the module's docstring.
+        space: see ``BlendSpace``.
         alpha: [K, N] where to start.
         learned: [N] which columns move.
-        gram: [K, K] of the experts; see ``trust``.
+        gram: [K, K] of the experts, or [N, K, K], one for each column; see ``trust``.
         radius: greatest distance of theta from the experts' mean, as of parameters (0: any).
+        parts: directions of low_rank, or clusters of hierarchical; 0: about the square root of K.
 
     Raises:
-        InputError: the start is out of reach, or a trust region lacks the Gram matrix.
+        InputError: the start is out of reach, a trust region lacks the Gram matrix, or experts are too few or too
+            alike for so many parts.
     """
-    found = parameterise(KINDS[space], alpha, learned)
-    if not radius:
-        return found
-    if gram is None:
+    if radius and gram is None:
         raise InputError("trust: a radius needs the experts' Gram matrix; pass it, or leave the radius at 0")
-    return trust(found, gram, radius)
+    if space in KINDS:
+        found: Parameterisation = parameterise(KINDS[space], alpha, learned)
+    else:
+        assert gram is not None
+        whole = gram if gram.ndim == 2 else gram.sum(0)
+        if space == "low_rank":
+            found = low_rank(whole, parts or max(1, round(len(alpha) ** 0.5)), alpha, learned)
+        else:
+            found = hierarchical(cluster(whole, parts), alpha, learned)
+    return trust(found, gram, radius) if radius and gram is not None else found
 
 
 def spread(gram: Matrix) -> float:
@@ -221,7 +273,9 @@ def low_rank(gram: Matrix, rank: int, alpha: Alpha, learned: object) -> LowRank:
     values, vectors = np.linalg.eigh(centred(gram))
     kept = int((np.sqrt(np.maximum(values, 0)) > _NOTHING * np.sqrt(max(values[-1], 0.0))).sum())
     if not 1 <= rank <= kept:
-        raise InputError(f"rank: {rank} is not among 1 to {kept}, in so many directions the experts differ; choose one")
+        raise InputError(
+            f"parts: {rank} is not among 1 to {kept}, in so many directions the experts differ; choose one"
+        )
     chosen = vectors[:, ::-1][:, :rank]
     # LAPACK leaves a vector's sign open; with the largest entry positive a run is the same everywhere.
     largest = np.take_along_axis(chosen, np.abs(chosen).argmax(0)[None], 0)
@@ -314,7 +368,7 @@ def cluster(gram: Matrix, count: int = 0) -> Labels:
     experts = len(gram)
     wanted = count or max(1, round(experts**0.5))
     if not 1 <= wanted <= experts:
-        raise InputError(f"clusters: {wanted} cannot be made of {experts} experts; choose 1 to {experts}")
+        raise InputError(f"parts: {wanted} clusters cannot be made of {experts} experts; choose 1 to {experts}")
     norm = np.sqrt(np.diag(gram))
     scale = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
     distance = 1 - gram * np.outer(scale, scale)

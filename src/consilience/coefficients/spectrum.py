@@ -8,46 +8,37 @@ softmax's Jacobian and zero-sum directions leave the common part out: there sigm
 in its place.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.coefficients.gram import largest_singular_value
-from consilience.mixing.bank import ExpertBank
 
 Matrices = npt.NDArray[np.float64]
-
-#: Columns of the bank that are in float64 at a time.
-_COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """Per group of parameters: ``gram`` [N, K, K] of the experts, ``centred`` [N, M, M] of all rows less their mean.
 
-    The mean is the experts'; with a base M = K + 1, and its row is the last. Centred values are summed from centred
-    columns: of ``gram``, they would be differences of nearly equal numbers.
+    The mean is the experts'; with a base M = K + 1, and its row is the last. Centred values are of centred weights: of
+    ``gram``, they would be differences of nearly equal numbers.
     """
 
     gram: Matrices
     centred: Matrices
 
     @classmethod
-    def of(cls, bank: ExpertBank) -> "Spectrum":
-        """Return the spectrum of a bank, in float64, in one pass over it."""
-        experts, rows = len(bank.names), bank.matrix.shape[0]
-        gram = np.zeros((bank.count, experts, experts))
-        centred = np.zeros((bank.count, rows, rows))
-        for span in bank.layout.spans:
-            for start in range(span.start, span.stop, _COLUMNS):
-                block = bank.matrix[:, start : min(start + _COLUMNS, span.stop)].to(torch.float64, copy=True)
-                gram[span.index] += (block[:experts] @ block[:experts].T).cpu().numpy()
-                block -= block[:experts].mean(0)
-                centred[span.index] += (block @ block.T).cpu().numpy()
-        return cls(gram, centred)
+    def of_task_vectors(cls, gram: Matrices) -> "Spectrum":
+        """Return the spectrum from the inner products [N, 1 + K, 1 + K] of theta_0, tau_1 ... tau_K of every group."""
+        count = gram.shape[1] - 1
+        experts = np.hstack([np.ones((count, 1)), np.eye(count)])
+        apart = np.hstack([np.zeros((count + 1, 1)), np.eye(count + 1, count) - 1.0 / count])
+        return cls(experts @ gram @ experts.T, apart @ gram @ apart.T)
 
     @property
     def experts(self) -> int:
@@ -88,3 +79,25 @@ class Spectrum:
         """Return ``||theta(alpha) - theta_bar||``."""
         away = (alpha - 1.0 / self.experts).T
         return float(np.sqrt(max(0.0, float(np.einsum("nk,nkj,nj->", away, self.metric, away)))))
+
+    def facts(self, alpha: Alpha) -> dict[str, Any]:
+        """Return what is reported of a mixture ``alpha`` [K, N].
+
+        ``entropy``: see there; ``distance``: of the mixture from the experts' mean, as a share of their own root mean
+        square distance; ``left_hull``: whether some coefficient is negative, or they sum to more than 1.
+        """
+        return {
+            "entropy": entropy(alpha),
+            "distance": self.distance(alpha) / self.spread,
+            "left_hull": bool((alpha < 0).any() or (alpha.sum(0) > 1 + 1e-9).any()),
+            "sigma_max": self.sigma_max,
+            "sigma_max_centred": self.sigma_max_centred,
+        }
+
+
+def entropy(alpha: Alpha) -> float:
+    """Return ``-sum_k alpha_k log alpha_k`` in nats, the mean over groups; NaN off the simplex."""
+    if (alpha < 0).any() or not np.allclose(alpha.sum(0), 1):
+        return math.nan
+    logs = np.log(np.where(alpha > 0, alpha, 1.0))
+    return float(-(alpha * logs).sum(0).mean())
