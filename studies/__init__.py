@@ -9,4 +9,5 @@ STUDIES: tuple[str, ...] = (
     "studies.glue_language.STUDY",
     "studies.routing.STUDY",
     "studies.doctor.STUDY",
+    "studies.unlike_nets.STUDY",
 )

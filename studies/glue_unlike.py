@@ -19,7 +19,7 @@ def run_unlike(setting: Mapping[str, Any]) -> dict[str, Any]:
     """Mix, distil and measure; accuracies are on the target's test images."""
     import torch
 
-    from consilience.mixing.distill import Distillation, answers_of, distill, mixture
+    from consilience.mixing.distill import Distillation, answers_of, distill_targets, mixture
     from consilience.mixing.fine_tune import evaluate, fine_tune
     from suites.vision.experts import Setting, experiment
 
@@ -49,7 +49,7 @@ def run_unlike(setting: Mapping[str, Any]) -> dict[str, Any]:
     chosen = mixture(answers["train"], found["logits"]).float()
     student = own.network()
     torch.manual_seed(setting["seed"])
-    distill(student, inputs, chosen, Distillation(**DISTILLATION, seed=setting["seed"]), labels=labels)
+    distill_targets(student, inputs, chosen, Distillation(**DISTILLATION, seed=setting["seed"]), labels=labels)
     epochs = max(1, DISTILLATION["steps"] * DISTILLATION["batch"] // len(labels))
     plain = fine_tune(own.network(), own.base, target.train, target.test, epochs=epochs, seed=setting["seed"])
     mixed["a ResNet-20 distilled from SPSA on logits"] = evaluate(student, target.test).accuracy
@@ -59,20 +59,20 @@ def run_unlike(setting: Mapping[str, Any]) -> dict[str, Any]:
 
 def _weights(answers: Mapping[str, Any], target: Any, kind: Any, seed: int) -> Any:
     """Learn weights on the training answers, and keep the best by validation loss."""
-    from consilience.learned.loop import Stopping, descend
-    from consilience.mixing.distill import FunctionLoss
-    from consilience.optimizers.anchor import Anchor
-    from consilience.optimizers.make import make_optimizer
-    from consilience.optimizers.parameterisation import parameterise
+    from consilience.mixing.distill import learn_weights
     from consilience.optimizers.settings import Descent, SpsaSettings
 
-    loss = FunctionLoss(answers["train"], target.train[1], kind=kind, batch=128, seed=seed)
-    held = FunctionLoss(answers["validation"], target.validation[1], kind=kind)
-    mapped = parameterise("softmax", np.full((len(answers["train"]), 1), 1 / len(answers["train"])), [True])
     settings = Descent("sgd", SEARCH["rate"], SEARCH["steps"], spsa=SpsaSettings(mu=SEARCH["mu"], normalise=True))
-    optimizer = make_optimizer("spsa", settings, mapped, Anchor(mapped.start, mapped.learned, 0.0), seed)
-    stopping = Stopping(lambda alpha: held(alpha, 0, gradient=False)[0]["target"], every=10, patience=5)
-    return descend(optimizer, loss, SEARCH["steps"], stopping=stopping).alpha[:, 0]
+    return learn_weights(
+        answers["train"],
+        target.train[1],
+        kind=kind,
+        held_out=(answers["validation"], target.validation[1]),
+        optimizer="spsa",
+        settings=settings,
+        batch=128,
+        seed=seed,
+    )
 
 
 def _accuracy(predictions: Any, labels: Any) -> float:

@@ -171,6 +171,18 @@ def test_the_glue_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) ->
 
 
 @pytest.mark.slow
+def test_the_alignment_tutorial_does_what_it_says(tmp_path: Path) -> None:
+    run_page(DOCS / "tutorial-align.md", tmp_path)
+    base, aligned = (torch.load(tmp_path / "base.pt", weights_only=True), load_file(tmp_path / "aligned.safetensors"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    distance = sum(
+        float((base[name].double() - value).square().sum()) for name, value in aligned.items() if name != "2.bias"
+    )
+    assert report["distance"] == pytest.approx(distance)
+    assert report["distance"] < report["distance_before"]
+
+
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_routing_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
     (tmp_path / "suites").symlink_to(ROOT / "suites")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from consilience.api import diagnose, learn, merge, merge_recipe, plan_recipe
+    from consilience.api import align, diagnose, learn, merge, merge_recipe, plan_recipe
     from consilience.checkpoints import open_checkpoint
     from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
     from consilience.errors import ConsilienceError, InputError, MachineError
-    from consilience.mixing import mix
+    from consilience.mixing import distill, mix
     from consilience.recipe import Recipe, read_recipe
     from consilience.routing import build_routed, load_routed
     from consilience.tasks import evaluate
@@ -26,7 +26,9 @@ _HOME = {
     "build_routed": "consilience.routing",
     "load_routed": "consilience.routing",
     "Coefficients": "consilience.coefficients",
+    "distill": "consilience.mixing",
     "fine_tune": "consilience.training",
+    "align": "consilience.api",
     "diagnose": "consilience.api",
     "learn": "consilience.api",
     "load_coefficients": "consilience.coefficients",
@@ -50,8 +52,10 @@ __all__ = [
     "InputError",
     "MachineError",
     "Recipe",
+    "align",
     "build_routed",
     "diagnose",
+    "distill",
     "evaluate",
     "fine_tune",
     "learn",

@@ -11,14 +11,19 @@ from consilience.errors import InputError, nearest, option
 from consilience.numbers import check_threads, is_count
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from consilience.coefficients import Coefficients
     from consilience.engine.adapter_output import AdapterSummary, Kind
     from consilience.engine.plan import Plan
     from consilience.engine.summary import Summary
     from consilience.experts.state_dict import StateDict
+    from consilience.mixing.matching import AlignedModel, AlignmentReport
+    from consilience.mixing.symmetry import Axes
     from consilience.progress import Progress, ProgressOption
     from consilience.recipe.schema import Recipe
     from consilience.stability.diagnosis import Diagnosis
+    from consilience.tasks.rows import Task
     from consilience.workdir import Workdir
 
 PathLike = str | Path
@@ -327,6 +332,86 @@ def diagnose(
             probes=probes,
             progress=shown,
         )
+
+
+def align(
+    base: "nn.Module | Mapping[str, Tensor] | PathLike",
+    model: "nn.Module | Mapping[str, Tensor] | PathLike",
+    out: PathLike | None = None,
+    *,
+    axes: "Axes | PathLike | None" = None,
+    module: "nn.Module | None" = None,
+    inputs: Any = None,
+    labels: "Tensor | None" = None,
+    loss: "Callable[[nn.Module], float] | None" = None,
+    rows: "Sequence[Task | PathLike]" = (),
+    seed: int = 0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: "ProgressOption" = False,
+) -> "AlignedModel | AlignmentReport":
+    """Reorder a model's hidden units so that its weights lie closest to a base's; it computes what it did.
+
+    Two networks trained apart have their units in unrelated orders, and an average of them is one of unrelated units.
+    Sought are the permutations P of maximal <theta_base, P theta_model>, group by group (Ainsworth et al. 2023, Git
+    Re-Basin, arXiv:2209.04836). The report says how much closer the two came and, where it can be measured, whether
+    their midpoint is any good: often it is not.
+
+    Args:
+        base: whose order is kept: a torch module or state dict, or a path.
+        model: whose units are reordered, of the same kind.
+        out: where the aligned model goes; for paths. A transformers folder gives a folder, another file a
+            ``.safetensors`` file.
+        axes: the group of units that each axis of each tensor belongs to (see ``symmetry_of_axes``), or a YAML file
+            that says so; None: found by tracing the module, or the folder's architecture.
+        module: the network that state dicts are of.
+        inputs: probe inputs of the module, a tensor [n, ...] (with ``axes`` also a sequence or mapping of arguments):
+            for the trace, for the proof that outputs stay, and without labels for the divergence along the line.
+        labels: of the inputs: the cross entropy along the line is measured instead.
+        loss: what to measure along the line instead, ``loss(module) -> float``.
+        rows: JSONL rows with responses to measure the loss per token along the line on; for paths.
+        seed: of the order in which groups take turns.
+        force: replace a non-empty ``out``.
+        trust_remote_code: run ``.py`` files that come with the model.
+        progress: True for a bar (or lines) on standard error, a function called with (done, in all), or a ``Progress``.
+
+    Returns:
+        For modules and state dicts the aligned state, the permutations and the report; for paths the report.
+
+    Raises:
+        InputError: the symmetry is not found or is none, the two do not meet, or an argument has no effect; nothing is
+            left behind.
+        MachineError: memory or disk ran out; OUT is absent.
+    """
+    on_disk = [isinstance(one, str | Path) for one in (base, model)]
+    if on_disk[0] != on_disk[1]:
+        raise InputError("model: base and model must be of one kind: both paths, or both modules or state dicts")
+    memory = {"module": module, "inputs": inputs, "labels": labels, "loss": loss}
+    disk = {"out": out, "rows": rows or None, "force": force or None, "trust_remote_code": trust_remote_code or None}
+    idle = next((name for name, value in (memory if on_disk[0] else disk).items() if value is not None), None)
+    if idle is not None:
+        kind = "paths" if on_disk[0] else "modules and state dicts"
+        raise InputError(f"{idle}: has no effect on {kind}; leave it out")
+    if not on_disk[0]:
+        from consilience.mixing.matching import align_networks
+
+        stated = cast("Axes | None", axes)
+        return align_networks(cast(Any, base), cast(Any, model), axes=stated, seed=seed, **cast(dict[str, Any], memory))
+    if out is None:
+        raise InputError("out: is missing; name the folder (or .safetensors file) to write the aligned model to")
+    from consilience.mixing.align_files import align_files
+
+    return align_files(
+        cast(PathLike, base),
+        cast(PathLike, model),
+        out,
+        axes=axes,
+        rows=rows,
+        seed=seed,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
 
 
 def plan_recipe(

@@ -255,6 +255,107 @@ def test_a_layer_used_twice_is_moved_only_as_both_uses_allow(padded_first: bool)
     torch.testing.assert_close(answer(module, moved), answer(module, module.state_dict()), rtol=1e-9, atol=1e-9)
 
 
+def transformer(kind: str) -> nn.Module:
+    import transformers as t
+
+    wide: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    makers: dict[str, Callable[[], Any]] = {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**wide, num_key_value_heads=2, vocab_size=50)),
+        "tied": lambda: t.Qwen3ForCausalLM(
+            t.Qwen3Config(**wide, num_key_value_heads=2, head_dim=8, vocab_size=50, tie_word_embeddings=True)
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0)
+        ),
+        "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**wide, vocab_size=50)),
+        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**wide, image_size=8, patch_size=4)),
+    }
+    torch.manual_seed(0)
+    module = makers[kind]()
+    module.config.use_cache = False
+    for parameter in module.parameters():
+        parameter.data.normal_(0, 0.3)
+    return module.double().eval()
+
+
+#: Residual stream, heads (two queries to a key where there are half as many keys), feed-forward units, BERT's pooler.
+#: ViT's stream stays: its class token is repeated along the batch as a parameter of its own.
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", [2, 2, 32, 48, 48]),
+        pytest.param("tied", [2, 2, 32, 48, 48], marks=pytest.mark.slow),
+        pytest.param("gpt2", [4, 4, 32, 128, 128], marks=pytest.mark.slow),
+        pytest.param("bert", [4, 4, 32, 32, 48, 48], marks=pytest.mark.slow),
+        pytest.param("vit", [4, 4, 48, 48], marks=pytest.mark.slow),
+    ],
+)
+def test_a_permuted_transformer_computes_the_same(kind: str, sizes: list[int]) -> None:
+    module: Any = transformer(kind)
+    inputs = torch.randn(2, 3, 8, 8).double() if kind == "vit" else torch.randint(0, 50, (2, 7))
+    symmetry = symmetry_of_module(module, inputs)
+    assert sorted(group.size for group in symmetry.groups) == sizes
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    with torch.no_grad():
+        expected = module(inputs).logits
+        module.load_state_dict(permute(state, symmetry, shuffled(symmetry)))
+        found = module(inputs).logits
+    assert not torch.equal(module.state_dict()[symmetry.names[0]], state[symmetry.names[0]])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # rotary angles are in float32
+
+
+def test_a_statistic_over_channels_of_unlike_roles_keeps_them_apart() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(192, 8), nn.Linear(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x.flatten(1))
+            return self.two(torch.cat((y[:, :4], y[:, 4:].exp()), 1).mean(1, keepdim=True))
+
+    module = ready(Halves)
+    symmetry = symmetry_of_module(module, example())
+    assert [group.size for group in symmetry.groups] == [4, 4]
+    moved = permute(module.state_dict(), symmetry, shuffled(symmetry))
+    torch.testing.assert_close(answer(module, moved), answer(module, module.state_dict()), rtol=1e-9, atol=1e-9)
+
+
+def test_axes_of_several_parts_are_stated_for_all_layers_at_once() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.ModuleList([nn.Linear(192, 4), nn.Linear(192, 3)])
+            self.inner, self.last = nn.ModuleList([nn.Linear(9, 6), nn.Linear(9, 6)]), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            one, two = (layer(x).tanh() for layer in self.first)
+            given = torch.cat((two, x[:, :2], one), 1)
+            return self.last(self.inner[0](given).tanh()) + self.last(self.inner[1](given).tanh())
+
+    module = ready(Joined)
+    axes: dict[str, Any] = {
+        "first.*.weight": ["made.*", None],
+        "first.*.bias": ["made.*"],
+        "inner.*.weight": ["read", ["made.1", 2, "made.0"]],
+        "inner.*.bias": ["read"],
+        "last.weight": [None, "read"],
+    }
+    symmetry = symmetry_of_axes(axes, module.state_dict())
+    assert {group.name: group.size for group in symmetry.groups} == {"made.0": 4, "made.1": 3, "read": 6}
+    moved = permute(module.state_dict(), symmetry, shuffled(symmetry))
+    torch.testing.assert_close(answer(module, moved), answer(module, module.state_dict()), rtol=1e-9, atol=1e-9)
+    for entry, text in ((["made.1", 2], "parts stated for it have 5"), (["none", 9], "no axis of its own")):
+        with pytest.raises(InputError, match=text):
+            symmetry_of_axes(axes | {"inner.*.weight": ["read", entry]}, module.state_dict())
+
+
 def test_the_derived_groups_are_the_stated_ones() -> None:
     module = ready(flattened)
     state = module.state_dict()
@@ -382,7 +483,7 @@ def test_bad_input_is_refused_in_one_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if float(x.sum()) > 0 else -x
 
-    smaller = {**state, "1.weight": state["1.weight"][:, :-1]}
+    wider = {name: torch.cat((value, value)) for name, value in state.items()}
     refusals: list[tuple[Callable[[], object], str]] = [
         (lambda: symmetry_of_module(Branching(), example()), "module: cannot be traced"),
         (lambda: symmetry_of_axes({"9.weight": (None,)}, state), "'9.weight' is not in the state"),
@@ -392,7 +493,8 @@ def test_bad_input_is_refused_in_one_line() -> None:
         (lambda: permute(state, symmetry, {"p0": np.zeros(9, np.int64)}), "needs every number below 9 once"),
         (lambda: align(state, state, Symmetry(())), "no hidden units were found"),
         (lambda: align(state, {}, symmetry), "expert: '.*' is missing or too small"),
-        (lambda: align(state, smaller, symmetry), r"'1.weight' is \[9, 191\] but \[9, 192\] in the reference"),
+        (lambda: align(wider, state, symmetry), r"'1.bias' is \[9\] but \[18\] in the reference"),
+        (lambda: align({}, state, symmetry), r"'1.bias' is \[9\] but missing in the reference"),
     ]
     for refused, text in refusals:
         with pytest.raises(InputError, match=text) as caught:

@@ -17,7 +17,8 @@ from consilience.mixing.distill import (
     Kind,
     answers_of,
     distill,
-    distill_mixture,
+    distill_targets,
+    learn_weights,
     losses,
     mixture,
 )
@@ -169,7 +170,7 @@ def test_a_student_becomes_the_mixture() -> None:
     student = nn.Linear(6, 3)
     alpha = np.array([[0.3], [0.7]])
     how = Distillation(steps=300, batch=32, rate=0.05)
-    history = distill_mixture(student, pair, alpha, inputs(), how)
+    history = distill(student, pair, inputs(), alpha, how).history
     assert len(history) == 300
     assert history[-1]["kl"] < 1e-4 < history[0]["kl"]
     unseen = torch.randn(50, 6, generator=torch.Generator().manual_seed(2))
@@ -184,7 +185,7 @@ def test_experts_of_any_architecture_are_distilled_reproducibly() -> None:
         held = experts()
         torch.manual_seed(seed)  # must not matter: the settings' seed decides
         how = Distillation(steps=80, batch=32, rate=0.02, seed=4)
-        return distill_mixture(student, held, np.full(3, 1 / 3), inputs(), how, kind="probabilities"), student
+        return distill(student, held, inputs(), "equal", how, kind="probabilities").history, student
 
     (history, student), (again, other) = train(0), train(1)
     assert history == again
@@ -201,16 +202,40 @@ def test_labels_pull_where_there_are_some() -> None:
         torch.manual_seed(0)
         student = nn.Linear(6, 3)
         how = Distillation(steps=200, batch=0, rate=0.05, label_weight=weight)
-        history = distill(student, inputs(), targets, how, labels=labels)
+        history = distill_targets(student, inputs(), targets, how, labels=labels)
         assert history[0].keys() == {"kl", "labels"}
         assert (float(answers_of([student], inputs()[:8])[0, :, 2].exp().mean()) > 0.5) == moved
     torch.manual_seed(0)
     unlabelled = nn.Linear(6, 3)
-    distill(unlabelled, inputs(), targets, replace(how, label_weight=0.0))
+    distill_targets(unlabelled, inputs(), targets, replace(how, label_weight=0.0))
     torch.manual_seed(0)
     ignored = nn.Linear(6, 3)
-    distill(ignored, inputs(), targets, how, labels=torch.full((64,), -1))
+    distill_targets(ignored, inputs(), targets, how, labels=torch.full((64,), -1))
     torch.testing.assert_close(ignored.weight, unlabelled.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_weights_have_the_least_loss_on_the_simplex(kind: Kind) -> None:
+    answers, _ = draw(3, experts=2, rows=200)
+    labels = mixture(answers, np.array([0.8, 0.2]), kind).argmax(-1)
+    found = learn_weights(answers, labels, kind=kind)
+    loss = FunctionLoss(answers, labels, kind=kind)
+    grid = [loss(np.array([[a], [1 - a]]), 0, gradient=False)[0]["target"] for a in np.linspace(0, 1, 101)]
+    assert found.sum() == pytest.approx(1.0)
+    assert loss(found[:, None], 0, gradient=False)[0]["target"] <= min(grid) + 1e-3
+
+
+def test_coefficients_are_equal_given_or_learned() -> None:
+    held = experts()
+    rows = inputs()
+    labels = torch.full((len(rows),), -1)
+    labels[::2] = answers_of(held[1:2], inputs())[0, ::2].argmax(-1)
+    how = Distillation(steps=2)
+    alphas = [distill(nn.Linear(6, 3), held, inputs(), a, how, labels=labels).alpha for a in ("equal", "learned")]
+    assert alphas[0].tolist() == [1 / 3] * 3
+    assert alphas[1].argmax() == 1
+    with pytest.raises(InputError, match="no row has one"):
+        distill(nn.Linear(6, 3), held, inputs(), "learned", how)
 
 
 def test_bad_input_is_refused_in_one_line() -> None:
@@ -230,13 +255,13 @@ def test_bad_input_is_refused_in_one_line() -> None:
         (lambda: FunctionLoss(answers, labels - 1), "from 0 to 3"),
         (lambda: FunctionLoss(answers, labels + 1), "from 0 to 3"),
         (lambda: FunctionLoss(answers, labels, kind=cast(Any, "x")), "kind: 'x' is none of"),
-        (lambda: distill(linear, x, targets, Distillation(steps=0)), "steps: 0 is not above 0"),
-        (lambda: distill(linear, x, targets, Distillation(temperature=math.nan)), "temperature: nan"),
-        (lambda: distill(linear, x, targets, Distillation(label_weight=-1.0)), "label_weight: -1.0"),
-        (lambda: distill(linear, x[1:], targets), r"targets: \[20, 4\] do not meet 19 inputs"),
-        (lambda: distill(linear, x, targets, labels=labels[1:]), "give one integer a row"),
-        (lambda: distill(linear, x, targets, labels=labels + 4), "or -1 for a row without one"),
-        (lambda: distill(linear, x * math.inf, targets), "the loss is not finite at step 0"),
+        (lambda: distill_targets(linear, x, targets, Distillation(steps=0)), "steps: 0 is not above 0"),
+        (lambda: distill_targets(linear, x, targets, Distillation(temperature=math.nan)), "temperature: nan"),
+        (lambda: distill_targets(linear, x, targets, Distillation(label_weight=-1.0)), "label_weight: -1.0"),
+        (lambda: distill_targets(linear, x[1:], targets), r"targets: \[20, 4\] do not meet 19 inputs"),
+        (lambda: distill_targets(linear, x, targets, labels=labels[1:]), "give one integer a row"),
+        (lambda: distill_targets(linear, x, targets, labels=labels + 4), "or -1 for a row without one"),
+        (lambda: distill_targets(linear, x * math.inf, targets), "the loss is not finite at step 0"),
     ]
     for refused, text in refusals:
         with pytest.raises(InputError, match=text) as caught:

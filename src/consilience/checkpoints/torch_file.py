@@ -50,6 +50,20 @@ def tensor_bytes(tensor: Any) -> Bytes:
     return cast(Bytes, flat.view(torch.uint8).numpy()) if flat.numel() else np.empty(0, np.uint8)
 
 
+def as_tensor(raw: Bytes, info: TensorInfo, where: str) -> Any:
+    """Return a stored tensor's bytes as a torch tensor, without a copy.
+
+    Raises:
+        InputError: its dtype is not one that is read.
+    """
+    torch = import_torch("reading a torch tensor")
+    name = next((name for name, code in _TORCH_DTYPES.items() if code == info.dtype.name), None)
+    if name is None:
+        raise InputError(f"{where}: tensor {info.name!r}: dtype {info.dtype.name} is not one this reads; convert it")
+    kind = getattr(torch, name.removeprefix("torch."))
+    return torch.from_numpy(raw).view(kind).reshape(info.shape) if raw.size else torch.empty(info.shape, dtype=kind)
+
+
 def torch_info(name: str, tensor: Any, where: str, file: int = 0) -> TensorInfo:
     """Describe a torch tensor.
 

@@ -10,6 +10,8 @@ import typer
 
 from consilience.cli.advise import EPILOG as ADVISE_EPILOG
 from consilience.cli.advise import advise
+from consilience.cli.align import EPILOG as ALIGN_EPILOG
+from consilience.cli.align import align
 from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
 from consilience.cli.doctor import doctor
 from consilience.cli.route import route
@@ -27,6 +29,7 @@ app = typer.Typer(
 app.add_typer(route, name="route")
 app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command(epilog=ADVISE_EPILOG)(advise)
+app.command(epilog=ALIGN_EPILOG)(align)
 
 MERGE_EPILOG = """Examples:
 

@@ -12,9 +12,11 @@ order of one group is a linear assignment problem; coordinate descent solves the
 Source: Ainsworth et al. 2023, Git Re-Basin, arXiv:2209.04836, algorithm 1. Differences: besides the identity, a pass
 from input to output, in which every group is matched on the weights whose other axes are settled, is a second start,
 and the better end is taken; a step is kept only where the whole sum grows, which a tensor with one group on two axes
-needs (the assignment is then only a linearisation). Running statistics move with their channels but are not compared.
+needs (the assignment is then only a linearisation). Running statistics move with their channels but are not compared,
+and neither is a tensor that the reference lacks or has in another shape (a head of other classes).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,14 +33,22 @@ from consilience.mixing.symmetry import Axis, Group, Indices, State, Symmetry
 class Aligned:
     """An expert in the reference's order: its state, the permutation of each group, and how far it lies.
 
-    ``state[...][i]`` is unit ``permutations[group][i]`` of the expert as it came. The squared distances are over the
-    compared tensors that any group moves.
+    ``state[...][i]`` is unit ``permutations[group][i]`` of the expert as it came. Squared distances and cosines (NaN of
+    a vector of zeros) are over ``names``: the compared tensors that any group moves.
     """
 
     state: dict[str, Tensor]
     permutations: dict[str, Indices]
+    names: tuple[str, ...]
     distance_before: float
     distance: float
+    cosine_before: float
+    cosine: float
+
+    @property
+    def moved(self) -> int:
+        """The number of units that are not where they were."""
+        return sum(int((order != np.arange(len(order))).sum()) for order in self.permutations.values())
 
 
 def permute(state: State, symmetry: Symmetry, permutations: Mapping[str, Indices]) -> dict[str, Tensor]:
@@ -76,7 +86,8 @@ def align(reference: State, state: State, symmetry: Symmetry, *, seed: int = 0, 
 
     Args:
         reference: the expert whose order is kept.
-        state: the one that is permuted: names and shapes as the reference's, any floating dtype; compared in float64.
+        state: the one that is permuted, of any floating dtype; compared in float64 where names and shapes are the
+            reference's.
         symmetry: which units may be permuted: ``symmetry_of_module``, or ``symmetry_of_axes``.
         seed: of the order in which the groups take turns.
         sweeps: most turns of every group.
@@ -86,20 +97,44 @@ def align(reference: State, state: State, symmetry: Symmetry, *, seed: int = 0, 
     """
     if not symmetry.groups:
         raise InputError("module: no hidden units were found that may be permuted; state the axes (symmetry_of_axes)")
-    matching = _Matching(symmetry, _wide(reference, symmetry, "reference"), _wide(state, symmetry, "expert"))
-    ends = [matching.descend(start, seed, sweeps) for start in (matching.identity(), matching.forward())]
+    names = _compared_names(reference, state, symmetry)
+    wide = [{name: one[name].detach().to(torch.float64) for name in names} for one in (reference, state)]
+    matching = _Matching(symmetry, *wide)
+    start = matching.identity()
+    ends = [matching.descend(orders, seed, sweeps) for orders in (dict(start), matching.forward())]
     best = ends[0] if matching.value(ends[0]) >= matching.value(ends[1]) else ends[1]
+    lengths = [math.sqrt(sum(float(value.square().sum()) for value in one.values())) for one in wide]
+    length = lengths[0] * lengths[1] or math.nan
     return Aligned(
-        permute(state, symmetry, best), best, matching.distance(matching.identity()), matching.distance(best)
+        state=permute(state, symmetry, best),
+        permutations=best,
+        names=tuple(names),
+        distance_before=matching.distance(start),
+        distance=matching.distance(best),
+        cosine_before=matching.value(start) / length,
+        cosine=matching.value(best) / length,
     )
 
 
-def _wide(state: State, symmetry: Symmetry, where: str) -> dict[str, Tensor]:
+def _compared_names(reference: State, state: State, symmetry: Symmetry) -> list[str]:
+    """Return the tensors that are moved and compared.
+
+    Raises:
+        InputError: the expert lacks a tensor that is to move, or nothing can be compared.
+    """
     for group in symmetry.groups:
         for (name, axis), places in group.places.items():
             if name not in state or state[name].ndim <= axis or state[name].shape[axis] <= int(places.max()):
-                raise InputError(f"{where}: {name!r} is missing or too small; all experts must have one architecture")
-    return {name: state[name].detach().to(torch.float64) for name in symmetry.names if name not in symmetry.uncompared}
+                raise InputError(f"expert: {name!r} is missing or too small; give one of the architecture stated")
+    moved = [name for name in symmetry.names if name not in symmetry.uncompared]
+    names = [name for name in moved if name in reference and reference[name].shape == state[name].shape]
+    if not names:
+        shapes = {name: list(reference[name].shape) if name in reference else "missing" for name in moved[:1]}
+        raise InputError(
+            f"expert: no tensor is of one shape in both: {moved[0]!r} is {list(state[moved[0]].shape)} but "
+            f"{shapes[moved[0]]} in the reference; networks of other widths cannot be aligned, so distil them"
+        )
+    return names
 
 
 @dataclass(frozen=True)
@@ -109,12 +144,6 @@ class _Matching:
     symmetry: Symmetry
     reference: dict[str, Tensor]
     state: dict[str, Tensor]
-
-    def __post_init__(self) -> None:
-        for name, value in self.reference.items():
-            if value.shape != self.state[name].shape:
-                shapes = f"{list(self.state[name].shape)} but {list(value.shape)}"
-                raise InputError(f"expert: {name!r} is {shapes} in the reference; all must have one architecture")
 
     def identity(self) -> dict[str, Indices]:
         return {group.name: np.arange(group.size) for group in self.symmetry.groups}
@@ -176,7 +205,7 @@ class _Matching:
         )
 
     def _compared(self, group: Group) -> list[Axis]:
-        return [key for key in group.places if key[0] not in self.symmetry.uncompared]
+        return [key for key in group.places if key[0] in self.reference]
 
     def _groups_of(self, name: str) -> set[str]:
         return {group.name for group in self.symmetry.groups if any(name == key[0] for key in group.places)}

@@ -27,8 +27,13 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError, nearest
+from consilience.learned.loop import Stopping, descend
 from consilience.mixing.target import draw, noise, run
+from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.gradient import Terms
+from consilience.optimizers.make import make_optimizer
+from consilience.optimizers.parameterisation import parameterise
+from consilience.optimizers.settings import Descent
 from consilience.training.schedule import cosine
 
 Kind = Literal["logits", "probabilities"]
@@ -193,7 +198,7 @@ class Distillation:
     seed: int = 0
 
 
-def distill(
+def distill_targets(
     student: nn.Module,
     inputs: Tensor,
     targets: Tensor,
@@ -278,20 +283,97 @@ def losses(
     return found
 
 
-def distill_mixture(
+def learn_weights(
+    answers: Tensor,
+    labels: Tensor,
+    *,
+    kind: Kind = "logits",
+    held_out: tuple[Tensor, Tensor] | None = None,
+    optimizer: str = "adam",
+    settings: Descent | None = None,
+    batch: int = 0,
+    seed: int = 0,
+) -> Alpha:
+    """Return the coefficients [K], positive and of sum 1, of least loss of the mixed predictions on labels.
+
+    Args:
+        answers: log-probabilities [K, n, C].
+        labels: [n] integers.
+        kind: what is mixed.
+        held_out: answers and labels to stop early by; None: all steps are taken.
+        optimizer: any of ``make_optimizer``.
+        settings: of the optimizer; by default 150 steps at rate 0.3 along a cosine.
+        batch: rows of a step; 0: all.
+        seed: of the minibatches and random directions.
+
+    Raises:
+        InputError: as for ``FunctionLoss``, or no such optimizer.
+    """
+    how = settings or Descent(learning_rate=0.3, steps=150)
+    loss = FunctionLoss(answers, labels, kind=kind, batch=batch, seed=seed)
+    mapped = parameterise("softmax", np.full((len(answers), 1), 1 / len(answers)), [True])
+    moved = make_optimizer(optimizer, how, mapped, Anchor(mapped.start, mapped.learned, 0.0), seed)
+    stopping = None
+    if held_out is not None:
+        held = FunctionLoss(*held_out, kind=kind)
+        stopping = Stopping(lambda alpha: held(alpha, 0, gradient=False)[0]["target"], every=10, patience=5)
+    return descend(moved, loss, how.steps, stopping=stopping).alpha[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """What ``distill`` did: the experts' coefficients [K], and the student's terms before each step."""
+
+    alpha: Alpha
+    history: list[Terms]
+
+
+def distill(
     student: nn.Module,
     experts: Sequence[nn.Module],
-    alpha: Alpha,
     inputs: Tensor,
+    alpha: Alpha | Literal["equal", "learned"] = "equal",
     settings: Distillation | None = None,
     *,
     kind: Kind = "logits",
     labels: Tensor | None = None,
     predict: Predict = run,
-) -> list[Terms]:
-    """Distil the mixed predictions of ``experts`` with coefficients ``alpha`` into ``student``; see ``distill``."""
-    targets = mixture(answers_of(experts, inputs, predict=predict), alpha, kind)
-    return distill(student, inputs, targets, settings, labels=labels, predict=predict)
+) -> Distilled:
+    """Train ``student`` in place towards the mixed predictions of experts of any architecture over the same classes.
+
+    This is what is left where weights cannot be averaged (``consilience.align`` says when): it needs inputs, no labels,
+    and the student may have any architecture, an expert's weights to start from included.
+
+    Args:
+        student: any module over the experts' classes.
+        experts: modules of any architecture; evaluated once on every row.
+        inputs: [n, ...], what all of them take.
+        alpha: [K] or [K, 1] coefficients; "equal": 1/K each; "learned": by the labels (``learn_weights``).
+        settings: see ``Distillation``.
+        kind: what is mixed, "logits" (a product of experts) or "probabilities" (a mixture).
+        labels: [n] integers, -1 where a row has none.
+        predict: (module, inputs) -> logits [n, C].
+
+    Raises:
+        InputError: experts, rows, coefficients, labels or settings make no sense, or a loss is not finite.
+    """
+    answers = answers_of(experts, inputs, predict=predict)
+    if isinstance(alpha, str):
+        alpha = _chosen(alpha, answers, labels, kind, settings or Distillation())
+    targets = mixture(answers, alpha, kind)
+    history = distill_targets(student, inputs, targets, settings, labels=labels, predict=predict)
+    return Distilled(np.asarray(alpha, np.float64).reshape(-1), history)
+
+
+def _chosen(alpha: str, answers: Tensor, labels: Tensor | None, kind: Kind, settings: Distillation) -> Alpha:
+    if alpha == "equal":
+        return np.full(len(answers), 1 / len(answers))
+    if alpha != "learned":
+        raise InputError(f"alpha: {alpha!r} is neither 'equal' nor 'learned'; or give one number an expert")
+    if labels is None or labels.shape != answers.shape[1:2] or not bool((labels != UNLABELLED).any()):
+        raise InputError("alpha: is learned by labels, and no row has one; give labels, or alpha='equal'")
+    known = labels != UNLABELLED
+    return learn_weights(answers[:, known], labels[known], kind=kind, seed=settings.seed)
 
 
 def _validate(settings: Distillation, inputs: Tensor, targets: Tensor, labels: Tensor | None) -> None:

@@ -1,5 +1,6 @@
 """Which units of a module may be put in any order together, found from the graph of one forward pass."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,11 +16,12 @@ from consilience.mixing.symmetry import Axis, Group, Indices, Symmetry
 def symmetry_of_module(module: nn.Module, example: Tensor) -> Symmetry:
     """Return the groups of hidden units of a module, from the graph of one forward pass.
 
-    Every channel is followed through the graph: convolutions and linear layers make new ones, normalisation, pointwise
-    functions, pooling and flattening pass them on, sums tie them (residual streams, also where a shortcut pads with
-    zero channels), concatenation joins them. Channels that occur at the same places in the same roles form a group.
-    What an operation that is not known here reads is fixed, so a symmetry may be missed, but none is invented:
-    attention's heads, for one, stay as they are.
+    Every channel is followed through the graph: convolutions, linear layers and embeddings make new ones,
+    normalisation, pointwise functions, pooling and flattening pass them on, sums tie them (residual streams, also where
+    a shortcut pads with zero channels), concatenation joins them, a split into attention's heads ties each head's, and
+    statistics over all channels are the same in any order. Channels that occur at the same places in the same roles
+    form a group. What an operation that is not known here reads is fixed, so a symmetry may be missed, but none is
+    invented: the order within an attention head, for one, stays as it is.
 
     Args:
         module: traced by ``torch.export`` in eval mode; its state and modes are left as they are.
@@ -100,14 +102,31 @@ class _Value:
 
 #: What hands every channel on as it is, or works on each by itself without being tagged as pointwise.
 _PASSING = frozenset(
-    ("dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy")
+    (
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "to",
+        "_to_copy",
+        "type_as",
+    )
 ) | {"softmax", "log_softmax", "hardswish", "log_sigmoid"}
 #: What works on the axes behind [n, channels].
 _SPATIAL = frozenset(
     f"{kind}{d}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "upsample_nearest") for d in (1, 2, 3)
 ) | {"upsample_bilinear2d", "upsample_bicubic2d"}
 #: What shows part of another tensor: written to in place, the other changes unseen.
-_VIEWS = frozenset(("slice", "select", "narrow", "split", "chunk"))
+_VIEWS = frozenset(("slice", "select", "narrow", "split", "chunk", "getitem"))
+#: What looks at a tensor and returns none.
+_CHECKS = frozenset(("_assert_tensor_metadata", "sym_size"))
+#: A result that is the same whatever order the channels have.
+_NO_CHANNELS = _Value(-1, np.empty(0, np.int64), np.empty(0, np.int64))
+#: Begins the keys under which ``_Trace.note`` keeps roles: no tensor's name.
+_READ = "\0"
 _Rule = Callable[["_Trace", Any, str], _Value | None]
 
 
@@ -128,11 +147,13 @@ class _Trace:
         if node.op != "call_function":
             return
         name = _operation(node)
+        if name in _CHECKS:
+            return
         rule = None if name.endswith("_") and _operation(node.args[0]) in _VIEWS else self._rule(name.rstrip("_"), node)
         found = rule(self, node, name.rstrip("_")) if rule is not None else None
         if found is None:
             self.fix(node)
-        self.values[node] = found
+        self.values[node] = None if found is _NO_CHANNELS else found
 
     @staticmethod
     def _rule(name: str, node: Any) -> _Rule | None:
@@ -177,6 +198,10 @@ class _Trace:
         known.append((elements, roles))
         return True
 
+    def note(self, node: Any, value: _Value) -> None:
+        """Say that a node reads these channels in any order: those of one group must have one role there too."""
+        self.axes[f"{_READ}{node.name}", 0] = [(value.elements, value.roles)]
+
     def symmetry(self, module: nn.Module) -> Symmetry:
         """Return the groups: free elements that occur at the same axes in the same roles."""
         fixed = {self.elements.root(element) for element in self.elements.fixed}
@@ -197,11 +222,14 @@ class _Trace:
 
 
 def _group(name: str, units: Sequence[Mapping[Axis, list[int]]], aliases: Mapping[str, list[str]]) -> Group:
-    places = {key: np.array([unit[key] for unit in units], np.int64) for key in units[0]}
+    keys = [key for key in units[0] if not key[0].startswith(_READ)]
+    places = {key: np.array([unit[key] for unit in units], np.int64) for key in keys}
     return Group(name, {(alias, axis): held for (first, axis), held in places.items() for alias in aliases[first]})
 
 
 def _operation(node: Any) -> str:
+    if node.target is operator.getitem:
+        return "getitem"
     return getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
 
 
@@ -243,15 +271,30 @@ def _linear(trace: _Trace, node: Any, _: str) -> _Value | None:
     return _layer(trace, node, value, node.args[1], _argument(node, 2, "bias"), last)
 
 
-def _layer(trace: _Trace, node: Any, value: _Value | None, weight: Any, bias: Any, dim: int) -> _Value | None:
-    """A layer that reads ``value`` on its weight's axis 1 and makes new channels, its weight's axis 0."""
+def _transposed_linear(trace: _Trace, node: Any, _: str) -> _Value | None:
+    """``addmm(bias, inputs, weight)`` with a weight [inputs, outputs], as GPT-2's Conv1D."""
+    bias, source, weight = node.args[:3]
+    value = trace.value(source)
+    if node.kwargs or (value is not None and value.dim != 1):
+        return None
+    return _layer(trace, node, value, weight, bias, 1, outputs=1)
+
+
+def _embedding(trace: _Trace, node: Any, _: str) -> _Value | None:
+    return _layer(trace, node, None, node.args[0], None, len(_shape(node)) - 1, outputs=1)
+
+
+def _layer(
+    trace: _Trace, node: Any, value: _Value | None, weight: Any, bias: Any, dim: int, outputs: int = 0
+) -> _Value | None:
+    """A layer that makes new channels, its weight's axis ``outputs``, and reads ``value`` on the other one."""
     if weight.name not in trace.parameters or (bias is not None and bias.name not in trace.parameters):
         return None
-    made = trace.elements.fresh(_shape(weight)[0])
+    made = trace.elements.fresh(_shape(weight)[outputs])
     roles = trace.roles(node, np.zeros(len(made), np.int64))
     if value is not None:
-        trace.place(weight, 1, value.elements, value.roles)
-    trace.place(weight, 0, made, roles)
+        trace.place(weight, 1 - outputs, value.elements, value.roles)
+    trace.place(weight, outputs, made, roles)
     if bias is not None:
         trace.place(bias, 0, made, roles)
     return _Value(dim, made, roles)
@@ -331,14 +374,17 @@ def _reduction(trace: _Trace, node: Any, name: str) -> _Value | None:
     value, over = trace.value(node.args[0]), _argument(node, 1, "dim")
     size = len(_shape(node.args[0]))
     gone = {axis % size for axis in ([over] if isinstance(over, int) else over or range(size))}
-    if value is None or value.dim in gone:
+    if value is None:
         return None
+    if value.dim in gone:
+        trace.note(node, value)
+        return _NO_CHANNELS
     lost = 0 if len(_shape(node)) == size else sum(axis < value.dim for axis in gone)
     return _Value(value.dim - lost, value.elements, trace.roles(node, value.roles))
 
 
 def _reshape(trace: _Trace, node: Any, _: str) -> _Value | None:
-    """Keep channels whose axis stays, or is flattened with those behind it: neighbouring positions of one channel."""
+    """Keep channels whose axis stays, is flattened with those behind it (neighbouring positions), or split in heads."""
     value, old, new = trace.value(node.args[0]), _shape(node.args[0]), _shape(node)
     if value is None:
         return None
@@ -347,11 +393,70 @@ def _reshape(trace: _Trace, node: Any, _: str) -> _Value | None:
         return value
     if dim == len(old) - 1 and new[-1:] == old[-1:]:
         return _Value(len(new) - 1, value.elements, value.roles)
-    if new != (*old[:dim], int(np.prod(old[dim:]))):
+    if dim == len(old) - 1 and new[:-2] == old[:-1] and new[-2] * new[-1] == old[-1]:
+        return _heads(trace, node, value, new[-1])
+    merged = len(old) - len(new) + 1
+    if merged < 2 or new != (*old[:dim], int(np.prod(old[dim : dim + merged])), *old[dim + merged :]):
         return None
-    copies = int(np.prod(old[dim + 1 :]))
+    copies = int(np.prod(old[dim + 1 : dim + merged]))
     roles = trace.roles(node, np.repeat(value.roles, copies), np.tile(np.arange(copies), len(value.elements)))
     return _Value(dim, np.repeat(value.elements, copies), roles)
+
+
+def _heads(trace: _Trace, node: Any, value: _Value, width: int) -> _Value | None:
+    """Split channels in blocks of ``width`` neighbours, which move together from here on."""
+    if (value.elements < 0).any():
+        return None
+    blocks, roles = value.elements.reshape(-1, width), value.roles.reshape(-1, width)
+    for position in range(1, width):
+        trace.elements.tie(blocks[:, 0], blocks[:, position])
+    return _Value(value.dim, blocks[:, 0], trace.roles(node, *roles.T))
+
+
+def _attention(trace: _Trace, node: Any, _: str) -> _Value | None:
+    """Attention whose heads [n, heads, tokens, width] go together; a key's head with all queries' that share it."""
+    values = [trace.value(source) for source in node.args[:3]]
+    mask, heads = _argument(node, 3, "attn_mask"), _shape(node)[1]
+    if any(value is None or value.dim != 1 for value in values) or (mask is not None and _per_head(mask)):
+        return None
+    elements, roles = list[Indices](), list[Indices]()
+    for value in cast(list[_Value], values):
+        copies = heads // len(value.elements)
+        elements.append(np.repeat(value.elements, copies))
+        roles += [np.repeat(value.roles, copies), np.tile(np.arange(copies), len(value.elements))]
+        trace.elements.tie(elements[0], elements[-1])
+    if any((each < 0).any() for each in elements):
+        return None
+    return _Value(1, elements[0], trace.roles(node, *roles))
+
+
+def _per_head(mask: Any) -> bool:
+    return len(_shape(mask)) > 2 and _shape(mask)[-3] > 1
+
+
+def _expand(trace: _Trace, node: Any, _: str) -> _Value | None:
+    value, size = trace.value(node.args[0]), len(_shape(node))
+    if value is None:
+        return None
+    dim = value.dim + size - len(_shape(node.args[0]))
+    return _Value(dim, value.elements, value.roles) if _shape(node)[dim] == len(value.elements) else None
+
+
+def _split(trace: _Trace, node: Any, _: str) -> _Value | None:
+    return trace.value(node.args[0])  # whole: ``_part`` takes the parts apart
+
+
+def _part(trace: _Trace, node: Any, _: str) -> _Value | None:
+    """One part of a split."""
+    whole, number = node.args
+    value, source = trace.value(whole), whole.args[0]
+    if value is None or not isinstance(whole.meta["val"], list | tuple):
+        return None
+    if _argument(whole, 2, "dim", 0) % len(_shape(source)) != value.dim:
+        return value
+    start = sum(part.shape[value.dim] for part in whole.meta["val"][:number])
+    chosen = slice(start, start + _shape(node)[value.dim])
+    return _Value(value.dim, value.elements[chosen], value.roles[chosen])
 
 
 def _permuted_axes(trace: _Trace, node: Any, name: str) -> _Value | None:
@@ -429,10 +534,16 @@ def _rules() -> Iterator[tuple[str, _Rule]]:
     table: list[tuple[str, _Rule]] = [
         ("conv1d conv2d conv3d", _convolution),
         ("linear", _linear),
+        ("addmm", _transposed_linear),
+        ("embedding", _embedding),
+        ("scaled_dot_product_attention", _attention),
         ("batch_norm instance_norm group_norm layer_norm", _normalisation),
         ("prelu", _prelu),
         ("mean sum amax amin", _reduction),
         ("flatten view reshape _unsafe_view", _reshape),
+        ("expand", _expand),
+        ("split split_with_sizes chunk", _split),
+        ("getitem", _part),
         ("permute transpose", _permuted_axes),
         ("slice", _slice),
         ("unsqueeze", _unsqueeze),
