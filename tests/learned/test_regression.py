@@ -21,7 +21,7 @@ LINES = {"small": ["w1 w2 w3 w4 w5", "w4 w5", "w6 w7 w8 w9"], "large": ["w1 w2 w
 @pytest.fixture(params=["weights", "activations"])
 def zoo(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Two adapters, on a base where they are blended into weights or work on activations."""
-    sizes = {"hidden_size": 48, "intermediate_size": 96} if request.param == "activations" else {}
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96} if request.param == "activations" else {}
     base = write_base(tmp_path / "base", **sizes)
     for rank, name in enumerate(NAMES, 1):
         write_adapter(tmp_path / name, base, rank, rank=rank)
