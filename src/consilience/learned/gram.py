@@ -11,7 +11,7 @@ out: with P_i = X R_i^T,
 """
 
 import contextlib
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from consilience.errors import InputError
 from consilience.student.bank import Bank
-from consilience.student.calibration import Batch, batches, each_expert
+from consilience.student.calibration import Batch, Sample, batches, each_expert
 from consilience.student.low_rank import Factors
 from consilience.student.student import Student
 
@@ -77,8 +77,7 @@ def collect_grams(shop: "Workshop", experts: Collection[int]) -> dict[str, Matri
     uses = uses_of(student)
     out = {use.name: np.zeros((count, count, count)) for use in uses}
     shop.run.progress.phase("forward passes", sum(s.expert in experts for s in shop.samples), "samples")
-    # Two sides of different padding cannot be told apart by shape: encoder-decoder rows go through one by one.
-    tokens = 1 if any(sample.encoded.source for sample in shop.samples) else shop.tokens
+    tokens = pass_tokens(shop.samples, shop.tokens)
     for expert, chosen in each_expert(shop.samples):
         if expert not in experts:
             continue
@@ -121,7 +120,7 @@ def _listening(
     for number, use in enumerate(uses):
 
         def hook(_module: Any, args: Any, kwargs: Any, number: int = number, use: Use = use) -> None:
-            x = _tokens(args[0] if args else next(iter(kwargs.values())), use, mask)
+            x = tokens_of(args[0] if args else next(iter(kwargs.values())), mask, ids=use.kind == "ids")
             # Inner products of nearly equal vectors need more than autocast's bfloat16.
             with torch.autocast(device, enabled=False):
                 totals[number] += gram(student.bank, use, x)
@@ -136,14 +135,22 @@ def _listening(
             handle.remove()
 
 
-def _tokens(x: "Tensor", use: Use, mask: "Tensor | None") -> "Tensor":
-    """Return a module's inputs [n, in] (ids [n]) without padding."""
-    lead = x.shape if use.kind == "ids" else x.shape[:-1]
-    flat = x.reshape(-1) if use.kind == "ids" else x.reshape(-1, x.shape[-1])
-    # Anything laid out otherwise (an image's patches) comes from rows that are batches of their own.
+def tokens_of(x: "Tensor", mask: "Tensor | None", *, ids: bool = False) -> "Tensor":
+    """Return a module's inputs [n, in] (``ids``: [n]) without the positions that a mask [B, T] leaves out."""
+    lead = x.shape if ids else x.shape[:-1]
+    flat = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1])
+    # Anything laid out otherwise (an image's patches, what a router chose) is not by positions.
     if mask is not None and lead in (mask.shape, (mask.numel(),)):
         return flat[mask.reshape(-1).to(flat.device)]
     return flat
+
+
+def pass_tokens(samples: Sequence[Sample], tokens: int) -> int:
+    """Return the most padded tokens of a pass whose inputs are listened to.
+
+    Two sides of different padding cannot be told apart by shape: encoder-decoder rows go through one by one.
+    """
+    return 1 if any(sample.encoded.source for sample in samples) else tokens
 
 
 def gram(bank: Bank, use: Use, x: "Tensor") -> Matrix:

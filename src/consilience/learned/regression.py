@@ -18,6 +18,7 @@ import torch
 
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
+from consilience.learned.gram import pass_tokens, tokens_of
 from consilience.student.calibration import batches, each_expert
 from consilience.student.student import Student
 
@@ -61,7 +62,7 @@ class _Inputs:
 
     def add(self, name: str, x: Any) -> None:
         """Add the tokens of a batch to a leader's sums."""
-        rows = (x if self.mask is None else x[self.mask]).reshape(-1, x.shape[-1])
+        rows = tokens_of(x, self.mask)
         # Nearly equal inputs need more than autocast's bfloat16.
         with torch.autocast(x.device.type, enabled=False):
             rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -120,8 +121,7 @@ def _rows(shop: "Workshop") -> dict[int, list[int]]:
 
 
 def _run(shop: "Workshop", inputs: _Inputs, chosen: Sequence[int]) -> Iterator[None]:
-    # Two sides of different padding cannot be told apart by shape: encoder-decoder rows go through one by one.
-    tokens = 1 if any(shop.samples[i].encoded.source for i in chosen) else shop.tokens
+    tokens = pass_tokens([shop.samples[i] for i in chosen], shop.tokens)
     for batch in batches(shop.samples, chosen, tokens, packed=shop.reader.packs):
         given, where, _ = shop.reader.inputs(batch)
         mask = given["attention_mask"]

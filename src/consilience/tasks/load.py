@@ -260,6 +260,7 @@ def check_device(device: str) -> None:
         raise InputError(f"device = {device!r}: torch knows none of this name; use cpu, cuda or cuda:1") from None
     try:
         torch.zeros(1, device=device).tolist()
+    # By the device: what its driver says, a build of torch without it, and meta, which holds no values.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
