@@ -144,15 +144,15 @@ def test_passes_that_read_different_values_are_noticed_whatever_the_files_say(
     monkeypatch.setattr("consilience.engine.unchanged._now", lambda before: before)  # pyright: ignore
     from consilience.engine.selection import Selection
 
-    pick: Any = Selection.pick_upper
+    share: Any = Selection._share_ties  # pyright: ignore[reportPrivateUsage]
 
-    def picked(self: Any) -> None:
-        pick(self)
+    def shared(self: Any) -> None:
+        share(self)
         if EXPERT.stat().st_nlink == 1:
             os.link(EXPERT, "changed")  # once
             overwrite()
 
-    monkeypatch.setattr(Selection, "pick_upper", picked)
+    monkeypatch.setattr(Selection, "_share_ties", shared)
     assert run([*MERGE, "--method", "ties", "--set", "density=0.5"]) == 2
     assert "changed while it was being merged" in capsys.readouterr().err
     assert not Path("out").exists()

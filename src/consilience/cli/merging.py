@@ -107,5 +107,7 @@ def show_summary(summary: Summary) -> None:
         )
     if not math.isnan(summary.rounding):
         typer.echo(f"  rounding error: {summary.rounding:.3%} of {summary.rounding_of}")
+    if summary.extra_passes:
+        typer.echo(f"  {summary.extra_passes} rankings were misled by their sample and took one more pass")
     _show_notes(summary)
     typer.echo(f"  fingerprint {summary.fingerprint}")

@@ -34,7 +34,7 @@ from consilience.engine.stream import Streamer
 from consilience.engine.unchanged import check_unchanged
 from consilience.errors import InputError, option
 from consilience.experts.model import Model
-from consilience.methods.program import WeightedSum
+from consilience.methods.weighted_sum import low_rank_weights
 from consilience.numbers import is_count
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, digest_of, write_json
@@ -141,16 +141,12 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
 
 def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
     """Return (left [rows, R], right [R, columns]) of a weighted sum: all experts' factors side by side, in float64."""
-    program = tensor.program
-    assert program is not None
-    assert isinstance(program.combine, WeightedSum)
+    weights = low_rank_weights(tensor.program)
+    assert weights is not None
     lefts: list[Array] = []
     rights: list[Array] = []
     for row, left, right, scale in replace(tensor.stack, wide=True).factors():
-        if not (np.isfinite(left).all() and np.isfinite(right).all()):
-            who = tensor.row_names[row]
-            raise InputError(f"{who}: tensor {tensor.name!r}: its LoRA factors hold NaN or Inf; repair the model")
-        lefts.append(left * (program.combine.weights[row] * program.scale * scale))
+        lefts.append(left * (weights[row] * scale))
         rights.append(right)
     return np.concatenate(lefts, 1), np.concatenate(rights, 0)
 
@@ -179,9 +175,7 @@ def _adapted_as(plan: Plan, tensor: TensorPlan) -> dict[str, LoraPair]:
 
 
 def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int | None) -> list[_Factors]:
-    program = tensor.program
-    assert program is not None
-    if isinstance(program.combine, WeightedSum) and not program.stages and program.statistics == "none":
+    if low_rank_weights(tensor.program) is not None:
         left, right = stacked(tensor)
         found = truncate(left, right, rank) if kind == "svd" else LowRank(left, right, 1.0, 1.0)
     elif kind == "cat":

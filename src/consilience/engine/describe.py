@@ -5,8 +5,9 @@ from typing import Any
 
 from consilience.engine.differences import by_level
 from consilience.engine.output import tie_notes
-from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.plan import SEGMENT, Plan, TensorPlan
 from consilience.experts.block import LARGEST_BLOCK, block_size
+from consilience.methods.program import Matrix
 
 #: What one core did on the machine the defaults were measured on; a dry run's time is an estimate from these.
 READ_RATE, WRITE_RATE, VALUE_RATE = 3.0e9, 0.8e9, 4.0e8
@@ -36,9 +37,11 @@ def estimate(plan: Plan, threads: int) -> Cost:
 def _scratch(tensor: TensorPlan) -> int:
     rows = len(tensor.rows)
     block = block_size(rows, tensor.wide) * (rows + 8) * (8 if tensor.wide else 4)
-    histograms = rows * (1 << 16) * 8 * 3 if tensor.program is not None and tensor.program.trim else 0
+    ranking = rows * SEGMENT // 4 if tensor.ranks is not None else 0
+    if isinstance(tensor.program, Matrix):
+        ranking = int(tensor.program.copies * rows * tensor.numel * (8 if tensor.wide else 4))
     factors = max((s.pair.a.numel + s.pair.b.numel for s in tensor.rows if s.pair), default=0) * 8
-    return block + histograms + factors + LARGEST_BLOCK * 8
+    return block + ranking + factors + LARGEST_BLOCK * 8
 
 
 def _values(parameters: dict[str, Any], names: tuple[str, ...]) -> str:

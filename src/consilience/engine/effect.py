@@ -10,7 +10,8 @@ from consilience.engine.selection import Piece
 from consilience.engine.worker import Record
 from consilience.errors import option
 from consilience.experts.model import Model
-from consilience.methods.program import PiecewiseSum
+from consilience.methods.program import Elementwise
+from consilience.methods.weighted_sum import PiecewiseSum
 
 
 def effect_notes(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
@@ -72,10 +73,12 @@ def _idle(plan: Plan, expert: Model) -> str:
         if tensor.program is None or expert.name not in tensor.row_names:
             continue
         number = tensor.row_names.index(expert.name)
-        combined = tensor.program.combine.weights
-        fixed = tensor.program.statistics != "gram" and not isinstance(tensor.program.combine, PiecewiseSum)
+        program = tensor.program
+        combined = program.weights
+        pieces = isinstance(program, Elementwise) and isinstance(program.merge, PiecewiseSum)
+        fixed = program.needs != "gram" and not pieces
         weights.append(combined[number] if fixed and number < len(combined) else 1.0)
-        density = tensor.parameters.get("density") if tensor.program.stages else None
+        density = tensor.parameters.get("density") if program.masks else None
         densities.append(density[number] if isinstance(density, tuple) else 1.0)
     if weights and not any(weights):
         return "its weight is 0"

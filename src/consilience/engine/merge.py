@@ -263,6 +263,7 @@ def stream_in(
         notes=tuple(notes),
         warnings=tuple(by_level(plan.differences, "warning")),
         loader=loader,
+        extra_passes=streamer.missed,
     )
 
 

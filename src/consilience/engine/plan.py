@@ -26,9 +26,11 @@ from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
 from consilience.experts.quantised import in_floats, packed_target
 from consilience.experts.stack import Stack
-from consilience.methods.program import Elect, PiecewiseSum, Program, Trim, WeightedSum
+from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program, Ranks
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
+from consilience.methods.ties import elect
+from consilience.methods.weighted_sum import PiecewiseSum, weighted
 from consilience.recipe.resolve import Settings, depths
 from consilience.recipe.schema import Recipe
 
@@ -89,12 +91,17 @@ class TensorPlan:
 
     @property
     def segments(self) -> int:
-        """Number of pieces workers take."""
-        return segments(self.numel)
+        """Number of pieces workers take: one of what a method has to see whole."""
+        return 1 if isinstance(self.program, Matrix) else segments(self.numel)
 
     def span(self, segment: int) -> tuple[int, int]:
         """First and last-plus-one element of a segment."""
-        return span(self.numel, segment)
+        return (0, self.numel) if isinstance(self.program, Matrix) else span(self.numel, segment)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """What is kept of the rows by magnitude; None: all of it."""
+        return None if self.program is None else self.program.keep
 
     @cached_property
     def reads_base(self) -> bool:
@@ -106,9 +113,9 @@ class TensorPlan:
         """How often the inputs are read."""
         if self.program is None:
             return 1
-        trim = self.program.trim
-        counting = 0 if trim is None else 3 if trim.scope == "model" or self.segments > 1 else 2
-        return 1 + counting + (self.program.statistics != "none")
+        if isinstance(self.program, Matrix):
+            return 2  # for the arithmetic, then for fingerprints and what is lost to rounding
+        return 1 + (self.program.keep is not None) + (self.program.needs != "none")
 
     @property
     def bytes_read(self) -> int:
@@ -280,7 +287,7 @@ def _running_average(spec: TensorSpec, parameters: dict[str, Any]) -> Program:
     weights = (1.0 - t, t) if t is not None else parameters.get("weight", (1.0,) * len(spec.experts))
     total = sum(abs(w) for w in weights)
     share = tuple(abs(w) / total for w in weights) if total else (1.0 / len(weights),) * len(weights)
-    return Program("weights", WeightedSum(share))
+    return Elementwise("weights", weighted(share))
 
 
 def _program(
@@ -301,18 +308,20 @@ def _program(
     if pieces is None:
         return None, {}
     trimmed = coefficients.trimmed
-    stages: tuple[Trim | Elect, ...] = ()
+    ranks, step = None, None
     if trimmed is not None:
-        density = (trimmed.density,) * len(spec.experts)
-        stages = (Trim((0,) * len(spec.experts), density, "model"), *((Elect(),) if trimmed.elect else ()))
-    return Program("task_vectors", piecewise(coefficients, pieces), stages), {"alpha": _shown(coefficients, pieces)}
+        count = len(spec.experts)
+        ranks = Ranks((0,) * count, (trimmed.density,) * count, scope="model")
+        step = elect if trimmed.elect else None
+    merge = piecewise(coefficients, pieces)
+    return Elementwise("task_vectors", merge, keep=ranks, step=step), {"alpha": _shown(coefficients, pieces)}
 
 
-def piecewise(coefficients: Coefficients, pieces: tuple[Piece, ...]) -> WeightedSum | PiecewiseSum:
+def piecewise(coefficients: Coefficients, pieces: tuple[Piece, ...]) -> Arithmetic | PiecewiseSum:
     """Return the weighted sum that a tensor's coefficients ask for."""
     weights = [tuple(map(float, coefficients.alpha[:, piece.index])) for piece in pieces]
     if len(set(weights)) == 1:
-        return WeightedSum(weights[0])
+        return weighted(weights[0])
     return PiecewiseSum(tuple(piece.start for piece in pieces), tuple(weights))
 
 
@@ -557,9 +566,9 @@ def with_coefficients(plan: Plan, coefficients: Coefficients, learned: Path | No
 
 def _check_model_trim(tensors: tuple[TensorPlan, ...], where: str) -> None:
     """A trim over the whole model needs one density per expert, and the same scope for every tensor."""
-    trims = [t.program.trim for t in tensors if t.program is not None and not t.name.endswith(_RUNNING)]
-    if any(trim is not None and trim.scope == "model" for trim in trims):
-        distinct = {(trim.scope, trim.density) if trim else None for trim in trims}
+    ranks = [t.ranks for t in tensors if t.program is not None and not t.name.endswith(_RUNNING)]
+    if any(one is not None and one.scope == "model" for one in ranks):
+        distinct = {(one.scope, one.density) if one else None for one in ranks}
         if len(distinct) > 1:
             raise InputError(
                 f"{where}: trim: model ranks all tensors together, so density must be one number per expert"

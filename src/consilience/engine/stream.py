@@ -17,12 +17,14 @@ from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Stopped, Worker
 from consilience.errors import InputError, MachineError, option
-from consilience.experts.block import Marks, NonFinite, count_tensor
+from consilience.experts.block import Loader, Marks, NonFinite, count_tensor
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
-from consilience.methods.program import Program
+from consilience.methods.program import Elementwise, Matrix, Program
 from consilience.numbers import check_threads
 from consilience.progress import NullProgress, Progress
+
+_Each = Callable[[Iterable[Callable[[], None]]], object]
 
 
 def thread_count(threads: int | None) -> int:
@@ -44,6 +46,8 @@ class Streamer:
         self.progress = progress or NullProgress()
         self.stop = threading.Event()
         self.done: dict[Piece, Record] = {}
+        #: How often a ranking took one more pass, since its sample had misled it.
+        self.missed = 0
         #: Fingerprint sums of the first pass over each piece that is read more than once.
         self.first: dict[Piece, Marks] = {}
         self.on_record: Callable[[Record], None] = lambda record: None
@@ -81,7 +85,7 @@ class Streamer:
         return self.done
 
     def _all(self, pool: ThreadPoolExecutor) -> None:
-        model_wide = [t for t in self.plan.tensors if t.program and t.program.trim and t.program.trim.scope == "model"]
+        model_wide = [t for t in self.plan.tensors if t.ranks is not None and t.ranks.scope == "model"]
         if any(True for tensor in model_wide for _ in self._open(tensor)):
             self._model_trim(pool, model_wide)
         wide_trims = {tensor.index for tensor in model_wide}
@@ -89,14 +93,14 @@ class Streamer:
         for tensor in self.plan.tensors:
             if tensor.index in wide_trims or all((tensor.index, s) in self.done for s in range(tensor.segments)):
                 continue
-            program = tensor.program
-            needs_passes = program is not None and (program.trim is not None or program.statistics != "none")
-            if needs_passes and tensor.segments > 1:
-                self._wide(pool, tensor)
-            elif needs_passes:
-                small.append(lambda tensor=tensor: self._alone(tensor))
-            else:
+            if isinstance(tensor.program, Matrix):  # its linear algebra has threads of its own
+                self._each(pool, [lambda t=tensor: self._finish(t, 0, t.program, None)])
+            elif tensor.passes == 1:
                 small += [lambda t=tensor, s=s: self._finish(t, s, t.program, None) for s in self._open(tensor)]
+            elif tensor.segments > 1:
+                self._wide(pool, tensor)
+            else:
+                small.append(lambda tensor=tensor: self._alone(tensor))
         self._each(pool, small)
 
     def _open(self, tensor: TensorPlan) -> Iterator[int]:
@@ -121,46 +125,36 @@ class Streamer:
 
     def _alone(self, tensor: TensorPlan) -> None:
         """All passes of a tensor of one segment, on one worker."""
-        assert tensor.program is not None
-        worker, selection, program = self._worker(), None, tensor.program
-        if program.trim is not None:
-            selection = Selection(program.trim.keep, tensor.numel, [(tensor.index, 0)])
-            selection.count_upper(worker.loader(tensor), 0, tensor.numel, self._marks(tensor, 0))
-            selection.pick_upper()
-            selection.count_lower(worker.loader(tensor, first=False), 0, tensor.numel)
-            selection.pick_lower()
-            for _ in range(2):
-                self._tick(tensor, 0)
-        if program.statistics != "none":
-            program = self._sums(tensor, program, lambda run: run(0))
-        self._finish(tensor, 0, program, selection)
-
-    def _sums(self, tensor: TensorPlan, program: Program, each: Callable[[Callable[[int], None]], None]) -> Program:
-        assert program.statistics != "none"
-        assert program.finish is not None
-        summation = Summation(program.statistics, len(tensor.rows))
-
-        def run(segment: int) -> None:
-            worker = self._worker()
-            stages = worker.stages(tensor, program, None, [])
-            summation.add(worker.loader(tensor), *tensor.span(segment), stages, self._marks(tensor, segment))
-            self._tick(tensor, segment)
-
-        each(run)
-        return program.finish(summation.result())
+        self._passes(tensor, lambda jobs: [job() for job in jobs])
 
     def _wide(self, pool: ThreadPoolExecutor, tensor: TensorPlan) -> None:
         """A tensor of many segments: every pass is shared by all workers."""
-        assert tensor.program is not None
+        self._passes(tensor, lambda jobs: self._each(pool, jobs))
+
+    def _passes(self, tensor: TensorPlan, each: _Each) -> None:
         program, selection = tensor.program, None
-        if program.trim is not None:
-            selection = Selection(program.trim.keep, tensor.numel, [(tensor.index, s) for s in range(tensor.segments)])
-            self._select(pool, selection)
-        if program.statistics != "none":
-            program = self._sums(
-                tensor, program, lambda run: self._each(pool, [lambda s=s: run(s) for s in range(tensor.segments)])
-            )
-        self._each(pool, [lambda s=s: self._finish(tensor, s, program, selection) for s in self._open(tensor)])
+        assert isinstance(program, Elementwise)
+        if program.keep is not None:
+            pieces = [(tensor.index, s) for s in range(tensor.segments)]
+            selection = Selection(program.keep.last, tensor.numel, pieces, program.keep.first)
+            self._select(selection, each)
+        if program.needs != "none":
+            program = self._sums(tensor, program, each)
+        each([lambda s=s: self._finish(tensor, s, program, selection) for s in self._open(tensor)])
+
+    def _sums(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Elementwise:
+        assert program.needs != "none"
+        assert program.finish is not None
+        summation = Summation(program.needs, len(tensor.rows))
+
+        def run(segment: int) -> None:
+            worker = self._worker()
+            step = worker.step(tensor, program)
+            summation.add(worker.loader(tensor), *tensor.span(segment), step, self._marks(tensor, segment))
+            self._tick(tensor, segment)
+
+        each([lambda s=s: run(s) for s in range(tensor.segments)])
+        return program.finish(summation.result())
 
     def _model_trim(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         """A trim that ranks the magnitudes of all tensors together."""
@@ -173,45 +167,40 @@ class Streamer:
         # A tied tensor that is stored twice is one tensor: ranked once, and both copies keep the same entries.
         ranked = [tensor for tensor in tensors if tensor.name == tensor.stream]
         total = sum(tensor.numel for tensor in ranked)
-        trim = tensors[0].program.trim if tensors[0].program else None
-        assert trim is not None
-        keep = [min(total, max(int(d * total), 1 if d > 0 else 0)) for d in trim.density]
+        ranks = tensors[0].ranks
+        assert ranks is not None
+        keep = [min(total, max(int(d * total), 1 if d > 0 else 0)) for d in ranks.density]
         by_name = sorted(ranked, key=lambda tensor: tensor.name)  # ties must not depend on how files are cut
         selection = Selection(keep, total, [(t.index, s) for t in by_name for s in range(t.segments)])
-        self._select(pool, selection)
+        self._select(selection, lambda jobs: self._each(pool, jobs))
         places = {tensor.name: tensor.index for tensor in ranked}
         for tensor in tensors:
             if tensor.name != tensor.stream:
                 selection.share(tensor.index, places[tensor.stream], tensor.segments)
         return selection
 
-    def _select(self, pool: ThreadPoolExecutor, selection: Selection) -> None:
-        def each(run: Callable[[Piece, Worker, TensorPlan, int, int], None]) -> None:
+    def _select(self, selection: Selection, each: _Each) -> None:
+        seen: set[Piece] = set()
+
+        def sample(visit: Callable[[Loader, int, int], None]) -> None:
             def one(piece: Piece) -> None:
-                tensor, worker = self.plan.tensors[piece[0]], self._worker()
-                run(piece, worker, tensor, *tensor.span(piece[1]))
-                self._tick(tensor, piece[1])
+                tensor = self.plan.tensors[piece[0]]
+                visit(self._worker().loader(tensor, first=False), *tensor.span(piece[1]))
 
-            self._each(pool, [lambda piece=piece: one(piece) for piece in selection.pieces])
+            each([lambda piece=piece: one(piece) for piece in selection.pieces])
 
-        each(
-            lambda piece, worker, tensor, start, stop: selection.count_upper(
-                worker.loader(tensor), start, stop, self._marks(tensor, piece[1])
-            )
-        )
-        selection.pick_upper()
-        each(
-            lambda piece, worker, tensor, start, stop: selection.count_lower(
-                worker.loader(tensor, first=False), start, stop
-            )
-        )
-        selection.pick_lower()
-        each(
-            lambda piece, worker, tensor, start, stop: selection.count_ties(
-                piece, worker.loader(tensor, first=False), start, stop
-            )
-        )
-        selection.share_ties()
+        def scan(visit: Callable[[Piece, Loader, int, int, Marks | None], None]) -> None:
+            def one(piece: Piece) -> None:
+                tensor = self.plan.tensors[piece[0]]
+                visit(piece, self._worker().loader(tensor), *tensor.span(piece[1]), self._marks(tensor, piece[1]))
+                if piece not in seen:  # what is scanned once more was not planned
+                    seen.add(piece)
+                    self._tick(tensor, piece[1])
+
+            each([lambda piece=piece: one(piece) for piece in selection.pieces])
+
+        selection.find(sample, scan)
+        self.missed += selection.missed
 
     def _each(self, pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], None]]) -> None:
         """Run jobs on the pool, a bounded number in flight; the first failure stops the rest and is raised."""

@@ -26,7 +26,8 @@ class Summary:
     """The result of a merge, as numbers.
 
     ``warnings`` are differences of experts from the base that change what the model computes. ``loader`` says which
-    library was shown to open the output, or why none was.
+    library was shown to open the output, or why none was. ``extra_passes`` counts the passes that rankings took beyond
+    the planned ones, since a sample had misled them.
     ``rounding`` is ||rounded - exact|| / ||exact - base|| (or / ||exact|| for averages of weights), nan when unknown.
     """
 
@@ -46,6 +47,7 @@ class Summary:
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     loader: str = ""
+    extra_passes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -1,6 +1,7 @@
 """One segment of one tensor: load, transform, combine, round, fingerprint, write."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,13 +13,12 @@ from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Selection
 from consilience.errors import ConsilienceError, InputError, option
 from consilience.experts.block import Loader, Marks, NonFinite, Scratch
-from consilience.kernels import combine as comb
-from consilience.kernels import encode as enc
 from consilience.kernels import random_bits
+from consilience.kernels.encode import below_unit, round_stochastically
 from consilience.kernels.fingerprint import mix
-from consilience.kernels.select import trim
-from consilience.kernels.settle import audit
-from consilience.methods.program import Drop, Elect, PiecewiseSum, Program, SignedSum, WeightedSum
+from consilience.kernels.lowrank import add_product
+from consilience.kernels.settle import scale_add, settle
+from consilience.methods.program import Elementwise, Floats, Matrix, Place, Program, Update
 
 
 class Stopped(ConsilienceError):
@@ -62,53 +62,43 @@ class Worker:
         check = first and not self.plan.allow_nonfinite
         return tensor.stack.loader(self.scratch, vectors=tensor.vectors, check=check)
 
-    def stages(self, tensor: TensorPlan, program: Program, selection: Selection | None, quota: list[int]) -> Any:
-        """Return the function that applies the program's stages to a block, in place."""
-        keys = [random_bits.stream_key(self.plan.recipe.seed, tensor.stream, name, "drop") for name in tensor.row_names]
+    def _place(self, tensor: TensorPlan, start: int, base: Any, keys: tuple[int, ...]) -> Place:
+        none = self.scratch.array("none", (0,), np.float64 if tensor.wide else np.float32)
+        return Place(start, none if base is None else base, keys)
 
-        def apply(stack: Any, start: int) -> None:
-            for stage in program.stages:
-                if isinstance(stage, Elect):
-                    comb.elect(stack)
-                    continue
-                for k in range(stack.shape[0]):
-                    if isinstance(stage, Drop):
-                        limit = np.uint64(round(stage.density[k] * 2**32))
-                        random_bits.drop(stack[k], np.uint64(keys[k]), start, limit, stack.dtype.type(stage.scale[k]))
-                    else:
-                        assert selection is not None
-                        quota[k] = int(trim(stack[k], selection.threshold[k], quota[k]))
+    def _keys(self, tensor: TensorPlan) -> tuple[int, ...]:
+        seed = self.plan.recipe.seed
+        return tuple(random_bits.stream_key(seed, tensor.stream, name, "drop") for name in tensor.row_names)
+
+    def step(self, tensor: TensorPlan, program: Elementwise) -> Callable[[Floats, Floats | None, int], None]:
+        """Return the function that applies a program's step to a block (rows, base, start), in place."""
+        keys = self._keys(tensor)
+
+        def apply(rows: Floats, base: Floats | None, start: int) -> None:
+            if program.step is not None:
+                program.step(rows, self._place(tensor, start, base, keys))
 
         return apply
 
-    def _combine(self, program: Program, stack: Any, start: int, out: Any) -> None:
-        combine, real = program.combine, stack.dtype.type
-        if isinstance(combine, WeightedSum):
-            comb.weighted_sum(stack, tuple(map(real, combine.weights)), out)
-        elif isinstance(combine, PiecewiseSum):
-            for low, high, weights in combine.cut(start, start + out.size):
-                comb.weighted_sum(stack[:, low:high], tuple(map(real, weights)), out[low:high])
-        elif isinstance(combine, SignedSum):
-            comb.signed_sum(stack, tuple(map(np.float64, combine.weights)), combine.mean, out)
-        else:
-            combine.function(stack, start, combine.args, out)
+    def _store(
+        self, tensor: TensorPlan, start: int, values: Any, base: Any, record: Record, scale: float | None = None
+    ) -> None:
+        """Round ``values``, or with a ``scale`` base + scale * values, and write them; measure what rounding cost.
 
-    def _store(self, tensor: TensorPlan, start: int, values: Any, base: Any, record: Record) -> None:
-        """Round ``values``, check for overflow, measure what rounding cost, fingerprint and write."""
+        ``base`` is empty where values are not updates of one.
+        """
         dtype, real = tensor.out_dtype, values.dtype.type
-        exact = values
+        exact, add = values, scale is not None
         if self.plan.stochastic:
-            values = self.scratch.array("noisy", (exact.size,), exact.dtype)
+            if scale is not None:
+                scale_add(exact, real(scale), base)
+            add, values = False, self.scratch.array("noisy", (exact.size,), exact.dtype)
             values[:] = exact
             key = random_bits.stream_key(self.plan.recipe.seed, tensor.stream, "round")
-            enc.round_stochastically(values, dtype, key, start)
-        encoded = self.scratch.array("out", (values.size * dtype.itemsize,), np.uint8)
-        enc.encode(values, dtype, encoded)
-        rounded = self.scratch.array("rounded", (values.size,), values.dtype)
-        at = start * dtype.itemsize
-        low, high, bad, error, change = audit(
-            encoded, dtype, rounded, exact, base, at, real(np.finfo(values.dtype).max)
-        )
+            round_stochastically(values, dtype, key, start)
+        width, at = exact.size * dtype.itemsize, start * dtype.itemsize
+        encoded = self.scratch.array("out", (-(-width // 8) * 8,), np.uint8)
+        low, high, bad, error, change = settle(values, exact, scale or 1.0, base, dtype, encoded, at, add=add)
         if bad and not self.plan.allow_nonfinite:
             raise InputError(
                 f"tensor {tensor.name!r}: {bad} merged values near element {start} overflow {dtype.name} (largest "
@@ -116,7 +106,7 @@ class Worker:
             )
         record.rounding = [record.rounding[0] + error, record.rounding[1] + change]
         record.output = [record.output[0] + low, record.output[1] + high]
-        self.sink.write(tensor, at, encoded)
+        self.sink.write(tensor, at, encoded[:width])
 
     def _copy(self, tensor: TensorPlan, start: int, stop: int, record: Record) -> None:
         """Copy the base's bytes (integers and private tensors, and weights no expert touches)."""
@@ -150,40 +140,70 @@ class Worker:
             return record
         loader = self.loader(tensor, first=tensor.passes == 1)
         quota = selection.quota((tensor.index, segment)) if selection else []
-        stages = self.stages(tensor, program, selection, quota) if program else None
         record.below = [[0.0] * 4 for _ in tensor.rows]
+        whole = self._update(tensor, program) if isinstance(program, Matrix) else None
+        keys = self._keys(tensor) if isinstance(program, Elementwise) and program.step is not None else ()
         for at in range(start, stop, loader.size):
             if self.stop.is_set():
                 raise Stopped("stopped")
             end = min(stop, at + loader.size)
-            stack, base = loader.load(at, end, record.inputs)
-            if program is None or stages is None:
+            rows, base = loader.load(at, end, record.inputs)
+            if program is None:
                 self._store(tensor, at, base, base, record)
                 continue
-            out = self.scratch.array("merged", (end - at,), loader.real)
+            place = self._place(tensor, at, base, keys)
             vectors = program.space == "task_vectors"
             if vectors:
-                self._measure_below(tensor, program, stack, at, base, record)
-            stages(stack, at)
-            self._combine(program, stack, at, out)
-            if vectors:
-                enc.scale_add(out, loader.real(program.scale), base)
-            elif program.scale != 1.0:
-                enc.multiply(out, loader.real(program.scale))
-            self._store(tensor, at, out, base if vectors else self.scratch.array("zero", (0,), loader.real), record)
+                self._measure_below(tensor, program, rows, at, base, record)
+            out = self.scratch.array("merged", (end - at,), loader.real)
+            if whole is not None:
+                whole(at, out)
+            else:
+                assert isinstance(program, Elementwise)
+                if selection is not None:
+                    selection.mask(rows, quota)
+                if program.step is not None:
+                    program.step(rows, place)
+                program.merge(rows, place, out)
+            less = base if vectors else self.scratch.array("none", (0,), loader.real)
+            self._store(tensor, at, out, less, record, program.scale)
         return record
 
+    def _update(self, tensor: TensorPlan, program: Matrix) -> Callable[[int, Any], None]:
+        """Run a matrix method and return the function that fills a block with its update."""
+        rows, columns = tensor.shape
+        update = program.function(tensor.stack, **program.parameters)
+        real = np.float64 if tensor.wide else np.float32
+        if isinstance(update, Update):
+            left, right = (np.ascontiguousarray(side, real) for side in update)
+            shape = (len(left), right.shape[1])
+        else:
+            left, right, shape = None, np.ascontiguousarray(update, real), update.shape
+        if shape != (rows, columns):
+            raise InputError(
+                f"tensor {tensor.name!r}: method {self.plan.method.name!r} returned an update of shape {shape}, not "
+                f"{tensor.shape}"
+            )
+
+        def fill(start: int, out: Any) -> None:
+            if left is None:
+                out[:] = right.reshape(-1)[start : start + out.size]
+            else:
+                out[:] = 0
+                add_product(out, start, left, right, real(1), self.scratch.array("part", (out.size,), real))
+
+        return fill
+
     def _measure_below(
-        self, tensor: TensorPlan, program: Program, stack: Any, start: int, base: Any, record: Record
+        self, tensor: TensorPlan, program: Program, rows: Any, start: int, base: Any, record: Record
     ) -> None:
-        if tensor.out_dtype.bits > 16:
+        dtype, size, real = tensor.out_dtype, rows.shape[1], rows.dtype.type
+        if dtype.bits > 16:
             return
-        combine = program.combine
-        size = stack.shape[1]
-        cuts = combine.cut(start, start + size) if isinstance(combine, PiecewiseSum) else [(0, size, combine.weights)]
+        found, unit = np.zeros((len(rows), 4)), np.float32(2.0**-dtype.significand)
+        cuts = [(0, size, program.weights)] if isinstance(program, Matrix) else program.merge.cut(start, start + size)
         for low, high, weights in cuts:
-            for k, weight in enumerate(weights):
-                if not tensor.rows[k].untouched:
-                    row = stack[k, low:high]
-                    found = enc.below_unit(row, weight * program.scale, base[low:high], tensor.out_dtype)
-                    record.below[k] = [a + b for a, b in zip(record.below[k], found, strict=True)]
+            scaled = (np.array(weights) * program.scale).astype(real)
+            below_unit(rows[:, low:high], scaled, base[low:high], unit, found)
+        for total, more in zip(record.below, found.tolist(), strict=True):
+            total[:] = [a + b for a, b in zip(total, more, strict=True)]

@@ -2,5 +2,6 @@
 
 from consilience.experts.align import Alignment, align
 from consilience.experts.model import Model, Source, open_model
+from consilience.experts.stack import Stack
 
-__all__ = ["Alignment", "Model", "Source", "align", "open_model"]
+__all__ = ["Alignment", "Model", "Source", "Stack", "align", "open_model"]

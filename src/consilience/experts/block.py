@@ -15,7 +15,7 @@ from consilience.checkpoints.values import count_nonfinite, values
 from consilience.errors import ConsilienceError, InputError
 from consilience.experts.model import Source
 from consilience.experts.stack import Stack
-from consilience.kernels.ingest import ingest
+from consilience.kernels.ingest import ingest, ingest_rows, together
 from consilience.kernels.lowrank import add_product
 from consilience.kernels.reduce import LEAF
 
@@ -87,9 +87,41 @@ class Loader:
         self.scratch, self.stack, self.vectors, self.check = scratch, stack, vectors, check
         self.reads_base = vectors or any(row.dense is None for row in stack.rows)
         self.real: Any = np.float64 if stack.wide else np.float32
-        self.largest = self.real(np.finfo(self.real).max)
         self.nothing = np.empty(0, self.real)
         self.size = block_size(len(stack.rows), stack.wide)
+        self.together = self._together()
+
+    def _together(self) -> bool:
+        """Whether all sources are dense, of one type that decodes together."""
+        sources = [*([self.stack.base] if self.reads_base else []), *self.stack.rows]
+        plain = all(source.pair is None and source.dense is not None for source in sources)
+        types = {source.dense.plain.name: source.dense.plain for source in sources if source.dense is not None}
+        narrower = [t for t in types.values() if t.bits > 32] and self.real is np.float32
+        return plain and len(types) == 1 and together(*types.values()) and not narrower and self.stack.rows != ()
+
+    def _load_together(self, start: int, stop: int, rows: Any, marks: Marks | None) -> Any:
+        """Fill ``rows`` from sources of one type, in one pass, and return the base, if it is read."""
+        sources = [*([self.stack.base] if self.reads_base else []), *self.stack.rows]
+        dense = [source.dense for source in sources if source.dense is not None]
+        dtype, count = dense[0].plain, stop - start
+        width = count * dtype.itemsize
+        stored = self.scratch.array("stored", (len(sources), -(-width // 8) * 8), np.uint8)
+        stored[:, width:] = 0
+        for row, source, info in zip(stored, sources, dense, strict=True):
+            assert source.storage is not None
+            raw(source.storage, info, start, stop, row[:width])
+        base = self.scratch.array("base", (count,), self.real) if self.reads_base else self.nothing
+        at = None if marks is None else start * dtype.itemsize
+        found, bad = ingest_rows(stored, dtype, base, rows, self.reads_base, at, self.check)
+        first = 0 if self.reads_base else 1
+        for number, mark in enumerate(found if marks is not None else ()):
+            assert marks is not None
+            marks[number + first][0] += int(mark[0])
+            marks[number + first][1] += int(mark[1])
+        if bad.any():
+            number = int(bad.argmax()) + first
+            raise NonFinite(("base", *self.stack.row_names)[number], self.stack.name, sources[number - first])
+        return base if self.reads_base else None
 
     def _dense(
         self, source: Source, who: str, start: int, stop: int, out: Any, base: Any, mark: list[int] | None
@@ -101,7 +133,7 @@ class Loader:
         width = info.plain.itemsize
         stored = raw(storage, info, start, stop, self.scratch.array("raw", ((stop - start) * width,), np.uint8))
         at = None if mark is None else start * width
-        low, high, bad = ingest(stored, info.plain, out, base, at, self.largest, self.check)
+        low, high, bad = ingest(stored, info.plain, out, base, at, self.check)
         if mark is not None:
             mark[0] += low
             mark[1] += high
@@ -113,7 +145,7 @@ class Loader:
         assert source.pair is not None
         part = self.scratch.array("part", (out.size,), self.real)
         add_product(out, start, left, right, self.real(source.pair.scale), part)
-        if self.check and count_nonfinite(out, self.largest):
+        if self.check and count_nonfinite(out, self.real(np.finfo(self.real).max)):
             raise NonFinite(who, self.stack.name, source)
 
     def base(self, start: int, stop: int, marks: Marks | None) -> Any:
@@ -126,8 +158,10 @@ class Loader:
 
     def load(self, start: int, stop: int, marks: Marks | None = None) -> tuple[Any, Any]:
         """Return (rows [K, n], base [n] or None) of elements ``start ... stop``."""
-        base = self.base(start, stop, marks) if self.reads_base else None
         rows = self.scratch.array("stack", (len(self.stack.rows), stop - start), self.real)
+        if self.together and (self.vectors or not self.reads_base):
+            return rows, self._load_together(start, stop, rows, marks)
+        base = self.base(start, stop, marks) if self.reads_base else None
         for k, source in enumerate(self.stack.rows):
             row, who = rows[k], self.stack.row_names[k]
             if source.dense is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from consilience.errors import InputError
 from consilience.experts.model import Source
 
 if TYPE_CHECKING:
@@ -153,12 +154,22 @@ class Stack:
         return out.reshape(len(self.rows), -1, max(1, self.columns))
 
     def factors(self) -> list[Factors]:
-        """Return the low-rank part of every row that has one: all there is of the task vectors if ``low_rank``."""
+        """Return the low-rank part of every row that has one: all there is of the task vectors if ``low_rank``.
+
+        Raises:
+            InputError: a factor holds NaN or Inf.
+        """
         from consilience.experts.block import read_factors
 
         real = np.float64 if self.wide else np.float32
         pairs = [(k, row, row.pair) for k, row in enumerate(self.rows) if row.pair is not None]
-        return [Factors(k, *read_factors(row, real), pair.scale) for k, row, pair in pairs]
+        found = [Factors(k, *read_factors(row, real), pair.scale) for k, row, pair in pairs]
+        for row, left, right, _ in found:
+            if not (np.isfinite(left).all() and np.isfinite(right).all()):
+                raise InputError(
+                    f"{self.row_names[row]}: tensor {self.name!r}: its LoRA factors hold NaN or Inf; repair the model"
+                )
+        return found
 
     def gram(self, *, check: bool = True) -> npt.NDArray[np.float64]:
         """Return the inner products [K, K] of the task vectors: sums of a fixed tree, whatever the blocks.

@@ -10,7 +10,8 @@ from consilience.kernels.random_bits import splitmix64
 
 
 @kernel
-def _to_bf16(values: Any, out: Any) -> None:
+def to_bf16(values: Any, out: Any) -> None:
+    """Round float32 ``values`` to bfloat16 bits ``out`` (uint16)."""
     bits = values.view(np.uint32)
     for i in range(out.size):
         b = bits[i]  # round to nearest, ties to even; NaN keeps a significand bit
@@ -20,23 +21,10 @@ def _to_bf16(values: Any, out: Any) -> None:
 
 
 @kernel
-def _narrow(values: Any, out: Any) -> None:
+def narrow(values: Any, out: Any) -> None:
+    """Round ``values`` to ``out``'s type, the same or a narrower one."""
     for i in range(out.size):
         out[i] = values[i]
-
-
-@kernel
-def scale_add(values: Any, scale: Any, base: Any) -> None:
-    """``values = base + scale * values`` in place."""
-    for i in range(values.size):
-        values[i] = base[i] + scale * values[i]
-
-
-@kernel
-def multiply(values: Any, scale: Any) -> None:
-    """``values *= scale`` in place."""
-    for i in range(values.size):
-        values[i] *= scale
 
 
 @kernel
@@ -85,24 +73,27 @@ def encode(values: Any, dtype: DType, out: Any) -> None:
     """Round ``values`` to ``dtype`` (nearest, ties to even) into the bytes ``out`` (uint8)."""
     if dtype.name == "BF16":
         with np.errstate(over="ignore"):
-            narrow = values if values.dtype == np.float32 else values.astype(np.float32)
-        _to_bf16(narrow, out.view(np.uint16))
+            single = values if values.dtype == np.float32 else values.astype(np.float32)
+        to_bf16(single, out.view(np.uint16))
     elif dtype.name == "F16":
         with np.errstate(over="ignore"):
             np.copyto(out.view(np.float16), values, casting="same_kind")
     else:
-        _narrow(values, out.view(np.float32 if dtype.name == "F32" else np.float64))
+        narrow(values, out.view(np.float32 if dtype.name == "F32" else np.float64))
 
 
 @reporting
 def rounding_cost(exact: Any, rounded: Any, base: Any) -> tuple[float, float]:
-    """Return (sum (rounded - exact)^2, sum (exact - base)^2); ``base`` of another length counts as zeros."""
-    error = 0.0
-    change = 0.0
+    """Return (sum (rounded - exact)^2, sum (exact - base)^2) of a tile; an empty ``base`` counts as zeros.
+
+    Summed in the values' own type: a tile is short.
+    """
+    error = exact.dtype.type(0)
+    change = exact.dtype.type(0)
     for i in range(exact.size):
         e = rounded[i] - exact[i]
         error += e * e
-    if base.size == exact.size:
+    if base.size:
         for i in range(exact.size):
             c = exact[i] - base[i]
             change += c * c
@@ -113,27 +104,33 @@ def rounding_cost(exact: Any, rounded: Any, base: Any) -> tuple[float, float]:
 
 
 @reporting
-def _below(row: Any, weight: Any, base: Any, per_unit: Any) -> Any:
-    changed = 0
-    below = 0
-    mass = 0.0
-    mass_below = 0.0
+def _below(row: Any, weight: Any, base: Any, per_unit: Any, out: Any) -> None:
+    one, zero = row.dtype.type(1), row.dtype.type(0)
+    changed = zero
+    below = zero
+    mass = zero
+    mass_below = zero
     for i in range(row.size):
         x = abs(row[i] * weight)
         unit = np.uint32(np.float32(base[i]).view(np.uint32) & np.uint32(0x7F800000)).view(np.float32) * per_unit
-        small = x < unit
-        changed += x > 0
-        below += small and x > 0
+        changed += one if x > 0 else zero
+        below += one if x < unit and x > 0 else zero
         mass += x
-        mass_below += x if small else np.float32(0)
-    return changed, below, mass, mass_below
+        mass_below += x if x < unit else zero
+    out[0] += changed
+    out[1] += below
+    out[2] += mass
+    out[3] += mass_below
 
 
-def below_unit(row: Any, weight: float, base: Any, dtype: DType) -> tuple[int, int, float, float]:
-    """Measure how much of ``weight * row`` is below one unit in the last place of ``base`` in ``dtype``.
+@kernel
+def below_unit(rows: Any, weights: Any, base: Any, per_unit: Any, out: Any) -> None:
+    """Measure how much of ``weights[k] * rows[k]`` is below one unit in the last place of ``base``.
 
-    Returns:
-        entries that differ from zero, those of them below one unit, the L1 norm, and the part of it below one unit.
+    Adds to ``out`` [K, 4]: entries that differ from zero, those of them below one unit, the L1 norm, and the part of it
+    below one unit. ``per_unit`` is 2^-(significand bits) of the output's type. Tiles are summed in the rows' own type.
     """
-    kind = row.dtype.type
-    return _below(row, kind(weight), base, np.float32(2.0**-dtype.significand))
+    for at in range(0, rows.shape[1], 4096):
+        end = min(rows.shape[1], at + 4096)
+        for k in range(rows.shape[0]):
+            _below(rows[k, at:end], weights[k], base[at:end], per_unit, out[k])

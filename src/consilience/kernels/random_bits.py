@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from consilience.jit import inlined, kernel
+from consilience.jit import inlined
 
 
 @inlined
@@ -18,15 +18,6 @@ def splitmix64(key: Any, index: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-@kernel
-def drop(row: Any, key: Any, start: int, limit: Any, scale: Any) -> None:
-    """Keep entry i where its upper 32 random bits are below ``limit`` (density * 2^32), times ``scale``; else 0."""
-    zero = row.dtype.type(0)
-    for i in range(row.size):
-        keep = (splitmix64(key, start + i) >> np.uint64(32)) < limit
-        row[i] = row[i] * scale if keep else zero
 
 
 def stream_key(*parts: str | int) -> int:

@@ -1,7 +1,6 @@
-"""The k-th largest magnitude, exactly, by counting: two passes of histograms, no sorting, no copy.
+"""Which magnitudes are above, within and below bounds: the counting behind exact ranks, and the masks they lead to.
 
-Magnitudes are ranked by the 31 bits of their float32 value: the upper 16 are counted in the first pass; the second
-counts the lower 15 among the entries that share the k-th one's upper bits.
+A magnitude is ranked by the 31 bits of its float32 value, which order as the values do.
 """
 
 from typing import Any
@@ -10,37 +9,41 @@ import numpy as np
 
 from consilience.jit import kernel
 
-HIGH, LOW = 1 << 16, 1 << 15
+#: Bits of the largest magnitude there can be (NaN's included), and elements that are looked at together.
+LARGEST, GROUP = (1 << 31) - 1, 64
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @kernel
-def count_high(row: Any, histogram: Any) -> None:
-    """Add the upper 16 magnitude bits of each entry to ``histogram`` [2^16] (int64)."""
+def magnitudes(row: Any, out: Any) -> None:
+    """Write the magnitude bits of ``row`` [n] to ``out`` [n] uint32."""
     for i in range(row.size):
-        bits = np.float32(row[i]).view(np.uint32)
-        histogram[(bits >> np.uint32(15)) & np.uint32(0xFFFF)] += 1
+        out[i] = np.float32(row[i]).view(np.uint32) & _MAGNITUDE
 
 
 @kernel
-def count_low(row: Any, high: Any, histogram: Any) -> None:
-    """Add the lower 15 magnitude bits of the entries whose upper bits equal ``high`` to ``histogram`` [2^15 + 8].
+def collect(row: Any, low: Any, high: Any, out: Any) -> tuple[int, int]:
+    """Write the magnitude bits from ``low`` to ``high`` to ``out`` [n + 1], in order; return how many, and those above.
 
-    Other entries are counted in the 8 spare bins in turn: a branch would be mispredicted, and one spare bin would make
-    every increment wait for the one before.
+    Most groups hold none, which counting without branches finds faster than looking at each.
     """
-    for i in range(row.size):
-        bits = np.float32(row[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)
-        spare = np.uint32(0x8000) + np.uint32(i & 7)
-        histogram[(bits & np.uint32(0x7FFF)) if (bits >> np.uint32(15)) == high else spare] += 1
-
-
-@kernel
-def count_equal(row: Any, threshold: Any) -> int:
-    """Return how many magnitudes equal ``threshold`` (float32)."""
-    count = 0
-    for i in range(row.size):
-        count += abs(np.float32(row[i])) == threshold
-    return count
+    found = 0
+    above = 0
+    for at in range(0, row.size, GROUP):
+        group = row[at : at + GROUP]
+        over = np.float32(0)
+        from_low = np.float32(0)
+        for i in range(group.size):
+            bits = np.float32(group[i]).view(np.uint32) & _MAGNITUDE
+            over += np.float32(1) if bits > high else np.float32(0)
+            from_low += np.float32(1) if bits >= low else np.float32(0)
+        above += int(over)
+        if from_low > over:
+            for i in range(group.size):
+                bits = np.float32(group[i]).view(np.uint32) & _MAGNITUDE
+                out[found] = bits
+                found += low <= bits <= high
+    return found, above
 
 
 @kernel
@@ -67,8 +70,13 @@ def trim(row: Any, threshold: Any, quota: int) -> int:
     return 0
 
 
-def pick_bin(histogram: Any, k: int) -> tuple[int, int]:
-    """Return the bin that holds the k-th largest (k >= 1), and how many lie in the bins above it."""
-    above = np.cumsum(histogram[::-1])
-    position = int(np.searchsorted(above, k))
-    return len(histogram) - 1 - position, int(above[position - 1]) if position else 0
+@kernel
+def shave(row: Any, threshold: Any, quota: int) -> int:
+    """Zero the entries above ``threshold``, and the first ``quota`` equal to it; return the quota left."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        magnitude = abs(np.float32(row[i]))
+        equal = magnitude == threshold and quota > 0
+        quota -= equal
+        row[i] = zero if magnitude > threshold or equal else row[i]
+    return quota

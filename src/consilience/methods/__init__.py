@@ -1,6 +1,44 @@
-"""Merge methods: one file each, a typed function whose signature is its schema."""
+"""Merge methods: one file each, a typed function whose signature is its schema.
 
+What a method of one's own needs is here: see docs/methods/own.md.
+"""
+
+from consilience.jit import kernel
+from consilience.methods.program import Arithmetic, Elementwise, Merge, Place, Ranks, Step, Sums, Update
 from consilience.methods.registry import load, names
-from consilience.methods.signature import Default, Method, Parameter, PerExpert, Range, TensorSpec, method
+from consilience.methods.signature import (
+    Default,
+    Method,
+    Others,
+    Parameter,
+    PerExpert,
+    Range,
+    TensorSpec,
+    elementwise,
+    matrix,
+)
+from consilience.methods.weighted_sum import weighted
 
-__all__ = ["Default", "Method", "Parameter", "PerExpert", "Range", "TensorSpec", "load", "method", "names"]
+__all__ = [
+    "Arithmetic",
+    "Default",
+    "Elementwise",
+    "Merge",
+    "Method",
+    "Others",
+    "Parameter",
+    "PerExpert",
+    "Place",
+    "Range",
+    "Ranks",
+    "Step",
+    "Sums",
+    "TensorSpec",
+    "Update",
+    "elementwise",
+    "kernel",
+    "load",
+    "matrix",
+    "names",
+    "weighted",
+]

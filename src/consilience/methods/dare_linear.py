@@ -1,39 +1,71 @@
 """DARE with a plain sum: drop entries at random and rescale the rest."""
 
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+import numpy as np
+
+from consilience.jit import kernel
+from consilience.kernels.random_bits import splitmix64
 from consilience.methods.linear import normalised
 from consilience.methods.mergekit import Int8Mask
-from consilience.methods.program import Combine, Drop, Program, Sums, WeightedSum
-from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, method
+from consilience.methods.program import Elementwise, Floats, Merge, Place, Sums
+from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
+from consilience.methods.weighted_sum import weighted
 
 Rescale = Literal["exact", "l1", True, False]
 
 
-def dropped(combine: Combine, density: PerExpert, rescale: "Rescale", scale: float) -> Program:
-    """Return the program that drops at random before ``combine``.
+@kernel
+def _drop(row: Any, key: Any, start: int, limit: Any, scale: Any) -> None:
+    """Keep entry i where its upper 32 random bits are below ``limit`` (density * 2^32), times ``scale``; else 0."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        keep = (splitmix64(key, start + i) >> np.uint64(32)) < limit
+        row[i] = row[i] * scale if keep else zero
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Keep each entry of row k with probability ``density[k]`` and multiply the kept ones by ``scale[k]``.
+
+    The random numbers are counter-based: SplitMix64 keyed by seed, tensor and expert, indexed by element.
+    """
+
+    density: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __call__(self, rows: Floats, place: Place) -> None:
+        """Drop, in place."""
+        for row, key, density, scale in zip(rows, place.keys, self.density, self.scale, strict=True):
+            _drop(row, np.uint64(key), place.start, np.uint64(round(density * 2**32)), row.dtype.type(scale))
+
+
+def dropped(merge: Merge, density: PerExpert, rescale: Rescale, scale: float) -> Elementwise:
+    """Return the program that drops at random before ``merge``.
 
     ``rescale``: "exact" (or true) multiplies the kept entries by 1/density, so that the expectation is the task vector;
     "l1" by the ratio of the row's L1 norms before and after the drop, as mergekit does; false not at all.
     """
     if rescale == "l1":
 
-        def finish(sums: Sums) -> Program:
+        def finish(sums: Sums) -> Elementwise:
             assert sums.l1 is not None
-            assert sums.l1_staged is not None
+            assert sums.l1_stepped is not None
             ratio = tuple(
                 float(before / after) if before >= 1e-7 and after >= 1e-7 else 1.0
-                for before, after in zip(sums.l1, sums.l1_staged, strict=True)
+                for before, after in zip(sums.l1, sums.l1_stepped, strict=True)
             )
-            return Program("task_vectors", combine, (Drop(density, ratio),), scale)
+            return Elementwise("task_vectors", merge, step=Drop(density, ratio), scale=scale)
 
         plain = Drop(density, (1.0,) * len(density))
-        return Program("task_vectors", combine, (plain,), scale, statistics="l1", finish=finish)
+        return Elementwise("task_vectors", merge, step=plain, scale=scale, needs="l1", finish=finish)
     factor = tuple(1.0 / d if rescale and d > 0 else 1.0 for d in density)
-    return Program("task_vectors", combine, (Drop(density, factor),) if min(density) < 1 else (), scale)
+    step = Drop(density, factor) if min(density) < 1 else None
+    return Elementwise("task_vectors", merge, step=step, scale=scale)
 
 
-@method(source="Yu et al. 2024, Language Models are Super Mario, arXiv:2311.03099", mergekit={"rescale": "l1"})
+@elementwise(source="Yu et al. 2024, Language Models are Super Mario, arXiv:2311.03099", mergekit={"rescale": "l1"})
 def dare_linear(
     tensor: TensorSpec,
     *,
@@ -43,7 +75,7 @@ def dare_linear(
     lambda_: Annotated[float, Default(1.0), "multiplier of the sum"],
     normalize: Annotated[bool, Default(False), "divide by the sum of the weights"],
     int8_mask: Int8Mask,
-) -> Program:
+) -> Elementwise:
     """Drop entries of each task vector at random, rescale the rest, add the weighted sum to the base.
 
     tau'_k = m_k * tau_k / density,  m_k ~ Bernoulli(density);   theta = theta_0 + lambda sum_k w_k tau'_k
@@ -52,5 +84,5 @@ def dare_linear(
     L1 norms instead of 1/density (``rescale: l1``), which is unbiased only approximately.
     """
     del int8_mask
-    combine = WeightedSum(normalised(tensor, weight) if normalize else weight)
-    return dropped(combine, density, rescale, lambda_)
+    merge = weighted(normalised(tensor, weight) if normalize else weight)
+    return dropped(merge, density, rescale, lambda_)

@@ -4,11 +4,12 @@ from typing import Annotated
 
 from consilience.methods.dare_linear import Rescale, dropped
 from consilience.methods.mergekit import Int8Mask
-from consilience.methods.program import Program, SignedSum
-from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, method
+from consilience.methods.program import Arithmetic, Elementwise
+from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
+from consilience.methods.ties import agreeing_sum
 
 
-@method(
+@elementwise(
     source="Yu et al. 2024, arXiv:2311.03099, with the sign election of Yadav et al. 2023, arXiv:2306.01708",
     mergekit={"rescale": "l1"},
 )
@@ -21,7 +22,7 @@ def dare_ties(
     lambda_: Annotated[float, Default(1.0), "multiplier of the merged task vector"],
     normalize: Annotated[bool, Default(False), "true: mean of the agreeing entries; false: their sum"],
     int8_mask: Int8Mask,
-) -> Program:
+) -> Elementwise:
     """Drop entries at random and rescale, then elect a sign per element and merge the entries that agree.
 
     tau'_k = m_k * tau_k / density;   s = sign(sum_k w_k tau'_k);   theta = theta_0 + lambda sum_{agreeing k} w_k tau'_k
@@ -29,4 +30,4 @@ def dare_ties(
     ``normalize`` divides by the sum of the agreeing weights; it is off by default, as in mergekit.
     """
     del tensor, int8_mask
-    return dropped(SignedSum(weight, normalize), density, rescale, lambda_)
+    return dropped(Arithmetic(agreeing_sum, weight, (normalize,)), density, rescale, lambda_)

@@ -3,8 +3,9 @@
 from typing import Annotated
 
 from consilience.errors import InputError
-from consilience.methods.program import Program, WeightedSum
-from consilience.methods.signature import Default, PerExpert, TensorSpec, method
+from consilience.methods.program import Elementwise
+from consilience.methods.signature import Default, PerExpert, TensorSpec, elementwise
+from consilience.methods.weighted_sum import weighted
 
 
 def normalised(tensor: TensorSpec, weight: PerExpert) -> PerExpert:
@@ -23,17 +24,17 @@ def normalised(tensor: TensorSpec, weight: PerExpert) -> PerExpert:
     return tuple(w / total for w in weight)
 
 
-@method(source="Wortsman et al. 2022, Model soups, arXiv:2203.05482", base="unused")
+@elementwise(source="Wortsman et al. 2022, Model soups, arXiv:2203.05482", base="unused")
 def linear(
     tensor: TensorSpec,
     *,
     weight: Annotated[PerExpert, Default(1.0), "weight of each model"],
     normalize: Annotated[bool, Default(True), "divide by the sum of the weights"],
-) -> Program:
+) -> Elementwise:
     """Average the models' weights.
 
     theta = sum_k w_k theta_k / sum_k w_k   (no division when ``normalize`` is false)
 
     A ``base_model`` is not averaged in; name it among the models if it should be. Equal weights give the uniform soup.
     """
-    return Program("weights", WeightedSum(normalised(tensor, weight) if normalize else weight))
+    return Elementwise("weights", weighted(normalised(tensor, weight) if normalize else weight))

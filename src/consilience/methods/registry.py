@@ -18,6 +18,9 @@ BUILT_IN: dict[str, str] = {
     "ties": "consilience.methods.ties",
     "dare_linear": "consilience.methods.dare_linear",
     "dare_ties": "consilience.methods.dare_ties",
+    "breadcrumbs": "consilience.methods.breadcrumbs",
+    "nearswap": "consilience.methods.nearswap",
+    "tsv_m": "consilience.methods.tsv_m",
     "slerp": "consilience.methods.slerp",
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",
@@ -34,8 +37,8 @@ BUILT_IN: dict[str, str] = {
 
 #: mergekit's methods that are not here.
 _MERGEKIT = (
-    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp",
-    "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce",
+    "arcee_fusion", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp", "nuslerp",
+    "passthrough", "ram", "ramplus_tl", "sce",
 )  # fmt: skip
 
 

@@ -1,7 +1,13 @@
 """A method is a typed function; its signature is the schema of its parameters.
 
-    @method(source="arXiv:2306.01708", base="required")
-    def ties(tensor: TensorSpec, *, weight: Annotated[PerExpert, Default(1.0), "multiplier"], ...) -> Program: ...
+    @elementwise(source="arXiv:2306.01708", base="required")
+    def ties(tensor: TensorSpec, *, weight: Annotated[PerExpert, Default(1.0), "multiplier"], ...) -> Elementwise: ...
+
+    @matrix(source="arXiv:2412.00081", copies=4)
+    def tsv_m(stack: Stack, *, others: Others, ...) -> Update: ...
+
+An *element-wise* method says for each tensor what to do with blocks of its rows (``Elementwise``), mostly by a compiled
+function in the same file. A *matrix* method is itself the arithmetic: it gets a whole matrix as its ``Stack``.
 
 A parameter annotated ``PerExpert`` takes one number per expert (a recipe gives one for all, or one each, and per
 layer); ``float``, ``int``, ``bool``, ``Literal``, ``str`` and ``tuple[str, ...]`` parameters are shared by all experts.
@@ -20,7 +26,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from typing import Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from consilience.methods.program import Program, WeightedSum
+from consilience.methods.program import Elementwise, Floats, Matrix, Program, Update
+from consilience.methods.weighted_sum import weighted
 
 PerExpert = tuple[float, ...]
 T = TypeVar("T")
@@ -244,29 +251,27 @@ def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**_arguments(kind, values))
 
 
-def method(
+def elementwise(
     *,
     source: str,
     base: Literal["required", "optional", "unused"] = "required",
     experts: tuple[int, int | None] = (1, None),
-    data: str = "none",
     counts_base: bool = False,
     mergekit: Mapping[str, Any] | None = None,
-) -> Callable[[Callable[..., Program]], Method]:
-    """Make a method of a planning function.
+) -> Callable[[Callable[..., Elementwise]], Method]:
+    """Make a method of a function that says what to do with the elements of one tensor.
 
     Args:
         source: where it is published.
         base: whether a base model is needed; ``unused`` methods average weights and use a base, where one is named,
             only for its config, tokenizer and tensor order (and under adapters).
         experts: least and greatest number of stack rows.
-        data: the data it needs.
         counts_base: the base is row 0 of the stack (SLERP's first end point).
         mergekit: defaults of mergekit's method of this name, where they differ: recipes in its form take them. A text
             is also what a plain ``true`` means there.
     """
 
-    def decorate(function: Callable[..., Program]) -> Method:
+    def decorate(function: Callable[..., Elementwise]) -> Method:
         return Method(
             name=function.__name__,
             plan=cast(MethodFunction, function),
@@ -274,7 +279,7 @@ def method(
             base=base,
             minimum=experts[0],
             maximum=experts[1],
-            data=data,
+            data="none",
             source=source,
             counts_base=counts_base,
             mergekit=mergekit or {},
@@ -283,10 +288,54 @@ def method(
     return decorate
 
 
+#: What a matrix method does with tensors that are no matrices: a parameter of its own, by this name.
+Others = Annotated[
+    Literal["mean", "sum", "base"],
+    Default("mean"),
+    "tensors that are no matrices: the mean of the task vectors, their sum, or the base's values",
+]
+
+
+def matrix(
+    *, source: str, copies: float, experts: tuple[int, int | None] = (1, None), name: str | None = None
+) -> Callable[[Callable[..., Floats | Update]], Method]:
+    """Make a method of a function of one matrix, ``function(stack, **parameters)``: its merged task vector.
+
+    Tensors of one or of more than two dimensions are treated as the function's parameter ``others: Others`` says. A
+    parameter ``lambda_`` multiplies every merged task vector; the function need not look at either.
+
+    Args:
+        source: where it is published.
+        copies: how many times the stack, [K, m, n] in the compute type, the function holds at its peak.
+        experts: least and greatest number of experts.
+        name: of the method, where it is not the function's.
+    """
+
+    def decorate(function: Callable[..., Floats | Update]) -> Method:
+        parameters = parameters_of(function)
+        if "others" not in parameters:
+            raise TypeError(f"{function.__name__}: a matrix method has a parameter others")
+
+        @wraps(function)
+        def plan(tensor: TensorSpec, **values: Any) -> Program:
+            count, scale = len(tensor.experts), values.get("lambda_", 1.0)
+            if len(tensor.shape) == 2:
+                return Matrix(function, values, (1.0,) * count, copies, scale)
+            share = {"mean": 1.0 / count, "sum": 1.0, "base": 0.0}[values["others"]]
+            return Elementwise("task_vectors", weighted((share,) * count), scale=scale)
+
+        return Method(
+            name or function.__name__, cast(MethodFunction, plan), parameters, "required", *experts, "none", source,
+            counts_base=False,
+        )  # fmt: skip
+
+    return decorate
+
+
 def _anchor(tensor: TensorSpec, *, alphabar: PerExpert, **rest: Any) -> Program:
     """Task Arithmetic at the anchor: where learning starts from."""
     del tensor, rest
-    return Program("task_vectors", WeightedSum(alphabar))
+    return Elementwise("task_vectors", weighted(alphabar))
 
 
 def learned_method(

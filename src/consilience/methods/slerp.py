@@ -3,8 +3,9 @@
 import math
 from typing import Annotated
 
-from consilience.methods.program import Program, Sums, WeightedSum
-from consilience.methods.signature import Default, Range, TensorSpec, method
+from consilience.methods.program import Elementwise, Sums
+from consilience.methods.signature import Default, Range, TensorSpec, elementwise
+from consilience.methods.weighted_sum import weighted
 
 #: Directions closer than this are interpolated linearly; mergekit's threshold.
 COLLINEAR = 0.9995
@@ -20,12 +21,12 @@ def interpolation(t: float, gram: "tuple[float, float, float]") -> tuple[float, 
     return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-@method(source="Shoemake 1985, Animating rotation with quaternion curves", experts=(2, 2), counts_base=True)
+@elementwise(source="Shoemake 1985, Animating rotation with quaternion curves", experts=(2, 2), counts_base=True)
 def slerp(
     tensor: TensorSpec,
     *,
     t: Annotated[float, Default(0.5), Range(0, 1), "0 gives the base, 1 the other model"],
-) -> Program:
+) -> Elementwise:
     """Interpolate on the sphere between the base and one other model, tensor by tensor.
 
     theta = sin((1-t) a)/sin(a) theta_0 + sin(t a)/sin(a) theta_1,   a = angle between the flattened tensors
@@ -35,9 +36,9 @@ def slerp(
     """
     del tensor
 
-    def finish(sums: Sums) -> Program:
+    def finish(sums: Sums) -> Elementwise:
         assert sums.gram is not None
         gram = (float(sums.gram[0, 0]), float(sums.gram[0, 1]), float(sums.gram[1, 1]))
-        return Program("weights", WeightedSum(interpolation(t, gram)))
+        return Elementwise("weights", weighted(interpolation(t, gram)))
 
-    return Program("weights", WeightedSum((1.0 - t, t)), statistics="gram", finish=finish)
+    return Elementwise("weights", weighted((1.0 - t, t)), needs="gram", finish=finish)

@@ -4,11 +4,12 @@ from typing import Annotated
 
 from consilience.methods.linear import normalised
 from consilience.methods.mergekit import Int8Mask, UnusedDensity, UnusedRescale
-from consilience.methods.program import Program, WeightedSum
-from consilience.methods.signature import Default, PerExpert, TensorSpec, method
+from consilience.methods.program import Elementwise
+from consilience.methods.signature import Default, PerExpert, TensorSpec, elementwise
+from consilience.methods.weighted_sum import weighted
 
 
-@method(source="Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089")
+@elementwise(source="Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089")
 def task_arithmetic(
     tensor: TensorSpec,
     *,
@@ -18,7 +19,7 @@ def task_arithmetic(
     density: UnusedDensity,
     rescale: UnusedRescale,
     int8_mask: Int8Mask,
-) -> Program:
+) -> Elementwise:
     """Add the weighted task vectors to the base.
 
     theta = theta_0 + lambda sum_k w_k tau_k,   tau_k = theta_k - theta_0
@@ -27,4 +28,4 @@ def task_arithmetic(
     ``weight`` and ``lambda`` both default to 1, as here.
     """
     del density, rescale, int8_mask
-    return Program("task_vectors", WeightedSum(normalised(tensor, weight) if normalize else weight), scale=lambda_)
+    return Elementwise("task_vectors", weighted(normalised(tensor, weight) if normalize else weight), scale=lambda_)

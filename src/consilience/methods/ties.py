@@ -1,10 +1,58 @@
 """TIES: trim, elect sign, merge."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
+
+from consilience.jit import kernel
 from consilience.methods.mergekit import Int8Mask
-from consilience.methods.program import Program, SignedSum, Trim
-from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, method
+from consilience.methods.program import Arithmetic, Elementwise, Floats, Place, Ranks
+from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
+
+
+@kernel
+def agreeing_sum(rows: Any, base: Any, start: int, weights: Any, mean: bool, out: Any) -> None:
+    """Per element: the rows whose weighted sign is that of the weighted sum (0 counts as +), summed.
+
+    ``mean`` divides by the sum of their weights; a divisor below 1e-8, what rounding leaves of weights that cancel,
+    counts as 1. The election sums in float64, so that task vectors that cancel are seen to cancel; a float32 sum would
+    leave a residue whose sign is noise.
+    """
+    zero = rows.dtype.type(0)
+    one = rows.dtype.type(1)
+    for i in range(out.size):
+        total = 0.0
+        for k in range(len(weights)):
+            total += weights[k] * np.float64(rows[k, i])
+        positive = total >= 0.0
+        agreeing = zero
+        divisor = zero
+        for k in range(len(weights)):
+            x = rows.dtype.type(weights[k]) * rows[k, i]
+            agrees = x > zero if positive else x < zero
+            agreeing += x if agrees else zero
+            divisor += rows.dtype.type(weights[k]) if agrees else zero
+        divisor = divisor if mean and abs(divisor) >= 1e-8 else one
+        out[i] = agreeing / divisor
+
+
+@kernel
+def _elect(rows: Any) -> None:
+    zero = rows.dtype.type(0)
+    for i in range(rows.shape[1]):
+        total = 0.0
+        for k in range(rows.shape[0]):
+            total += np.float64(rows[k, i])
+        for k in range(rows.shape[0]):
+            agrees = rows[k, i] > zero if total >= 0.0 else rows[k, i] < zero
+            if not agrees:
+                rows[k, i] = zero
+
+
+def elect(rows: Floats, place: Place | None = None) -> None:
+    """Zero the entries of every row whose sign is not that of the sum of the rows (0 counts as +), in float64."""
+    del place
+    _elect(rows)
 
 
 def kept(numel: int, density: float) -> int:
@@ -12,7 +60,7 @@ def kept(numel: int, density: float) -> int:
     return min(numel, max(int(density * numel), 1 if density > 0 and numel else 0))
 
 
-@method(source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", mergekit={"density": 1.0})
+@elementwise(source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", mergekit={"density": 1.0})
 def ties(
     tensor: TensorSpec,
     *,
@@ -25,7 +73,7 @@ def ties(
     ],
     rescale: Annotated[Literal[False], Default(False), "accepted from mergekit recipes; only false is supported"],
     int8_mask: Int8Mask,
-) -> Program:
+) -> Elementwise:
     """Trim each task vector to its largest entries, elect a sign per element, merge the entries that agree.
 
     tau'_k = tau_k where |tau_k| is among the largest ``density``, else 0
@@ -38,5 +86,5 @@ def ties(
     weighted sum is exactly zero takes the sign + (as in mergekit); the paper's code gives it the model's majority sign.
     """
     del rescale, int8_mask
-    stages = (Trim(tuple(kept(tensor.numel, d) for d in density), density, trim),) if min(density) < 1 else ()
-    return Program("task_vectors", SignedSum(weight, normalize), stages, lambda_)
+    ranks = Ranks(tuple(kept(tensor.numel, d) for d in density), density, scope=trim) if min(density) < 1 else None
+    return Elementwise("task_vectors", Arithmetic(agreeing_sum, weight, (normalize,)), keep=ranks, scale=lambda_)

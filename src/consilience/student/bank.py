@@ -25,8 +25,7 @@ from consilience.errors import InputError
 from consilience.experts.block import Loader, Scratch, finite_errors
 from consilience.experts.stack import Block, Stack
 from consilience.kernels import pieces as kernels
-from consilience.kernels.combine import elect
-from consilience.kernels.select import trim
+from consilience.methods.ties import elect
 from consilience.student import low_rank, on_device, packed
 from consilience.student.extents import cuts, cuts_by_piece, extents_of
 
@@ -90,20 +89,18 @@ class Bank:
         jobs = self._jobs(sorted(self.tensors))  # ties must not depend on how files are cut
         selection = Selection([keep] * len(self.experts), total, [self._piece(*job) for job in jobs])
 
-        def each(count: Callable[[Piece, Loader, int, int], None], *, check: bool = False) -> None:
+        def each(visit: Callable[[Piece, Loader, int, int], None], *, check: bool) -> None:
             def run(name: str, segment: int) -> None:
                 loader = self.tensors[name].loader(self._scratch(), check=check and not self.allow_nonfinite)
                 with finite_errors():
-                    count(self._piece(name, segment), loader, *span(self.tensors[name].numel, segment))
+                    visit(self._piece(name, segment), loader, *span(self.tensors[name].numel, segment))
 
             self._each(jobs, run)
 
-        each(lambda piece, *block: selection.count_upper(*block), check=True)
-        selection.pick_upper()
-        each(lambda piece, *block: selection.count_lower(*block))
-        selection.pick_lower()
-        each(selection.count_ties)
-        selection.share_ties()
+        selection.find(
+            lambda visit: each(lambda piece, *block: visit(*block), check=False),
+            lambda visit: each(lambda piece, loader, start, stop: visit(piece, loader, start, stop, None), check=True),
+        )
         return selection
 
     def _piece(self, name: str, segment: int) -> Piece:
@@ -116,8 +113,7 @@ class Bank:
         quota = [] if selection is None else selection.quota(self._piece(name, segment))
         for block in stack.blocks(*span(stack.numel, segment), scratch=self._scratch(), check=check):
             if selection is not None and self.trimmed is not None:
-                for k, threshold in enumerate(selection.threshold):
-                    quota[k] = int(trim(block.vectors[k], threshold, quota[k]))
+                selection.mask(block.vectors, quota)
                 if self.trimmed.elect:
                     elect(block.vectors)
             yield block

@@ -1,0 +1,1 @@
+"""Merge methods of somebody else."""
