@@ -5,7 +5,12 @@ Strict IEEE arithmetic (no reassociation, no contraction) so that a kernel gives
 """
 
 import contextlib
+import hashlib
+import inspect
+import os
+import types
 from collections.abc import Callable, Generator
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from numba import njit
@@ -29,6 +34,31 @@ def inlined(function: F) -> F:
 def reporting(function: F) -> F:
     """Compile ``function`` allowing sums to be reassociated."""
     return _compiled(function, fastmath={"reassoc", "nsz"})
+
+
+@cache
+def _specialised(template: Callable[..., Any], parts: tuple[tuple[str, Any], ...]) -> Any:
+    facts = [(name, part.py_func, inspect.getfile(part.py_func)) for name, part in parts]
+    known = [
+        (name, f.__module__, f.__qualname__, f.__code__.co_code.hex(), os.stat(p).st_mtime_ns) for name, f, p in facts
+    ]
+    digest = hashlib.blake2b(repr(known).encode(), digest_size=8).hexdigest()
+    name = "_".join([template.__name__, *(f.__name__.strip("_") for _, f, _ in facts), digest])
+    function = types.FunctionType(template.__code__, template.__globals__ | dict(parts), name)
+    function.__qualname__ = name  # what a compiled function is kept under on disk
+    return _compiled(function)
+
+
+def specialised(template: Callable[..., Any], **parts: Any) -> Any:
+    """Compile a plain function with kernels in place of globals of these names; kept on disk as kernels are.
+
+    Raises:
+        TypeError: a part is no kernel.
+    """
+    for name, part in parts.items():
+        if not hasattr(part, "py_func"):
+            raise TypeError(f"{name.strip('_')}: {part!r} is not compiled; decorate it with consilience.methods.kernel")
+    return _specialised(template, tuple(parts.items()))
 
 
 @contextlib.contextmanager

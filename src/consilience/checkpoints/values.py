@@ -1,5 +1,6 @@
 """The numbers of a stored tensor, any range of them: the one place that decodes (``raw`` gives the bytes)."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,27 @@ def count_nonfinite(values: Any, largest: Any) -> int:
     for i in range(values.size):
         bad += not (abs(values[i]) <= largest)
     return bad
+
+
+@kernel
+def has_special(words: Any, exponents: Any, units: Any) -> Any:
+    """Whether numbers hold NaN or Inf, all bits of their exponent set: looked at by ``words`` [n] of 64 bits.
+
+    ``exponents`` has the exponents' bits set in a word, ``units`` the lowest of each: adding it carries into the sign.
+    """
+    carried = np.uint64(0)
+    for i in range(words.size):
+        carried |= (words[i] & exponents) + units
+    return (carried & ((exponents << np.uint64(1)) & ~exponents)) != 0
+
+
+@cache
+def exponent_bits(dtype: DType) -> tuple[Any, Any]:
+    """Return what ``has_special`` wants to know of a float type: its exponents' bits in a word, and the lowest ones."""
+    significand, bits = dtype.significand, dtype.bits
+    top = (1 << (bits - 1)) - (1 << significand)
+    spread = sum(1 << at for at in range(0, 64, bits))
+    return np.uint64(top * spread), np.uint64((1 << significand) * spread)
 
 
 def decode(encoded: Any, dtype: DType, out: Any) -> None:

@@ -26,7 +26,7 @@ from consilience.experts.model import Model, Source, open_model
 from consilience.experts.names import follow_base
 from consilience.experts.quantised import in_floats, packed_target
 from consilience.experts.stack import Stack
-from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program, Ranks
+from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program, Ranks, Step
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
 from consilience.methods.ties import elect
@@ -312,7 +312,7 @@ def _program(
     if trimmed is not None:
         count = len(spec.experts)
         ranks = Ranks((0,) * count, (trimmed.density,) * count, scope="model")
-        step = elect if trimmed.elect else None
+        step = Step(elect) if trimmed.elect else None
     merge = piecewise(coefficients, pieces)
     return Elementwise("task_vectors", merge, keep=ranks, step=step), {"alpha": _shown(coefficients, pieces)}
 

@@ -9,39 +9,44 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from consilience.errors import InputError
 from consilience.experts.block import Loader, Marks
-from consilience.kernels.select import LARGEST, collect, magnitudes, shave, trim
+from consilience.kernels.fused import scan
+from consilience.kernels.select import LARGEST, Kept, magnitudes
 
 Piece = tuple[int, int]
-#: Magnitude bits, and how often each occurs (None: once for every time it is there).
-_Held = tuple[Any, Any]
 #: One of so many tiles of ``TILE`` elements is sampled; rankings of no more elements than ``SMALL`` are not.
 SHARE, TILE, SMALL = 50, 4096, 1 << 17
 #: Bounds are so many standard deviations of a sampled rank away from it; after a miss, and at last there are none.
 MARGINS = (6.0, 40.0, math.inf)
-#: A piece that collects more than this share of its elements holds them as distinct values and counts.
-DENSE = 0.125
+
+
+class _Part(NamedTuple):
+    """What a piece has: magnitude bits between the bounds, and how many are above, at the upper, at the lower one."""
+
+    between: Any
+    above: int
+    high: int
+    low: int
 
 
 @dataclass
 class _Cut:
     """The ``count``-th largest magnitude of a row, ``threshold``, and how many equal to it are within the count.
 
-    ``low`` and ``high`` bound its bits; ``held`` maps a piece to what it has between them, bits and counts.
+    ``low`` and ``high`` bound its bits.
     """
 
     row: int
     count: int
     low: int = 0
     high: int = LARGEST
-    above: int = 0
     sample: list[Any] = field(default_factory=list[Any])
-    held: dict[Piece, _Held] = field(default_factory=dict[Piece, _Held])
+    parts: dict[Piece, _Part] = field(default_factory=dict[Piece, _Part])
     threshold: Any = None
     total: int = 0
 
@@ -53,36 +58,36 @@ class _Cut:
         first, last = (size * (1.0 - share) + sign * slack for sign in (-1, 1))
         self.low = int(sample[math.floor(first)]) if first >= 0 else 0
         self.high = int(sample[math.ceil(last)]) if last < size - 1 else LARGEST
-        self.above, self.held = 0, {}
+        self.parts = {}
 
-    def settle(self, numel: int) -> bool:
-        """Find the threshold in what was collected; False if it is not there."""
-        found = sum(len(bits) if counts is None else int(counts.sum()) for bits, counts in self.held.values())
-        wanted = self.count - self.above
-        if not 0 < wanted <= found:
-            if self.low == 0 and self.high == LARGEST:
-                raise InputError(
-                    "an input changed while it was being merged: a second pass found other values than the first; "
-                    "leave the inputs alone and run the merge again"
-                )
-            return False
-        bits, counts = _joined(list(self.held.values()), math.inf)
-        if counts is None:
-            place = len(bits) - wanted
-            chosen = np.partition(bits, place)[place]
-            larger = np.count_nonzero(bits > chosen)
+    def settle(self) -> bool:
+        """Find the threshold between the bounds; False if it is not there."""
+        above, high, low = (sum(part[i] for part in self.parts.values()) for i in (1, 2, 3))
+        between = np.concatenate([part.between for part in self.parts.values()])
+        wanted = self.count - above
+        if 0 < wanted <= high:
+            bits, self.total = self.high, wanted
+        elif high < wanted <= high + len(between):
+            place = len(between) - (wanted - high)
+            bits = int(np.partition(between, place)[place])
+            self.total = wanted - high - int(np.count_nonzero(between > bits))
+        elif high + len(between) < wanted <= high + len(between) + low:
+            bits, self.total = self.low, wanted - high - len(between)
+        elif (self.low, self.high) == (0, LARGEST):
+            raise InputError(
+                "an input changed while it was being merged: a second pass found other values than the first; leave "
+                "the inputs alone and run the merge again"
+            )
         else:
-            order = np.argsort(bits)[::-1]
-            chosen = bits[order[np.searchsorted(np.cumsum(counts[order]), wanted)]]
-            larger = counts[bits > chosen].sum()
-        self.threshold, self.total = chosen.view(np.float32), wanted - int(larger)
+            return False
+        self.threshold = np.uint32(bits).view(np.float32)
         return True
 
     def equal(self, piece: Piece) -> int:
         """Return how many entries of a piece equal the threshold."""
-        bits, counts = self.held[piece]
-        same = bits == self.threshold.view(np.uint32)
-        return int(np.count_nonzero(same) if counts is None else counts[same].sum())
+        part, bits = self.parts[piece], int(self.threshold.view(np.uint32))
+        ends = part.high if bits == self.high else part.low if bits == self.low else None
+        return int(np.count_nonzero(part.between == bits)) if ends is None else ends
 
 
 class Selection:
@@ -132,7 +137,7 @@ class Selection:
                 for cut in missing:
                     cut.bound(self.numel, margin)
             scan(lambda *place, missing=missing: self._collect(missing, *place))
-            if all([cut.settle(self.numel) for cut in missing]):
+            if all([cut.settle() for cut in missing]):
                 break
             self.missed += 1
         self._share_ties()
@@ -152,29 +157,33 @@ class Selection:
     def _collect(
         self, cuts: Sequence[_Cut], piece: Piece, loader: Loader, start: int, stop: int, marks: Marks | None
     ) -> None:
-        parts: list[list[_Held]] = [[] for _ in cuts]
-        above = [0] * len(cuts)
+        count = len(cuts)
+        chosen = np.array([cut.row for cut in cuts], np.int64)
+        low, high = (np.array([getattr(cut, side) for cut in cuts], np.uint32) for side in ("low", "high"))
+        between: list[list[Any]] = [[] for _ in cuts]
+        counts = np.zeros((count, 3), np.int64)
         for at in range(start, stop, loader.size):
-            rows, _ = loader.load(at, min(stop, at + loader.size), marks)
-            bits = loader.scratch.array("bits", (rows.shape[1] + 1,), np.uint32)
-            for number, cut in enumerate(cuts):
-                count, over = collect(rows[cut.row], np.uint32(cut.low), np.uint32(cut.high), bits)
-                parts[number].append(_joined([(bits[:count].copy(), None)], rows.shape[1]))
-                above[number] += over
-        held = [_joined(found, stop - start) for found in parts]
+            end = min(stop, at + loader.size)
+            taken = loader.take(at, end, marked=marks is not None)
+            bits = loader.scratch.array("bits", (count, end - at + 1), np.uint32)
+            found = np.zeros(count, np.int64)
+            scan(taken, end - at, chosen, low, high, bits, found, counts, loader.like)
+            loader.finish(taken, marks)
+            for parts, row, number in zip(between, bits, found, strict=True):
+                parts.append(row[:number].copy())
+        counts[:, 2] *= low < high  # bounds that meet are counted once
         with self._lock:
-            for cut, own, over in zip(cuts, held, above, strict=True):
-                cut.held[piece] = own
-                cut.above += over
+            for cut, parts, (above, upper, lower) in zip(cuts, between, counts.tolist(), strict=True):
+                cut.parts[piece] = _Part(np.concatenate(parts), above, upper, lower)
 
     def _share_ties(self) -> None:
         for number, cut in enumerate((*self._last, *self._first)):
-            if cut.held:
+            if cut.parts:
                 before = 0
                 for piece in self.pieces:
                     self._before[(number, piece)] = before
                     before += cut.equal(piece)
-                cut.held, cut.sample = {}, []
+                cut.parts, cut.sample = {}, []
 
     def share(self, alias: int, tensor: int, segments: int) -> None:
         """Give the tensor of index ``alias`` the ties of ``tensor``, whose values it shares."""
@@ -182,32 +191,10 @@ class Selection:
             for segment in range(segments):
                 self._before[(number, (alias, segment))] = self._before.get((number, (tensor, segment)), 0)
 
-    def quota(self, piece: Piece) -> list[int]:
-        """Return how many entries equal to each threshold ``mask`` lets pass in ``piece``."""
-        return [
-            max(0, cut.total - self._before.get((number, piece), 0))
-            for number, cut in enumerate((*self._last, *self._first))
-        ]
-
-    def mask(self, rows: Any, quota: list[int]) -> None:
-        """Zero what is outside the ranks, in place; ``quota`` is the piece's, and counts down from block to block."""
-        count = len(self._last)
-        for number, cut in enumerate(self._last):
-            if cut.count < self.numel:
-                quota[number] = int(trim(rows[cut.row], cut.threshold, quota[number]))
-        for number, cut in enumerate(self._first, count):
-            if cut.count:
-                quota[number] = int(shave(rows[cut.row], cut.threshold, quota[number]))
-
-
-def _joined(parts: list[_Held], of: float) -> _Held:
-    """Return several parts as one; what is more than a share of ``of`` elements is held as distinct values."""
-    bits = np.concatenate([bits for bits, _ in parts])
-    many = len(bits) > DENSE * of
-    if not many and all(counts is None for _, counts in parts):
-        return bits, None
-    counts = np.concatenate([np.ones(len(bits), np.int64) if counts is None else counts for bits, counts in parts])
-    if not many:
-        return bits, counts
-    values, where = np.unique(bits, return_inverse=True)
-    return values, np.bincount(where, counts, len(values)).astype(np.int64)
+    def kept(self, piece: Piece) -> Kept:
+        """Return what of ``piece`` is kept; its quota counts down from block to block."""
+        cuts = list(enumerate((*self._last, *self._first)))
+        quota = [max(0, cut.total - self._before.get((number, piece), 0)) for number, cut in cuts]
+        last = np.array([cut.threshold for cut in self._last], np.float32)
+        first = np.array([cut.threshold for cut in self._first], np.float32)
+        return Kept(last, first, np.array(quota, np.int64).reshape(2, -1))

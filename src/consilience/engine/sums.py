@@ -32,12 +32,12 @@ class Summation:
         loader: Loader,
         start: int,
         stop: int,
-        step: Callable[[Any, Any, int], None],
+        step: Callable[[Any, int], None],
         marks: Marks | None = None,
     ) -> None:
         """Sum one segment.
 
-        ``step(rows, base, start)`` is the program's, in place; ``marks`` collects the fingerprint sums.
+        ``step(rows, start)`` is the program's, in place; ``marks`` collects the fingerprint sums.
         """
         found: dict[tuple[int, int], list[Any]] = {}
         buffer = loader.scratch.array("leaf", (LEAF,), np.float64)
@@ -48,7 +48,7 @@ class Summation:
             found.setdefault(key, []).append(out)
 
         for at in range(start, stop, loader.size):
-            stack, base = loader.load(at, min(stop, at + loader.size), marks)
+            stack, _ = loader.load(at, min(stop, at + loader.size), marks)
             if self.kind == "gram":
                 for i in range(self.rows):
                     for j in range(i + 1):
@@ -56,7 +56,7 @@ class Summation:
             else:
                 for k in range(self.rows):
                     record((k, 0), leaf_magnitudes, stack[k])
-                step(stack, base, at)
+                step(stack, at)
                 for k in range(self.rows):
                     record((k, 1), leaf_magnitudes, stack[k])
         with self._lock:

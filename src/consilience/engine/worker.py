@@ -14,11 +14,13 @@ from consilience.engine.selection import Selection
 from consilience.errors import ConsilienceError, InputError, option
 from consilience.experts.block import Loader, Marks, NonFinite, Scratch
 from consilience.kernels import random_bits
-from consilience.kernels.encode import below_unit, round_stochastically
+from consilience.kernels.encode import round_stochastically
 from consilience.kernels.fingerprint import mix
+from consilience.kernels.fused import Below, Change, fused, measure, no_step
 from consilience.kernels.lowrank import add_product
-from consilience.kernels.settle import scale_add, settle
-from consilience.methods.program import Elementwise, Floats, Matrix, Place, Program, Update
+from consilience.kernels.select import Kept
+from consilience.kernels.settle import Settled, encodes, scale_add, settle, settled
+from consilience.methods.program import Elementwise, Matrix, Program, Update
 
 
 class Stopped(ConsilienceError):
@@ -62,51 +64,54 @@ class Worker:
         check = first and not self.plan.allow_nonfinite
         return tensor.stack.loader(self.scratch, vectors=tensor.vectors, check=check)
 
-    def _place(self, tensor: TensorPlan, start: int, base: Any, keys: tuple[int, ...]) -> Place:
-        none = self.scratch.array("none", (0,), np.float64 if tensor.wide else np.float32)
-        return Place(start, none if base is None else base, keys)
-
-    def _keys(self, tensor: TensorPlan) -> tuple[int, ...]:
+    def _keys(self, tensor: TensorPlan) -> Any:
+        """Return the seed of every row's random numbers."""
         seed = self.plan.recipe.seed
-        return tuple(random_bits.stream_key(seed, tensor.stream, name, "drop") for name in tensor.row_names)
+        keys = [random_bits.stream_key(seed, tensor.stream, name, "drop") for name in tensor.row_names]
+        return np.array(keys, np.uint64)
 
-    def step(self, tensor: TensorPlan, program: Elementwise) -> Callable[[Floats, Floats | None, int], None]:
-        """Return the function that applies a program's step to a block (rows, base, start), in place."""
-        keys = self._keys(tensor)
+    def step(self, tensor: TensorPlan, program: Elementwise) -> Callable[[Any, int], None]:
+        """Return the function that applies a program's step to a block (rows, start), in place."""
+        keys, step = self._keys(tensor), program.step
 
-        def apply(rows: Floats, base: Floats | None, start: int) -> None:
-            if program.step is not None:
-                program.step(rows, self._place(tensor, start, base, keys))
+        def apply(rows: Any, start: int) -> None:
+            if step is not None:
+                step.function(rows, start, keys, *step.args)
 
         return apply
 
-    def _store(
-        self, tensor: TensorPlan, start: int, values: Any, base: Any, record: Record, scale: float | None = None
-    ) -> None:
-        """Round ``values``, or with a ``scale`` base + scale * values, and write them; measure what rounding cost.
-
-        ``base`` is empty where values are not updates of one.
-        """
-        dtype, real = tensor.out_dtype, values.dtype.type
-        exact, add = values, scale is not None
-        if self.plan.stochastic:
-            if scale is not None:
-                scale_add(exact, real(scale), base)
-            add, values = False, self.scratch.array("noisy", (exact.size,), exact.dtype)
-            values[:] = exact
-            key = random_bits.stream_key(self.plan.recipe.seed, tensor.stream, "round")
-            round_stochastically(values, dtype, key, start)
-        width, at = exact.size * dtype.itemsize, start * dtype.itemsize
+    def _room(self, tensor: TensorPlan, count: int) -> Any:
+        """Return room for so many encoded values: whole 8-byte words, the last one's padding zero."""
+        width = count * tensor.out_dtype.itemsize
         encoded = self.scratch.array("out", (-(-width // 8) * 8,), np.uint8)
-        low, high, bad, error, change = settle(values, exact, scale or 1.0, base, dtype, encoded, at, add=add)
+        encoded[width:] = 0
+        return encoded
+
+    def _write(
+        self, tensor: TensorPlan, start: int, count: int, encoded: Any, settled: Settled, record: Record
+    ) -> None:
+        """Write a block that was encoded, and remember what is known of it."""
+        dtype, bad = tensor.out_dtype, int(settled.totals[2])
         if bad and not self.plan.allow_nonfinite:
             raise InputError(
                 f"tensor {tensor.name!r}: {bad} merged values near element {start} overflow {dtype.name} (largest "
                 f"{dtype.largest:g}); choose a wider out_dtype, smaller weights, or pass {option('allow_nonfinite')}"
             )
-        record.rounding = [record.rounding[0] + error, record.rounding[1] + change]
-        record.output = [record.output[0] + low, record.output[1] + high]
-        self.sink.write(tensor, at, encoded[:width])
+        for total, more in ((record.rounding, settled.totals[:2]), (record.output, settled.marks)):
+            total[:] = [a + b for a, b in zip(total, more.tolist(), strict=True)]
+        self.sink.write(tensor, start * dtype.itemsize, encoded[: count * dtype.itemsize])
+
+    def _store(self, tensor: TensorPlan, start: int, values: Any, base: Any, record: Record) -> None:
+        """Round values, at random if the plan says so, and write them; ``base`` is empty where they update none."""
+        exact, dtype = values, tensor.out_dtype
+        if self.plan.stochastic:
+            values = self.scratch.array("noisy", (exact.size,), exact.dtype)
+            values[:] = exact
+            key = random_bits.stream_key(self.plan.recipe.seed, tensor.stream, "round")
+            round_stochastically(values, dtype, key, start)
+        encoded = self._room(tensor, exact.size)
+        settled = settle(values, exact, base, dtype, encoded, start * dtype.itemsize)
+        self._write(tensor, start, exact.size, encoded, settled, record)
 
     def _copy(self, tensor: TensorPlan, start: int, stop: int, record: Record) -> None:
         """Copy the base's bytes (integers and private tensors, and weights no expert touches)."""
@@ -139,71 +144,102 @@ class Worker:
             self._copy(tensor, start, stop, record)
             return record
         loader = self.loader(tensor, first=tensor.passes == 1)
-        quota = selection.quota((tensor.index, segment)) if selection else []
         record.below = [[0.0] * 4 for _ in tensor.rows]
-        whole = self._update(tensor, program) if isinstance(program, Matrix) else None
-        keys = self._keys(tensor) if isinstance(program, Elementwise) and program.step is not None else ()
+        if program is None:
+            block = self._converted(tensor, loader, record)
+        elif isinstance(program, Matrix):
+            block = self._updated(tensor, program, loader, record)
+        else:
+            kept = selection.kept((tensor.index, segment)) if selection is not None else self._all_kept(loader)
+            block = self._merged(tensor, program, loader, kept, record)
         for at in range(start, stop, loader.size):
             if self.stop.is_set():
                 raise Stopped("stopped")
-            end = min(stop, at + loader.size)
-            rows, base = loader.load(at, end, record.inputs)
-            if program is None:
-                self._store(tensor, at, base, base, record)
-                continue
-            place = self._place(tensor, at, base, keys)
-            vectors = program.space == "task_vectors"
-            if vectors:
-                self._measure_below(tensor, program, rows, at, base, record)
-            out = self.scratch.array("merged", (end - at,), loader.real)
-            if whole is not None:
-                whole(at, out)
-            else:
-                assert isinstance(program, Elementwise)
-                if selection is not None:
-                    selection.mask(rows, quota)
-                if program.step is not None:
-                    program.step(rows, place)
-                program.merge(rows, place, out)
-            less = base if vectors else self.scratch.array("none", (0,), loader.real)
-            self._store(tensor, at, out, less, record, program.scale)
+            block(at, min(stop, at + loader.size))
         return record
 
-    def _update(self, tensor: TensorPlan, program: Matrix) -> Callable[[int, Any], None]:
-        """Run a matrix method and return the function that fills a block with its update."""
-        rows, columns = tensor.shape
+    def _all_kept(self, loader: Loader) -> Kept:
+        none = loader.like[:0].astype(np.float32)
+        return Kept(none, none, np.zeros((2, 0), np.int64))
+
+    def _converted(self, tensor: TensorPlan, loader: Loader, record: Record) -> Callable[[int, int], None]:
+        """Return what takes a block of the base to another type."""
+
+        def block(start: int, stop: int) -> None:
+            base = loader.base(start, stop, record.inputs)
+            self._store(tensor, start, base, base, record)
+
+        return block
+
+    def _below(self, tensor: TensorPlan, program: Program, counts: Any) -> Below:
+        starts, table = program.table
+        scaled = (np.array(table, np.float64) * program.scale).astype(counts.dtype if tensor.wide else np.float32)
+        narrow = program.space == "task_vectors" and tensor.out_dtype.bits <= 16
+        unit = np.float32(2.0**-tensor.out_dtype.significand if narrow else 0.0)
+        return Below(np.array(starts, np.int64), scaled, unit, counts)
+
+    def _merged(
+        self, tensor: TensorPlan, program: Elementwise, loader: Loader, kept: Kept, record: Record
+    ) -> Callable[[int, int], None]:
+        """Return what merges a block by an element-wise method: one compiled pass, unless rounding takes another."""
+        dtype, real = tensor.out_dtype, loader.real
+        vectors = program.space == "task_vectors"
+        counts = np.zeros((len(tensor.rows), 4))
+        below, step = self._below(tensor, program, counts), program.step
+        change = Change(self._keys(tensor), step.args if step is not None else ())
+        run = fused(program.merge.function, step.function if step is not None else no_step)
+        weights = tuple(map(float, program.weights))
+        encode = encodes(dtype, real) and not self.plan.stochastic
+
+        def block(start: int, stop: int) -> None:
+            taken = loader.take(start, stop, marked=True)
+            exact = loader.nothing if encode else self.scratch.array("merged", (stop - start,), real)
+            encoded = self._room(tensor, stop - start)
+            ready = settled(exact, dtype, encoded, start * dtype.itemsize, encode=encode)
+            run(
+                taken, below, kept, change, weights, program.merge.args, stop - start, start, real(program.scale),
+                vectors, ready,
+            )  # fmt: skip
+            loader.finish(taken, record.inputs)
+            record.below = counts.tolist()
+            if encode:
+                self._write(tensor, start, stop - start, encoded, ready, record)
+            else:
+                less = taken.base if taken.base.size else loader.base(start, stop, None) if vectors else loader.nothing
+                self._store(tensor, start, exact, less if vectors else loader.nothing, record)
+
+        return block
+
+    def _updated(
+        self, tensor: TensorPlan, program: Matrix, loader: Loader, record: Record
+    ) -> Callable[[int, int], None]:
+        """Run a matrix method, and return what adds a block of its update to the base."""
+        real = loader.real
         update = program.function(tensor.stack, **program.parameters)
-        real = np.float64 if tensor.wide else np.float32
-        if isinstance(update, Update):
-            left, right = (np.ascontiguousarray(side, real) for side in update)
-            shape = (len(left), right.shape[1])
-        else:
-            left, right, shape = None, np.ascontiguousarray(update, real), update.shape
-        if shape != (rows, columns):
+        sides = update if isinstance(update, Update) else (update,)
+        *left, right = (np.ascontiguousarray(side, real) for side in sides)
+        shape = (len((left or [right])[0]), right.shape[1])
+        if shape != tensor.shape:
             raise InputError(
                 f"tensor {tensor.name!r}: method {self.plan.method.name!r} returned an update of shape {shape}, not "
                 f"{tensor.shape}"
             )
+        counts = np.zeros((len(tensor.rows), 4))
+        below = self._below(tensor, program, counts)
 
-        def fill(start: int, out: Any) -> None:
-            if left is None:
-                out[:] = right.reshape(-1)[start : start + out.size]
-            else:
+        def block(start: int, stop: int) -> None:
+            rows, base = loader.load(start, stop, record.inputs)
+            if below.per_unit > 0:
+                measure(rows, base, start, below)
+                record.below = counts.tolist()
+            out = self.scratch.array("merged", (stop - start,), real)
+            if left:
                 out[:] = 0
-                add_product(out, start, left, right, real(1), self.scratch.array("part", (out.size,), real))
+                part = self.scratch.array("part", (stop - start,), real)
+                add_product(out, start, left[0], right, real(1), part)
+            else:
+                out[:] = right.reshape(-1)[start:stop]
+            scale_add(out, real(program.scale), base)
+            self._store(tensor, start, out, base, record)
 
-        return fill
-
-    def _measure_below(
-        self, tensor: TensorPlan, program: Program, rows: Any, start: int, base: Any, record: Record
-    ) -> None:
-        dtype, size, real = tensor.out_dtype, rows.shape[1], rows.dtype.type
-        if dtype.bits > 16:
-            return
-        found, unit = np.zeros((len(rows), 4)), np.float32(2.0**-dtype.significand)
-        cuts = [(0, size, program.weights)] if isinstance(program, Matrix) else program.merge.cut(start, start + size)
-        for low, high, weights in cuts:
-            scaled = (np.array(weights) * program.scale).astype(real)
-            below_unit(rows[:, low:high], scaled, base[low:high], unit, found)
-        for total, more in zip(record.below, found.tolist(), strict=True):
-            total[:] = [a + b for a, b in zip(total, more, strict=True)]
+        return block

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from consilience.checkpoints.checkpoint import Storage, TensorInfo, raw
+from consilience.checkpoints.dtypes import DType
 from consilience.checkpoints.values import count_nonfinite, values
 from consilience.errors import ConsilienceError, InputError
 from consilience.experts.model import Source
 from consilience.experts.stack import Stack
-from consilience.kernels.ingest import ingest, ingest_rows, together
+from consilience.kernels.ingest import Taken, ingest, take_all, taken_numbers, taken_stored, together
 from consilience.kernels.lowrank import add_product
 from consilience.kernels.reduce import LEAF
 
 #: Bytes a block's stack may take. Measured: smaller blocks fit a second-level cache but hand the GIL over more often,
-#: which costs more; kernels that can work tile by tile inside a block do.
+#: which costs more; kernels work tile by tile inside a block.
 CACHE = 4 << 20
 LARGEST_BLOCK, SMALLEST_BLOCK = 1 << 18, 1 << 13
 
@@ -88,40 +89,54 @@ class Loader:
         self.reads_base = vectors or any(row.dense is None for row in stack.rows)
         self.real: Any = np.float64 if stack.wide else np.float32
         self.nothing = np.empty(0, self.real)
+        self.like = np.empty(len(stack.rows), self.real)
         self.size = block_size(len(stack.rows), stack.wide)
-        self.together = self._together()
+        self.sources = [*([stack.base] if self.reads_base else []), *stack.rows]
+        self.dtype = self._common()
 
-    def _together(self) -> bool:
-        """Whether all sources are dense, of one type that decodes together."""
-        sources = [*([self.stack.base] if self.reads_base else []), *self.stack.rows]
-        plain = all(source.pair is None and source.dense is not None for source in sources)
-        types = {source.dense.plain.name: source.dense.plain for source in sources if source.dense is not None}
-        narrower = [t for t in types.values() if t.bits > 32] and self.real is np.float32
-        return plain and len(types) == 1 and together(*types.values()) and not narrower and self.stack.rows != ()
+    def _common(self) -> DType | None:
+        """Return the type of all sources if they are dense and decode together; None: each is read by itself."""
+        if any(source.pair is not None or source.dense is None for source in self.sources):
+            return None
+        if not self.stack.rows or (self.reads_base and not self.vectors):
+            return None
+        first, *more = {source.dense.plain.name: source.dense.plain for source in self.sources if source.dense}.values()
+        return first if not more and together(first) and first.bits <= 8 * self.nothing.itemsize else None
 
-    def _load_together(self, start: int, stop: int, rows: Any, marks: Marks | None) -> Any:
-        """Fill ``rows`` from sources of one type, in one pass, and return the base, if it is read."""
-        sources = [*([self.stack.base] if self.reads_base else []), *self.stack.rows]
-        dense = [source.dense for source in sources if source.dense is not None]
-        dtype, count = dense[0].plain, stop - start
-        width = count * dtype.itemsize
-        stored = self.scratch.array("stored", (len(sources), -(-width // 8) * 8), np.uint8)
-        stored[:, width:] = 0
-        for row, source, info in zip(stored, sources, dense, strict=True):
+    def take(self, start: int, stop: int, *, marked: bool) -> Taken:
+        """Return elements ``start ... stop`` for a kernel to bring in; ``finish`` says what it saw.
+
+        Sources of one type stay as they are stored; others are brought in here.
+        """
+        if self.dtype is None:
+            marks: Marks = [[0, 0] for _ in range(len(self.stack.rows) + 1)]
+            rows, base = self._each(start, stop, marks if marked else None)
+            return taken_numbers(rows, base, marks)
+        width = (stop - start) * self.dtype.itemsize
+        stored = self.scratch.array("stored", (len(self.sources), -(-width // 8) * 8), np.uint8)
+        if width % 8:
+            stored[:, width:] = 0
+        for row, source in zip(stored, self.sources, strict=True):
             assert source.storage is not None
-            raw(source.storage, info, start, stop, row[:width])
-        base = self.scratch.array("base", (count,), self.real) if self.reads_base else self.nothing
-        at = None if marks is None else start * dtype.itemsize
-        found, bad = ingest_rows(stored, dtype, base, rows, self.reads_base, at, self.check)
-        first = 0 if self.reads_base else 1
-        for number, mark in enumerate(found if marks is not None else ()):
-            assert marks is not None
-            marks[number + first][0] += int(mark[0])
-            marks[number + first][1] += int(mark[1])
-        if bad.any():
-            number = int(bad.argmax()) + first
-            raise NonFinite(("base", *self.stack.row_names)[number], self.stack.name, sources[number - first])
-        return base if self.reads_base else None
+            assert source.dense is not None
+            raw(source.storage, source.dense, start, stop, row[:width])
+        at = start * self.dtype.itemsize if marked else None
+        return taken_stored(stored, self.dtype, self.real, subtract=self.reads_base, start=at, check=self.check)
+
+    def finish(self, taken: Taken, marks: Marks | None) -> None:
+        """Add a block's fingerprint sums to ``marks``, once a kernel has brought it in.
+
+        Raises:
+            NonFinite: a value is NaN or Inf.
+        """
+        first = 0 if self.dtype is None or self.reads_base else 1
+        if marks is not None:
+            for mark, (low, high) in zip(marks[first:], taken.marks.tolist(), strict=True):
+                mark[0] += low
+                mark[1] += high
+        if self.check and taken.bad.any():
+            number = int(taken.bad.argmax())
+            raise NonFinite(("base", *self.stack.row_names)[number + first], self.stack.name, self.sources[number])
 
     def _dense(
         self, source: Source, who: str, start: int, stop: int, out: Any, base: Any, mark: list[int] | None
@@ -158,9 +173,18 @@ class Loader:
 
     def load(self, start: int, stop: int, marks: Marks | None = None) -> tuple[Any, Any]:
         """Return (rows [K, n], base [n] or None) of elements ``start ... stop``."""
+        if self.dtype is None:
+            return self._each(start, stop, marks)
+        taken = self.take(start, stop, marked=marks is not None)
         rows = self.scratch.array("stack", (len(self.stack.rows), stop - start), self.real)
-        if self.together and (self.vectors or not self.reads_base):
-            return rows, self._load_together(start, stop, rows, marks)
+        base = self.scratch.array("base", (stop - start,), self.real) if self.reads_base else self.nothing
+        take_all(taken, rows, base)
+        self.finish(taken, marks)
+        return rows, base if self.reads_base else None
+
+    def _each(self, start: int, stop: int, marks: Marks | None) -> tuple[Any, Any]:
+        """``load`` from sources of several types, or low-rank ones, one after the other."""
+        rows = self.scratch.array("stack", (len(self.stack.rows), stop - start), self.real)
         base = self.base(start, stop, marks) if self.reads_base else None
         for k, source in enumerate(self.stack.rows):
             row, who = rows[k], self.stack.row_names[k]

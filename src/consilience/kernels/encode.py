@@ -5,19 +5,35 @@ from typing import Any
 import numpy as np
 
 from consilience.checkpoints.dtypes import DType
+from consilience.checkpoints.values import has_special
 from consilience.jit import kernel, reporting
 from consilience.kernels.random_bits import splitmix64
+
+
+@kernel
+def _round_bf16(bits: Any, out: Any) -> None:
+    for i in range(out.size):
+        b = bits[i]  # round to nearest, ties to even
+        out[i] = np.uint16((b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@kernel
+def _round_bf16_special(bits: Any, out: Any) -> None:
+    _round_bf16(bits, out)
+    for i in range(out.size):
+        if (bits[i] & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):  # NaN keeps a significand bit
+            out[i] = np.uint16((bits[i] >> np.uint32(16)) | np.uint32(64))
 
 
 @kernel
 def to_bf16(values: Any, out: Any) -> None:
     """Round float32 ``values`` to bfloat16 bits ``out`` (uint16)."""
     bits = values.view(np.uint32)
-    for i in range(out.size):
-        b = bits[i]  # round to nearest, ties to even; NaN keeps a significand bit
-        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = np.uint16((b >> np.uint32(16)) | np.uint32(64)) if nan else np.uint16(rounded)
+    odd = bits.size % 2 != 0
+    if odd or has_special(bits.view(np.uint64), np.uint64(0x7F8000007F800000), np.uint64(0x0080000000800000)):
+        _round_bf16_special(bits, out)
+    else:
+        _round_bf16(bits, out)
 
 
 @kernel
@@ -104,7 +120,13 @@ def rounding_cost(exact: Any, rounded: Any, base: Any) -> tuple[float, float]:
 
 
 @reporting
-def _below(row: Any, weight: Any, base: Any, per_unit: Any, out: Any) -> None:
+def below_unit(row: Any, weight: Any, base: Any, per_unit: Any, out: Any) -> None:
+    """Measure how much of ``weight * row`` is below one unit in the last place of ``base``.
+
+    Adds to ``out`` [4]: entries that differ from zero, those of them below one unit, the L1 norm, and the part of it
+    below one unit. ``per_unit`` is 2^-(significand bits) of the output's type. The row is a tile's, and summed in its
+    own type.
+    """
     one, zero = row.dtype.type(1), row.dtype.type(0)
     changed = zero
     below = zero
@@ -121,16 +143,3 @@ def _below(row: Any, weight: Any, base: Any, per_unit: Any, out: Any) -> None:
     out[1] += below
     out[2] += mass
     out[3] += mass_below
-
-
-@kernel
-def below_unit(rows: Any, weights: Any, base: Any, per_unit: Any, out: Any) -> None:
-    """Measure how much of ``weights[k] * rows[k]`` is below one unit in the last place of ``base``.
-
-    Adds to ``out`` [K, 4]: entries that differ from zero, those of them below one unit, the L1 norm, and the part of it
-    below one unit. ``per_unit`` is 2^-(significand bits) of the output's type. Tiles are summed in the rows' own type.
-    """
-    for at in range(0, rows.shape[1], 4096):
-        end = min(rows.shape[1], at + 4096)
-        for k in range(rows.shape[0]):
-            _below(rows[k, at:end], weights[k], base[at:end], per_unit, out[k])

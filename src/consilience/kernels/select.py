@@ -3,14 +3,14 @@
 A magnitude is ranked by the 31 bits of its float32 value, which order as the values do.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from consilience.jit import kernel
+from consilience.jit import kernel, reporting
 
 #: Bits of the largest magnitude there can be (NaN's included), and elements that are looked at together.
-LARGEST, GROUP = (1 << 31) - 1, 64
+LARGEST, TILE = (1 << 31) - 1, 1024
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
@@ -21,29 +21,50 @@ def magnitudes(row: Any, out: Any) -> None:
         out[i] = np.float32(row[i]).view(np.uint32) & _MAGNITUDE
 
 
-@kernel
-def collect(row: Any, low: Any, high: Any, out: Any) -> tuple[int, int]:
-    """Write the magnitude bits from ``low`` to ``high`` to ``out`` [n + 1], in order; return how many, and those above.
+@reporting
+def _count(row: Any, low: Any, high: Any) -> tuple[Any, Any, Any, Any]:
+    """Count what is above and from ``high``, above and from ``low``: in float32, exact for a tile, for wide vectors."""
+    one, zero = np.float32(1), np.float32(0)
+    above = zero
+    from_high = zero
+    above_low = zero
+    from_low = zero
+    for i in range(row.size):
+        bits = np.float32(row[i]).view(np.uint32) & _MAGNITUDE
+        above += one if bits > high else zero
+        from_high += one if bits >= high else zero
+        above_low += one if bits > low else zero
+        from_low += one if bits >= low else zero
+    return above, from_high, above_low, from_low
 
-    Most groups hold none, which counting without branches finds faster than looking at each.
+
+@kernel
+def _between(row: Any, low: Any, high: Any, out: Any, found: int) -> int:
+    for i in range(row.size):
+        bits = np.float32(row[i]).view(np.uint32) & _MAGNITUDE
+        out[found] = bits
+        found += low < bits < high
+    return found
+
+
+@kernel
+def collect(row: Any, low: Any, high: Any, out: Any, counts: Any) -> int:
+    """Write the magnitude bits between ``low`` and ``high``, both left out, to ``out`` [n + 1], in order.
+
+    Adds to ``counts`` [3] how many are above ``high``, equal to it, and equal to ``low``: where many entries are equal,
+    bounds taken from a sample are such values. Returns how many were written. Most tiles of few distinct values hold
+    none, which counting without branches finds faster than looking at each.
     """
     found = 0
-    above = 0
-    for at in range(0, row.size, GROUP):
-        group = row[at : at + GROUP]
-        over = np.float32(0)
-        from_low = np.float32(0)
-        for i in range(group.size):
-            bits = np.float32(group[i]).view(np.uint32) & _MAGNITUDE
-            over += np.float32(1) if bits > high else np.float32(0)
-            from_low += np.float32(1) if bits >= low else np.float32(0)
-        above += int(over)
-        if from_low > over:
-            for i in range(group.size):
-                bits = np.float32(group[i]).view(np.uint32) & _MAGNITUDE
-                out[found] = bits
-                found += low <= bits <= high
-    return found, above
+    for at in range(0, row.size, TILE):
+        tile = row[at : at + TILE]
+        above, from_high, above_low, from_low = _count(tile, low, high)
+        counts[0] += int(above)
+        counts[1] += int(from_high - above)
+        counts[2] += int(from_low - above_low)
+        if above_low > from_high:
+            found = _between(tile, low, high, out, found)
+    return found
 
 
 @kernel
@@ -80,3 +101,24 @@ def shave(row: Any, threshold: Any, quota: int) -> int:
         quota -= equal
         row[i] = zero if magnitude > threshold or equal else row[i]
     return quota
+
+
+class Kept(NamedTuple):
+    """Ranks by magnitude: entries below ``last`` [K] go, and those above ``first`` [K]; of equal ones ``quota`` [2, K].
+
+    ``last`` below 0 and ``first`` infinite keep a row as it is.
+    """
+
+    last: Any
+    first: Any
+    quota: Any
+
+
+@kernel
+def keep(rows: Any, kept: Any) -> None:
+    """Zero what is outside the ranks, in place; the quota counts down."""
+    for k in range(kept.last.size):
+        if not kept.last[k] < 0:
+            kept.quota[0, k] = trim(rows[k], kept.last[k], kept.quota[0, k])
+        if kept.first[k] != np.inf or kept.quota[1, k] > 0:
+            kept.quota[1, k] = shave(rows[k], kept.first[k], kept.quota[1, k])

@@ -4,7 +4,7 @@ What a method of one's own needs is here: see docs/methods/own.md.
 """
 
 from consilience.jit import kernel
-from consilience.methods.program import Arithmetic, Elementwise, Merge, Place, Ranks, Step, Sums, Update
+from consilience.methods.program import Arithmetic, Elementwise, Merge, Ranks, Step, Sums, Update
 from consilience.methods.registry import load, names
 from consilience.methods.signature import (
     Default,
@@ -28,7 +28,6 @@ __all__ = [
     "Others",
     "Parameter",
     "PerExpert",
-    "Place",
     "Range",
     "Ranks",
     "Step",

@@ -1,6 +1,5 @@
 """DARE with a plain sum: drop entries at random and rescale the rest."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -9,7 +8,7 @@ from consilience.jit import kernel
 from consilience.kernels.random_bits import splitmix64
 from consilience.methods.linear import normalised
 from consilience.methods.mergekit import Int8Mask
-from consilience.methods.program import Elementwise, Floats, Merge, Place, Sums
+from consilience.methods.program import Elementwise, Merge, Step, Sums
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
 from consilience.methods.weighted_sum import weighted
 
@@ -17,28 +16,23 @@ Rescale = Literal["exact", "l1", True, False]
 
 
 @kernel
-def _drop(row: Any, key: Any, start: int, limit: Any, scale: Any) -> None:
-    """Keep entry i where its upper 32 random bits are below ``limit`` (density * 2^32), times ``scale``; else 0."""
-    zero = row.dtype.type(0)
-    for i in range(row.size):
-        keep = (splitmix64(key, start + i) >> np.uint64(32)) < limit
-        row[i] = row[i] * scale if keep else zero
+def _drop(rows: Any, start: int, keys: Any, limits: Any, scales: Any) -> None:
+    """Keep entry i of row k where its upper 32 random bits are below ``limits[k]`` (density * 2^32), times a scale."""
+    zero = rows.dtype.type(0)
+    for k in range(rows.shape[0]):
+        row, key, limit, scale = rows[k], keys[k], limits[k], rows.dtype.type(scales[k])
+        for i in range(row.size):
+            keep = (splitmix64(key, start + i) >> np.uint64(32)) < limit
+            row[i] = row[i] * scale if keep else zero
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Keep each entry of row k with probability ``density[k]`` and multiply the kept ones by ``scale[k]``.
+def drop(density: PerExpert, scale: tuple[float, ...]) -> Step:
+    """Return the step that keeps each entry of row k with probability ``density[k]``, times ``scale[k]``.
 
     The random numbers are counter-based: SplitMix64 keyed by seed, tensor and expert, indexed by element.
     """
-
-    density: tuple[float, ...]
-    scale: tuple[float, ...]
-
-    def __call__(self, rows: Floats, place: Place) -> None:
-        """Drop, in place."""
-        for row, key, density, scale in zip(rows, place.keys, self.density, self.scale, strict=True):
-            _drop(row, np.uint64(key), place.start, np.uint64(round(density * 2**32)), row.dtype.type(scale))
+    limits = np.array([round(share * 2**32) for share in density], np.uint64)
+    return Step(_drop, (limits, np.array(scale, np.float64)))
 
 
 def dropped(merge: Merge, density: PerExpert, rescale: Rescale, scale: float) -> Elementwise:
@@ -56,12 +50,12 @@ def dropped(merge: Merge, density: PerExpert, rescale: Rescale, scale: float) ->
                 float(before / after) if before >= 1e-7 and after >= 1e-7 else 1.0
                 for before, after in zip(sums.l1, sums.l1_stepped, strict=True)
             )
-            return Elementwise("task_vectors", merge, step=Drop(density, ratio), scale=scale)
+            return Elementwise("task_vectors", merge, step=drop(density, ratio), scale=scale)
 
-        plain = Drop(density, (1.0,) * len(density))
+        plain = drop(density, (1.0,) * len(density))
         return Elementwise("task_vectors", merge, step=plain, scale=scale, needs="l1", finish=finish)
     factor = tuple(1.0 / d if rescale and d > 0 else 1.0 for d in density)
-    step = Drop(density, factor) if min(density) < 1 else None
+    step = drop(density, factor) if min(density) < 1 else None
     return Elementwise("task_vectors", merge, step=step, scale=scale)
 
 

@@ -8,7 +8,7 @@ from consilience.methods.signature import Default, Range, TensorSpec, elementwis
 
 
 @kernel
-def _clipped(rows: Any, base: Any, start: int, weights: Any, t: float, out: Any) -> None:
+def _clipped(rows: Any, base: Any, start: int, weights: Any, out: Any, t: float) -> None:
     limit = rows.dtype.type(t)
     for i in range(out.size):
         out[i] = min(max(rows[0, i], -limit), limit)

@@ -1,10 +1,10 @@
 """What a method asks of the engine for one tensor.
 
-*Element-wise* methods see blocks of a stack [K, n]: row k is expert k's task vector (``space="task_vectors"``) or its
-weights (``space="weights"``), in float32 (float64 where an input or the output needs it). The engine walks a tensor in
-cache-sized blocks: it decodes, keeps the ranks a method asks for, lets ``step`` change the rows and ``merge`` make one
-of them, multiplies by ``scale``, adds the base (task vectors only), rounds and writes. What has to be known of the
-whole tensor first (ranks, sums) takes extra passes over the data, never the data in memory.
+*Element-wise* methods see tiles of a stack [K, n]: row k is expert k's task vector (``space="task_vectors"``) or its
+weights (``space="weights"``), in float32 (float64 where an input or the output needs it). One compiled pass takes a
+cache-sized tile after the other: it decodes, keeps the ranks a method asks for, lets ``step`` change the rows and
+``merge`` make one of them, multiplies by ``scale``, adds the base (task vectors only) and rounds. What has to be known
+of the whole tensor first (ranks, sums) takes extra passes over the data, never the data in memory.
 
 *Matrix* methods see a whole tensor at a time, as its ``Stack``.
 """
@@ -17,66 +17,61 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[Any]
-#: A stretch of a block, [low, high) counted from its beginning, and the multiplier of every row there.
-Cut = tuple[int, int, tuple[float, ...]]
 
 
-class Place(NamedTuple):
-    """Where a block is, and what else may be known of it.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Changes the rows of a tile in place: ``function(rows, start, keys, *args)``, a kernel.
 
-    ``start`` is the index of its first element in the flattened tensor; ``base`` [n] the base's values (empty where
-    weights are averaged without one); ``keys`` [K] key each row's stream of counter-based random numbers.
+    ``rows`` [K, n] are the tile's, ``start`` the index of its first element in the flattened tensor, ``keys`` [K]
+    uint64 seeds of each row's counter-based random numbers.
     """
 
-    start: int
-    base: Floats
-    keys: tuple[int, ...]
-
-
-class Step(Protocol):
-    """Changes the rows of a block in place."""
-
-    def __call__(self, rows: Floats, place: Place) -> None:
-        """Change ``rows`` [K, n]."""
-        ...
+    function: Callable[..., None]
+    args: tuple[Any, ...] = ()
 
 
 class Merge(Protocol):
-    """Makes one row of a block's rows."""
+    """Makes one row of a tile's rows: ``function(rows, base, start, weights, out, *args)``, a kernel.
+
+    ``rows`` [K, n] may be overwritten; ``base`` [n] are the base's values (empty where weights are averaged without
+    one), ``start`` is the index of the first element in the flattened tensor, ``weights`` are K floats, and ``out`` [n]
+    is to be filled. K is a constant when it is compiled.
+    """
+
+    @property
+    def function(self) -> Callable[..., None]:
+        """The kernel (``consilience.methods.kernel``)."""
+        ...
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What it takes besides: numbers, flags, arrays."""
+        ...
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The multiplier of every row by itself, for reports; a piecewise merge's first."""
+        """The multiplier of every row by itself, for the function and for reports; a piecewise merge's first."""
         ...
 
-    def cut(self, start: int, stop: int) -> list[Cut]:
-        """Return the stretches of the block ``start ... stop`` and the rows' multipliers there."""
-        ...
-
-    def __call__(self, rows: Floats, place: Place, out: Floats) -> None:
-        """Fill ``out`` [n] from ``rows`` [K, n], which may be overwritten."""
+    @property
+    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """First elements of stretches of the tensor, and the rows' multipliers in each, for reports."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """A merge by a function of a block: ``function(rows, base, start, weights, *args, out)``.
-
-    ``rows`` [K, n] are the block's, ``base`` [n] and ``start`` as ``Place`` has them, ``weights`` K floats, ``out`` [n]
-    is filled. Compiled by ``consilience.jit.kernel``, it runs in parallel, and K is a constant; plain numpy works too.
-    """
+    """A merge whose multipliers are the same all over the tensor."""
 
     function: Callable[..., None]
     weights: tuple[float, ...]
     args: tuple[Any, ...] = ()
 
-    def cut(self, start: int, stop: int) -> list[Cut]:
-        """Return the whole block."""
-        return [(0, stop - start, self.weights)]
-
-    def __call__(self, rows: Floats, place: Place, out: Floats) -> None:
-        """Fill ``out``."""
-        self.function(rows, place.base, place.start, self.weights, *self.args, out)
+    @property
+    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """One stretch."""
+        return (0,), (self.weights,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +123,11 @@ class Elementwise:
         return self.merge.weights
 
     @property
+    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """Stretches of the tensor, and the rows' multipliers in each."""
+        return self.merge.table
+
+    @property
     def masks(self) -> bool:
         """Whether entries of the rows are left out."""
         return self.keep is not None or self.step is not None
@@ -157,6 +157,11 @@ class Matrix:
     masks: ClassVar[bool] = False
     keep: ClassVar[None] = None
     needs: ClassVar[Literal["none"]] = "none"
+
+    @property
+    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """One stretch."""
+        return (0,), (self.weights,)
 
 
 Program = Elementwise | Matrix

@@ -6,12 +6,12 @@ import numpy as np
 
 from consilience.jit import kernel
 from consilience.methods.mergekit import Int8Mask
-from consilience.methods.program import Arithmetic, Elementwise, Floats, Place, Ranks
+from consilience.methods.program import Arithmetic, Elementwise, Ranks
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
 
 
 @kernel
-def agreeing_sum(rows: Any, base: Any, start: int, weights: Any, mean: bool, out: Any) -> None:
+def agreeing_sum(rows: Any, base: Any, start: int, weights: Any, out: Any, mean: bool) -> None:
     """Per element: the rows whose weighted sign is that of the weighted sum (0 counts as +), summed.
 
     ``mean`` divides by the sum of their weights; a divisor below 1e-8, what rounding leaves of weights that cancel,
@@ -37,7 +37,8 @@ def agreeing_sum(rows: Any, base: Any, start: int, weights: Any, mean: bool, out
 
 
 @kernel
-def _elect(rows: Any) -> None:
+def elect(rows: Any, start: int, keys: Any) -> None:
+    """Zero the entries of every row whose sign is not that of the sum of the rows (0 counts as +), in float64."""
     zero = rows.dtype.type(0)
     for i in range(rows.shape[1]):
         total = 0.0
@@ -47,12 +48,6 @@ def _elect(rows: Any) -> None:
             agrees = rows[k, i] > zero if total >= 0.0 else rows[k, i] < zero
             if not agrees:
                 rows[k, i] = zero
-
-
-def elect(rows: Floats, place: Place | None = None) -> None:
-    """Zero the entries of every row whose sign is not that of the sum of the rows (0 counts as +), in float64."""
-    del place
-    _elect(rows)
 
 
 def kept(numel: int, density: float) -> int:

@@ -1,11 +1,13 @@
-"""Weighted sums of a block's rows: one weight for every row, or one for every stretch of a row."""
+"""Weighted sums of rows: one weight for every row, or one for every stretch of a row."""
 
-from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from consilience.jit import kernel
-from consilience.methods.program import Arithmetic, Cut, Elementwise, Floats, Place
+from consilience.methods.program import Arithmetic, Elementwise
 
 
 @kernel
@@ -31,6 +33,23 @@ def low_rank_weights(program: object) -> tuple[float, ...] | None:
     return tuple(weight * program.scale for weight in program.weights) if plain else None
 
 
+@kernel
+def _piecewise(rows: Any, base: Any, start: int, weights: Any, out: Any, starts: Any, table: Any) -> None:
+    stop = start + out.size
+    piece = np.searchsorted(starts, start, side="right") - 1
+    low = start
+    while low < stop:
+        high = min(starts[piece + 1], stop) if piece + 1 < starts.size else stop
+        target = out[low - start : high - start]
+        for i in range(target.size):
+            target[i] = 0
+        for k in range(rows.shape[0]):
+            weight, row = rows.dtype.type(table[piece, k]), rows[k, low - start : high - start]
+            for i in range(target.size):
+                target[i] += weight * row[i]
+        low, piece = high, piece + 1
+
+
 @dataclass(frozen=True, slots=True)
 class PiecewiseSum:
     """``sum_k weights[p][k] * row_k`` on the elements from ``starts[p]`` to ``starts[p + 1]`` (or the end)."""
@@ -39,23 +58,21 @@ class PiecewiseSum:
     pieces: tuple[tuple[float, ...], ...]
 
     @property
+    def function(self) -> Callable[..., None]:
+        """The kernel."""
+        return _piecewise
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """The first piece's."""
         return self.pieces[0]
 
-    def cut(self, start: int, stop: int) -> list[Cut]:
-        """Return the pieces that meet the block."""
-        first = bisect_right(self.starts, start) - 1
-        found: list[Cut] = []
-        for number in range(first, len(self.starts)):
-            low = max(self.starts[number], start)
-            if low >= stop:
-                break
-            high = min(self.starts[number + 1], stop) if number + 1 < len(self.starts) else stop
-            found.append((low - start, high - start, self.pieces[number]))
-        return found
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Where pieces start, and their weights [P, K]."""
+        return np.array(self.starts, np.int64), np.array(self.pieces, np.float64)
 
-    def __call__(self, rows: Floats, place: Place, out: Floats) -> None:
-        """Fill ``out``."""
-        for low, high, weights in self.cut(place.start, place.start + out.size):
-            weighted_sum(rows[:, low:high], place.base, place.start, weights, out[low:high])
+    @property
+    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+        """The pieces."""
+        return self.starts, self.pieces

@@ -25,6 +25,7 @@ from consilience.errors import InputError
 from consilience.experts.block import Loader, Scratch, finite_errors
 from consilience.experts.stack import Block, Stack
 from consilience.kernels import pieces as kernels
+from consilience.kernels.select import keep
 from consilience.methods.ties import elect
 from consilience.student import low_rank, on_device, packed
 from consilience.student.extents import cuts, cuts_by_piece, extents_of
@@ -110,12 +111,12 @@ class Bank:
         """Yield the blocks of one segment, trimmed if task vectors are."""
         stack, selection = self.tensors[name], self._selection
         check = name not in self._seen and not self.allow_nonfinite
-        quota = [] if selection is None else selection.quota(self._piece(name, segment))
+        kept = None if selection is None else selection.kept(self._piece(name, segment))
         for block in stack.blocks(*span(stack.numel, segment), scratch=self._scratch(), check=check):
-            if selection is not None and self.trimmed is not None:
-                selection.mask(block.vectors, quota)
+            if kept is not None and self.trimmed is not None:
+                keep(block.vectors, kept)
                 if self.trimmed.elect:
-                    elect(block.vectors)
+                    elect(block.vectors, block.start, None)
             yield block
 
     def _each(self, jobs: Sequence[Job], run: Callable[[str, int], Any]) -> list[Any]:

@@ -6,7 +6,7 @@ from consilience.methods import Arithmetic, Default, Elementwise, PerExpert, Ten
 
 
 @kernel
-def _signed_square(rows: Any, base: Any, start: int, weights: Any, size: float, out: Any) -> None:
+def _signed_square(rows: Any, base: Any, start: int, weights: Any, out: Any, size: float) -> None:
     for i in range(out.size):
         total = rows.dtype.type(0)
         for k in range(len(weights)):
