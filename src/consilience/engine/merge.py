@@ -2,8 +2,10 @@
 
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,10 +103,7 @@ def _has(expert: Any, name: str) -> bool:
 
 
 def _verify(plan: Plan, sink: FileSink, records: dict[Piece, Record], threads: int, progress: Progress) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import local
-
-    held = local()
+    held = threading.local()
 
     def one(record: Record) -> int:
         if not hasattr(held, "buffer"):
@@ -225,9 +224,11 @@ def stream_in(
             records = _streamed(plan, streamer)
         if journal.failure is not None:
             raise journal.failure
-        sink.flush()
         try:
-            _verify(plan, sink, records, threads, progress)
+            with ThreadPoolExecutor(1) as beside:  # the disk is busy with what the processor reads back
+                flushed = beside.submit(sink.flush)
+                _verify(plan, sink, records, threads, progress)
+                flushed.result()
         except MachineError:
             (work.path / JOURNAL).unlink()  # what it says is on disk is not: a rerun starts over
             raise
