@@ -49,7 +49,7 @@ def _named(experts: Any) -> dict[str, Any]:
         return dict(mapping)
     values = list(cast(Iterable[Any], experts))
     if all(isinstance(value, str | Path) for value in values):
-        from consilience.engine.plan import expert_names
+        from consilience.experts.expert_set import expert_names
 
         return dict(zip(expert_names([(str(v), None) for v in values], "experts"), values, strict=True))
     return {f"expert-{i + 1}": value for i, value in enumerate(values)}

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import consilience as cs
 from consilience.checkpoints.open import open_checkpoint
-from consilience.engine.plan import expert_names
 from consilience.errors import InputError
 from consilience.experts.align import private_filter
+from consilience.experts.expert_set import expert_names
 from consilience.experts.ties import says_tied, ties_of
 
 State = dict[str, Any]

@@ -31,8 +31,9 @@ from consilience.engine.merge import check_learned, merge_workdir, recipe_text, 
 from consilience.engine.output import check_space, write_chosen
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import Streamer
-from consilience.engine.unchanged import check_unchanged
+from consilience.engine.unchanged import check_still
 from consilience.errors import InputError, option
+from consilience.experts.expert_set import Opened
 from consilience.experts.model import Model
 from consilience.methods.weighted_sum import low_rank_weights
 from consilience.numbers import is_count
@@ -203,7 +204,7 @@ def _write_weights(plan: Plan, path: Path, found: list[_Factors], dtype: DType) 
     write_tensors(path, tensors)
 
 
-def called(plan: Plan, target: str) -> str:
+def called(plan: Opened, target: str) -> str:
     """Return what adapters of PEFT's form themselves call a tensor of the base; others have names of other programs."""
     adapters = (expert.adapter for expert in plan.experts)
     own = (adapter for adapter in adapters if adapter is not None and "peft_type" in adapter.config)
@@ -302,7 +303,7 @@ def adapter_in(
         notes.append("the result changes nothing: every factor is 0; look at weights, densities and lora_alpha")
     loader = check_adapter_output(plan, result, check or LoadCheck(), progress)
     _write_papers(result, plan, work.out.name, kind, notes, loader)
-    check_unchanged(plan, {}, {})
+    check_still(plan)
     kept, total = math.fsum(f.kept for f in found), math.fsum(f.total for f in found)
     discarded = max(0.0, 1.0 - kept / total) if kind == "svd" and total else 0.0
     warnings = tuple(by_level(plan.differences, "warning"))

@@ -9,6 +9,7 @@ from consilience import __version__
 from consilience.engine.differences import by_level
 from consilience.engine.origin import fetched_id, front_matter, hub_ids, parts_of
 from consilience.engine.plan import Plan
+from consilience.experts.expert_set import Opened
 from consilience.experts.model import Model
 
 #: Front-matter keys of the base's card that stay true of a merge.
@@ -25,7 +26,7 @@ def licence(model: Model) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def licences(plan: Plan) -> tuple[str | None, list[str]]:
+def licences(plan: Opened) -> tuple[str | None, list[str]]:
     """Return the output's licence where all inputs that state one agree, and warnings where they do not."""
     stated = {model.reference: licence(model) for model in plan.models}
     distinct = sorted({value for value in stated.values() if value})

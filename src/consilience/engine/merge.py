@@ -225,8 +225,8 @@ def stream_in(
         if journal.failure is not None:
             raise journal.failure
         try:
-            with ThreadPoolExecutor(1) as beside:  # the disk is busy with what the processor reads back
-                flushed = beside.submit(sink.flush)
+            with ThreadPoolExecutor(1) as pool:  # the disk is busy with what the processor reads back
+                flushed = pool.submit(sink.flush)
                 _verify(plan, sink, records, threads, progress)
                 flushed.result()
         except MachineError:

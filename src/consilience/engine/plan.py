@@ -11,20 +11,14 @@ from typing import Any
 
 from consilience import __version__
 from consilience.checkpoints.dtypes import DTYPES, DType
-from consilience.checkpoints.open import TORCH_SUFFIXES
-from consilience.checkpoints.packed import packing
 from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
 from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
 from consilience.experts.align import Alignment, align, private_filter
-from consilience.experts.conv1d import orient
-from consilience.experts.embeddings import with_own_size, with_trained_rows
-from consilience.experts.flattened import unflatten
+from consilience.experts.expert_set import comparable, expert_names
 from consilience.experts.model import Model, Source, open_model
-from consilience.experts.names import follow_base
-from consilience.experts.quantised import in_floats, packed_target
 from consilience.experts.stack import Stack
 from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program, Ranks, Step
 from consilience.methods.registry import load
@@ -38,8 +32,6 @@ from consilience.recipe.schema import Recipe
 SEGMENT = 1 << 22
 #: Buffers of running statistics (BatchNorm): averaged, never extrapolated, whatever the method.
 _RUNNING = (".running_mean", ".running_var")
-#: Names without ending of files of weights that are called alike in every folder.
-_USUAL_FILES = ("model", "pytorch_model", "adapter_model", "adapters", "pytorch_lora_weights")
 #: Name of the expert that a learned method makes beside its coefficients, and of its folder.
 CORRECTION = "correction"
 #: A merged checkpoint is cut into files of at most this many bytes unless told otherwise.
@@ -224,36 +216,6 @@ def resolve_file(path: str, root: Path | None) -> Path:
     return root / plain if root is not None and not plain.exists() and not plain.is_absolute() else plain
 
 
-def _short_name(reference: str) -> str:
-    """Return the last part of a reference that tells models apart: of a file called as all are, its folder's name."""
-    path = Path(reference.rstrip("/"))
-    if path.suffix in (".safetensors", *TORCH_SUFFIXES):
-        path = path.parent if path.stem in _USUAL_FILES and path.parent.name else path.with_suffix("")
-    return path.name.split("@")[0].replace(".", "-") or "expert"
-
-
-def expert_names(references: list[tuple[str, str | None]], where: str) -> list[str]:
-    """Name each model: as the recipe does, else by the last part of its reference; refuse duplicates the user chose."""
-    taken = {"base"}  # the name of the base itself, in messages and in the lineage
-    for _, name in references:
-        if name is not None and (name in taken or not name or any(c in name for c in "/\\\0.=")):
-            raise InputError(
-                f"{where}: model name {name!r} is used twice (the base is 'base'), empty, or holds '/', '.' or '='; "
-                "choose another"
-            )
-        taken |= {name} if name is not None else set()
-    out: list[str] = []
-    for reference, name in references:
-        if name is None:
-            stem = _short_name(reference)
-            name, number = stem, 2
-            while name in taken:
-                name, number = f"{stem}-{number}", number + 1
-            taken.add(name)
-        out.append(name)
-    return out
-
-
 def open_models(
     recipe: Recipe, method: Method, where: str, root: Path | None
 ) -> tuple[Model | None, list[tuple[Model, int]]]:
@@ -375,43 +337,6 @@ class _Context:
     where: str
 
 
-_Models = tuple[Model | None, list[tuple[Model, int]]]
-
-
-def _comparable(base: Model | None, numbered: list[tuple[Model, int]]) -> _Models:
-    """Return the models with tensors of one set of names, in values where something is to be merged.
-
-    Quantised weights that can be read as floats are, unless all that comes is adapters on other layers: then they are
-    copied as they are.
-    """
-    if base is not None and all(model.checkpoint is None for model, _ in numbered):
-        base, adapters = _named_alike(base, numbered)
-        assert base is not None
-        packed = packing(base.checkpoint)
-        if not any(packed_target(model, base, packed) for model, _ in adapters):
-            return base, adapters
-    return _named_alike(base and in_floats(base), [(in_floats(model), number) for model, number in numbered])
-
-
-def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> _Models:
-    """Let all models call tensors what the base's files call them, and turn adapters' updates as these store them."""
-    first = base or numbered[0][0]
-    if first.checkpoint is None:
-        return base, numbered
-    donor = replace(first.checkpoint, tensors=first.named)
-
-    def followed(model: Model) -> Model:
-        if model.adapter is not None:
-            model = replace(model, adapter=unflatten(model.adapter, donor.tensors))
-        model = follow_base(model, donor)
-        return with_own_size(model if model.adapter is None else replace(model, adapter=orient(model.adapter, donor)))
-
-    base, numbered = base and followed(base), [(followed(model), number) for model, number in numbered]
-    base = base and with_trained_rows(base, base)
-    first = base or numbered[0][0]
-    return base, [(with_trained_rows(model, first), number) for model, number in numbered]
-
-
 def make_plan(
     recipe: Recipe,
     *,
@@ -451,7 +376,7 @@ def make_plan(
     if not numbered:
         raise InputError(f"{where}: the only model it names is the base itself, {recipe.base_model}; name its experts")
     check_count(method, base, len(numbered), where)
-    base, numbered = _comparable(base, numbered)
+    base, numbered = comparable(base, numbered)
     experts = [model for model, _ in numbered]
     alignment = align(base, experts, recipe.private)
     donor = alignment.donor

@@ -18,6 +18,7 @@ from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Stopped, Worker
 from consilience.errors import InputError, MachineError, option
 from consilience.experts.block import Loader, Marks, NonFinite, count_tensor
+from consilience.experts.expert_set import Opened
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
 from consilience.methods.program import Elementwise, Matrix, Program
@@ -260,7 +261,7 @@ def integer_notes(plan: Plan) -> list[str]:
     return notes
 
 
-def check_copies(plan: Plan) -> None:
+def check_copies(plan: Opened) -> None:
     """Read what is copied because it cannot be merged, packed weights and complex tensors: experts must not change it.
 
     Raises:

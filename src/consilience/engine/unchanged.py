@@ -10,11 +10,12 @@ from consilience.engine.stream import Piece
 from consilience.engine.worker import Record
 from consilience.errors import InputError
 from consilience.experts.block import Marks
+from consilience.experts.expert_set import Opened
 from consilience.experts.model import Model
 from consilience.kernels.fingerprint import MASK
 
 
-def check_files(plan: Plan) -> None:
+def check_files(plan: Opened) -> None:
     """Compare every input file's size, modification time and inode with what they were when the merge was planned.
 
     Raises:
@@ -62,6 +63,18 @@ def check_unchanged(plan: Plan, first: dict[Piece, Marks], records: dict[Piece, 
                 raise _changed(before.path)
 
 
+def check_still(opened: Opened) -> None:
+    """Make sure that models whose values were read once are what they were when they were opened.
+
+    Raises:
+        InputError: names the file that changed.
+    """
+    check_files(opened)
+    for before in (before for model in opened.models for before in model.stamps()):
+        if _now(before) != before:
+            raise _changed(before.path)
+
+
 def _same_but_for_status(before: Stamp, after: Stamp | None) -> bool:
     return after is not None and after._replace(changed=before.changed) == before
 
@@ -82,8 +95,6 @@ def _same_values(plan: Plan, model: Model, before: Stamp, records: dict[Piece, R
     """Read a model's tensors of one file again; an adapter's small files are not worth the trouble."""
     checkpoint = model.checkpoint
     if checkpoint is None or before not in checkpoint.storage.stamps():
-        return False
-    if not records:  # nothing is known of what was read
         return False
     known = fingerprints(plan, records)[0].get(model.name, {})
     number = checkpoint.storage.stamps().index(before)

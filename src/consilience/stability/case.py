@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consilience.engine.plan import Plan, expert_names, make_plan
+from consilience.engine.plan import Plan, make_plan
 from consilience.engine.stream import check_copies
 from consilience.errors import InputError
+from consilience.experts.expert_set import expert_names
 from consilience.experts.stack import Stack
 from consilience.recipe.schema import ModelEntry, Recipe
 

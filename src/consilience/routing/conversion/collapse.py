@@ -23,6 +23,7 @@ from consilience.engine.merge import stream_in
 from consilience.engine.output import check_side_files
 from consilience.engine.plan import Plan
 from consilience.errors import InputError
+from consilience.experts.expert_set import open_experts
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.conversion.shares import Shares, read
 from consilience.routing.evaluation import evaluate_routed, prompts_of
@@ -187,16 +188,16 @@ def _facts(model: Any, tasks: Sequence[Task], total: Shares, max_examples: int |
 
 def _planned(base: str, experts: Mapping[str, str], total: Shares, facts: dict[str, Any]) -> Plan:
     """Plan the merge of the experts with their mean weights as coefficients."""
-    plain = plan_recipe(build_recipe("task_arithmetic", base, experts, {}))
+    opened = open_experts(base, experts)
     try:
-        adapted = [tensor for tensor in plain.tensors if any(row.pair is not None for row in tensor.rows)]
-        modules = [called(plain, tensor.name).removesuffix(".weight") for tensor in adapted]
+        adapted = [stack for stack in opened.stacks if any(row.pair is not None for row in stack.rows)]
+        modules = [called(opened, stack.name).removesuffix(".weight") for stack in adapted]
     finally:
-        plain.close()
+        opened.close()
     unseen = [module for module in modules if module not in total.sums]
     if unseen:
         raise InputError(f"{unseen[0]}: no token of the given rows reached this module; give rows that do")
-    groups = make_groups([(tensor.name, tensor.numel) for tensor in adapted], "tensor")
+    groups = make_groups([(stack.name, stack.numel) for stack in adapted], "tensor")
     alpha = np.stack([total.mean(module).numpy() for module in modules], 1)
     found = Coefficients(tuple(experts), groups, alpha, facts=facts)
     plan = plan_recipe(build_recipe("coefficients", base, experts, {}), coefficients=found)

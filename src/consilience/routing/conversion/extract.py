@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from consilience.api import build_recipe, plan_recipe
-from consilience.checkpoints.dtypes import ALIASES, DTYPES
+from consilience import __version__
+from consilience.checkpoints.dtypes import ALIASES, DTYPES, DType
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.safetensors_file import read_header
 from consilience.engine.adapter_files import CONFIG, WEIGHTS, factor_names, gather, lora_config, write_tensors
@@ -23,10 +23,11 @@ from consilience.engine.card import label, licences, origin
 from consilience.engine.lineage import versions
 from consilience.engine.low_rank import factorise
 from consilience.engine.origin import hub_ids
-from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.stream import check_copies
-from consilience.engine.unchanged import check_unchanged
+from consilience.engine.unchanged import check_still
 from consilience.errors import InputError, nearest
+from consilience.experts.expert_set import ExpertSet, open_experts
+from consilience.experts.stack import Stack
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.conversion.linear import Layout, layout
 from consilience.tasks.load import check_folder, require_transformers
@@ -170,71 +171,73 @@ def extract(
     require_transformers("extraction")
     if str(base) == str(expert):
         raise InputError(f"{expert}: is the base itself; name the model that was tuned from it")
-    plan = plan_recipe(build_recipe("task_arithmetic", str(base), {"expert": str(expert)}, {}))
+    opened = open_experts(str(base), {"expert": str(expert)})
     try:
-        folders = [_base_folder(plan), plan.experts[0].folder]
+        folders = [_base_folder(opened), opened.experts[0].folder]
         inputs = [folder for folder in folders if folder is not None]
         check_out(out, force=force, inputs=inputs)
-        check_copies(plan)
-        known = layout(_base_folder(plan), {t.name: t.shape for t in plan.tensors}, trust_remote_code=trust_remote_code)
-        facts = {"digest": plan.digest, **asdict(wanted)}
+        check_copies(opened)
+        known = layout(
+            _base_folder(opened), {s.name: s.shape for s in opened.stacks}, trust_remote_code=trust_remote_code
+        )
+        facts = {"version": __version__, "inputs": opened.identity, **asdict(wanted)}
         with open_progress(progress) as shown, workdir(out, digest_of(facts), force=force, inputs=inputs) as work:
             if work.delivered is not None:
                 return read_extraction(out)
             layers = work.path / "layers"
             layers.mkdir(exist_ok=True)
-            found = _factorised(plan, known, wanted, layers, shown)
-            _write(work.new_result(), out.name, plan, known, found, layers)
-            check_unchanged(plan, {}, {})
+            found = _factorised(opened, known, wanted, layers, shown)
+            _write(work.new_result(), out.name, opened, known, found, layers)
+            check_still(opened)
             work.deliver({})
         return found
     finally:
-        plan.close()
+        opened.close()
 
 
-def _base_folder(plan: Plan) -> Path:
-    assert plan.base is not None
-    folder = plan.base.folder
+def _base_folder(opened: ExpertSet) -> Path:
+    folder = opened.base.folder
     if folder is None:
-        raise InputError(f"{plan.base.reference}: is a lone file; give the base's folder, with its config.json")
+        raise InputError(f"{opened.base.reference}: is a lone file; give the base's folder, with its config.json")
     check_folder(folder)
     return folder
 
 
-def _factorised(plan: Plan, known: Layout, wanted: _Wanted, work: Path, progress: Progress) -> Extraction:
+def _factorised(opened: ExpertSet, known: Layout, wanted: _Wanted, work: Path, progress: Progress) -> Extraction:
     """Leave a file of factors in ``work`` for every linear layer that changed, and measure the other tensors."""
     layers: list[Layer] = []
     rest: list[Rest] = []
-    changed = [t for t in plan.tensors if t.program is not None and t.name not in plan.alignment.ties]
+    changed = [stack for stack in opened.stacks if stack.rows and stack.name not in opened.alignment.ties]
     progress.phase("extracting", len(changed), "tensors")
-    for tensor in changed:
-        if tensor.name in known.linear:
-            part = _part(work, tensor)
+    for stack in changed:
+        if stack.name in known.linear:
+            part = _part(work, opened, stack.name)
             if not part.is_file():
-                _factorise(tensor, known.linear[tensor.name], wanted, part)
+                stored = opened.alignment.tensors[stack.name].dtype
+                dtype = stored if wanted.dtype is None else DTYPES[ALIASES[wanted.dtype]]
+                _factorise(stack, known.linear[stack.name], wanted, dtype, part)
             if part.is_file():
-                layers.append(_layer(tensor, known.linear[tensor.name], part))
+                layers.append(_layer(stack.name, known.linear[stack.name], part))
         else:
-            total = float(replace(tensor.stack, wide=True).gram()[0, 0])
-            rest += [Rest(tensor.name, known.kinds[tensor.name], total)] if total else []
+            total = float(replace(stack, wide=True).gram()[0, 0])
+            rest += [Rest(stack.name, known.kinds[stack.name], total)] if total else []
         progress.advance()
-    base, expert = plan.recipe.base_model or "", plan.experts[0].reference
+    base, expert = opened.base.reference, opened.experts[0].reference
     if not layers:
         raise InputError(f"{expert}: no linear layer differs from {base}, so there is nothing to extract")
     return Extraction(base, expert, tuple(layers), tuple(rest))
 
 
-def _part(work: Path, tensor: TensorPlan) -> Path:
-    return work / f"{tensor.index:05d}.safetensors"
+def _part(work: Path, opened: ExpertSet, tensor: str) -> Path:
+    return work / f"{list(opened.alignment.tensors).index(tensor):05d}.safetensors"
 
 
-def _factorise(tensor: TensorPlan, module: str, wanted: _Wanted, part: Path) -> None:
+def _factorise(stack: Stack, module: str, wanted: _Wanted, dtype: DType, part: Path) -> None:
     """Write the factors of a layer, unless it is unchanged."""
-    delta = replace(tensor.stack, wide=True).whole()[0]
+    delta = replace(stack, wide=True).whole()[0]
     if not delta.any():
         return
     found = factorise(delta, wanted.rank, wanted.energy)
-    dtype = tensor.out_dtype if wanted.dtype is None else DTYPES[ALIASES[wanted.dtype]]
     a, b = factor_names(module)
     unfinished = part.with_suffix(".new")
     write_tensors(
@@ -243,28 +246,26 @@ def _factorise(tensor: TensorPlan, module: str, wanted: _Wanted, part: Path) -> 
     os.replace(unfinished, part)
 
 
-def _layer(tensor: TensorPlan, module: str, part: Path) -> Layer:
+def _layer(tensor: str, module: str, part: Path) -> Layer:
     entries, facts = read_header(part)
     rank = entries[factor_names(module)[0]].shape[0]
-    return Layer(tensor.name, module, rank, float(facts["kept"]), float(facts["total"]))
+    return Layer(tensor, module, rank, float(facts["kept"]), float(facts["total"]))
 
 
-def _write(result: Path, title: str, plan: Plan, known: Layout, found: Extraction, work: Path) -> None:
-    named = {tensor.name: tensor for tensor in plan.tensors}
-    gather([_part(work, named[layer.tensor]) for layer in found.layers], result / WEIGHTS)
+def _write(result: Path, title: str, opened: ExpertSet, known: Layout, found: Extraction, work: Path) -> None:
+    gather([_part(work, opened, layer.tensor) for layer in found.layers], result / WEIGHTS)
     ranks = {layer.module: layer.rank for layer in found.layers}
     config = lora_config(ranks, known.modules, base=found.base, task_type=known.task_type)
     write_json(result / CONFIG, config)
     write_json(result / RECORD, found.to_dict())
-    (result / "README.md").write_text(_card(title, plan, found), encoding="utf-8")
+    (result / "README.md").write_text(_card(title, opened, found), encoding="utf-8")
 
 
-def _card(title: str, plan: Plan, found: Extraction) -> str:
-    assert plan.base is not None
-    agreed, warnings = licences(plan)
-    matter = origin(hub_ids(plan.base), "adapter") | {"library_name": "peft", "tags": ["lora", "consilience"]}
+def _card(title: str, opened: ExpertSet, found: Extraction) -> str:
+    agreed, warnings = licences(opened)
+    matter = origin(hub_ids(opened.base), "adapter") | {"library_name": "peft", "tags": ["lora", "consilience"]}
     matter |= {"license": agreed} if agreed else {"license": "other"} if warnings else {}
     lines = ["---", yaml.safe_dump(matter, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
-    lines += [f"The low-rank part of the update of {label(plan.experts[0])}: {found}.", ""]
+    lines += [f"The low-rank part of the update of {label(opened.experts[0])}: {found}.", ""]
     lines += [f"**Warning:** {warning}." for warning in warnings]
     return "\n".join([*lines, f"Every layer's rank and energy are in `{RECORD}`.", ""])

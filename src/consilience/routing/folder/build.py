@@ -10,9 +10,10 @@ from torch import Tensor
 from consilience.checkpoints.adapter_files import adapter_files
 from consilience.checkpoints.files import stamp
 from consilience.checkpoints.reference import resolve
-from consilience.engine.plan import expert_names, resolve_file
+from consilience.engine.plan import resolve_file
 from consilience.engine.unchanged import check_stamps
 from consilience.errors import InputError
+from consilience.experts.expert_set import expert_names
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.routing.expert import Expert, read_factors
 from consilience.routing.folder import store
