@@ -35,7 +35,6 @@ def stability_weights(
     to the merge with weights ``alphabar``. eps_k is Lemma 1's leading term, and L the largest curvature; r is 0 unless
     logs tell it of every expert, and all were trained by SGD, which the lemma is about.
     """
-    values = {key: value for key, value in locals().items() if key != "run"}
     from consilience.learned.compare import compared
     from consilience.stability.applied import best_weights, case_of
     from consilience.stability.landscape import RecipeLandscape
@@ -58,7 +57,9 @@ def stability_weights(
         gram = np.sum(list(bank.gram().values()), 0)[1:, 1:]
         measured = probe(landscape, gram, np.asarray(alphabar, np.float64), run.progress)
         weights, found = best_weights(case, measured, np.asarray(importance, np.float64), stability, bound)
-        facts = landscape.facts(values, time.perf_counter() - begun) | compared(landscape.shop, weights[:, None])
+        facts = landscape.facts(run.plan.learning, time.perf_counter() - begun) | compared(
+            landscape.shop, weights[:, None]
+        )
     finally:
         landscape.close()
     return landscape.start.with_alpha(weights[:, None], **facts, **found)

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from consilience.api import build_recipe, plan_recipe
 from consilience.coefficients import Coefficients, make_groups
 from consilience.coefficients.coefficients import WEIGHTS
 from consilience.engine.adapter_output import called
+from consilience.engine.differences import check_differences
 from consilience.engine.load_check import LoadCheck, check_model
 from consilience.engine.merge import stream_in
 from consilience.engine.output import check_side_files
-from consilience.engine.plan import Plan
+from consilience.engine.plan import Plan, make_plan
 from consilience.errors import InputError
 from consilience.experts.expert_set import open_experts
 from consilience.progress import Progress, ProgressOption, open_progress
+from consilience.recipe.schema import parse_recipe
 from consilience.routing.conversion.shares import Shares, read
 from consilience.routing.evaluation import evaluate_routed, prompts_of
 from consilience.routing.folder import store
@@ -200,7 +201,10 @@ def _planned(base: str, experts: Mapping[str, str], total: Shares, facts: dict[s
     groups = make_groups([(stack.name, stack.numel) for stack in adapted], "tensor")
     alpha = np.stack([total.mean(module).numpy() for module in modules], 1)
     found = Coefficients(tuple(experts), groups, alpha, facts=facts)
-    plan = plan_recipe(build_recipe("coefficients", base, experts, {}), coefficients=found)
+    models = [{"model": path, "name": name} for name, path in experts.items()]
+    recipe = parse_recipe({"method": "coefficients", "base_model": base, "models": models}, "arguments")
+    plan = make_plan(recipe, where="arguments", coefficients=found)
+    check_differences(plan.differences, "arguments", strict=False)
     # The recipe is kept beside the coefficients, and relative paths start there.
     return replace(plan, recipe=plan.recipe.model_copy(update={"coefficients": WEIGHTS}))
 
