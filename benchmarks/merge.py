@@ -2,7 +2,7 @@
 
     python -m benchmarks.merge                      # all sizes, with mergekit; about 20 minutes once the sets are made
     python -m benchmarks.merge --quick              # 0.5 B once, without mergekit's slow methods; a few minutes
-    python -m benchmarks.merge --sizes 0.5b --no-mergekit --repeat 5
+    python -m benchmarks.merge --sizes 0.5b --no-mergekit --repeat 5 --against e1e4e04
 
 Jobs are interleaved (every job once, then every job again) so that a slow minute of the machine hits all of them.
 Before each run the inputs are read once and dirty pages are flushed; after it the output is deleted. Results go to
@@ -12,6 +12,7 @@ docs/results/bench/ as JSON with a generated page merge.md beside it; quick runs
 import contextlib
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from benchmarks.terminal import make_console, make_progress, show_place, show_ta
 from benchmarks.worker import failure_of
 
 TOOLS = ("floor", "consilience", "mergekit")
+EARLIER = "earlier"
+"""The tool that an earlier commit of this one is."""
 CONSILIENCE = Path(sys.executable).parent / "consilience"
 RESERVE = 2 << 30
 """Bytes of disk that stay free whatever is run."""
@@ -108,6 +111,7 @@ class Settings:
     quick: bool
     cache: Path
     folder: Path
+    against: str = ""
 
 
 def _experts(made: SyntheticSet, method: str) -> dict[str, Path]:
@@ -124,6 +128,30 @@ def consilience_command(made: SyntheticSet, method: str, out: Path, *extra: str)
     for key, value in METHODS[method].parameters.items():
         command += ["--set", f"{key}={value}"]
     return (*command, *extra)
+
+
+def earlier_environment(scratch: Path) -> dict[str, str]:
+    """Return the variables that let Python find the earlier commit's package, which ``check_out`` left there."""
+    return {"PYTHONPATH": str(scratch / EARLIER / "src")}
+
+
+def check_out(commit: str, scratch: Path) -> None:
+    """Leave the package as it was at a commit in ``scratch``.
+
+    Raises:
+        OSError: there is no such commit.
+    """
+    folder = scratch / EARLIER
+    folder.mkdir()
+    made = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, capture_output=True, check=False)
+    if made.returncode:
+        raise OSError(f"{commit}: {made.stderr.decode().strip()}")
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=made.stdout, check=True)
+
+
+def earlier_command(made: SyntheticSet, method: str, out: Path) -> tuple[str | Path, ...]:
+    """Return the command line of one merge with the earlier commit."""
+    return (sys.executable, "-m", "consilience", *consilience_command(made, method, out)[1:])
 
 
 def mergekit_command(made: SyntheticSet, method: str, out: Path, scratch: Path) -> tuple[str | Path, ...]:
@@ -179,6 +207,10 @@ def _merge_jobs(made: SyntheticSet, settings: Settings, scratch: Path) -> Iterat
             out = scratch / f"{size.name}-{method}-consilience"
             command = consilience_command(made, method, out)
             yield Job("consilience", "merge", size.name, method, command, out, inputs, repeats, tensors, needed)
+        if settings.against and small:
+            out = scratch / f"{size.name}-{method}-{EARLIER}"
+            command, environment = earlier_command(made, method, out), earlier_environment(scratch)
+            yield Job(EARLIER, "merge", size.name, method, command, out, inputs, repeats, tensors, needed, environment)
         slow = METHODS[method].slow and size.name != "tiny"
         wanted = (small and not (slow and settings.quick)) or (size.name == "1.5b" and not slow and not settings.quick)
         if "mergekit" in settings.tools and wanted:
@@ -335,6 +367,13 @@ def run(settings: Settings, console: Console) -> results.Results:
             progress.update(task, completed=1, total=1)
         with tempfile.TemporaryDirectory(prefix="out-", dir=settings.cache) as folder:
             scratch = Path(folder)
+            if settings.against:
+                check_out(settings.against, scratch)
+                for method in settings.methods:  # compiles its kernels
+                    out = scratch / f"check-{method}-{EARLIER}"
+                    command = earlier_command(sets["tiny"], method, out)
+                    measure(command, environment=earlier_environment(scratch), folder=scratch)
+                    _remove(out)
             checks = tuple(_check_all(sets["tiny"], settings, scratch, progress))
             jobs = list(_start_up_jobs(sets, settings, scratch))
             for name, made in sets.items():
@@ -357,6 +396,7 @@ def run(settings: Settings, console: Console) -> results.Results:
             "methods": ",".join(settings.methods),
             "repeat": str(settings.repeat),
             "quick": str(settings.quick).lower(),
+            "against": settings.against,
         },
         parameters={name: made.size.parameters() for name, made in sets.items()},
         rows=rows,
@@ -375,6 +415,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument("--sizes", type=names_of(large), default=None, help=f"of {', '.join(large)} (default: all)")
     parser.add_argument("--methods", type=names_of(tuple(METHODS)), default=tuple(METHODS))
     parser.add_argument("--tools", type=names_of(TOOLS), default=TOOLS)
+    parser.add_argument("--against", default="", metavar="COMMIT", help="measure an earlier commit beside this one")
     parser.add_argument("--repeat", type=int, default=None, help="runs of each fast job (default 3, quick 1)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where sets and outputs lie (default .cache/bench)")
     parser.add_argument("--results", type=Path, default=None, help="default docs/results/bench, or the cache if quick")
@@ -387,6 +428,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         quick=options.quick,
         cache=options.cache.resolve(),
         folder=options.results or (options.cache / "results" if options.quick else KEPT),
+        against=options.against,
     )
 
 

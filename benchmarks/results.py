@@ -18,6 +18,11 @@ AIMS = {"linear": 0.8, "task_arithmetic": 0.8, "slerp": 1.2, "dare_linear": 1.2,
 START_UP_AIM_S = 1.0
 PLANNING_AIM_S = 5.0
 TINY_AIM_S = 1.2
+#: How many times faster than the commit e1e4e04 merges are to be.
+FASTER = {
+    ("0.5b", "linear"): 1.35, ("0.5b", "slerp"): 1.35, ("0.5b", "task_arithmetic"): 1.7, ("0.5b", "dare_linear"): 1.7,
+    ("0.5b", "dare_ties"): 1.7, ("0.5b", "ties"): 2.0, ("tiny", "linear"): 1.5, ("tiny", "ties"): 1.5,
+}  # fmt: skip
 MEMORY_AIM_MB = 500.0
 _NO_AIM = float("inf")
 
@@ -27,7 +32,7 @@ class Row:
     """All runs of one job.
 
     Arguments:
-        tool: "floor", "consilience" or "mergekit".
+        tool: "floor", "consilience", "mergekit" or "earlier" (a commit of ours).
         job: "raw", "raw_fsync", "torch" (floors), "merge", "plan", "help" or "methods".
         size: the synthetic set; "" for jobs without input.
         method: the merge method; "" for jobs without one.
@@ -185,6 +190,30 @@ def _merges(results: Results) -> Table:
     )
 
 
+def _against(results: Results) -> Table | None:
+    """Compare with an earlier commit, measured in the same run; None where there was none."""
+    commit = results.settings.get("against", "")
+    body: list[tuple[str, ...]] = []
+    for size, label in (("0.5b", "0.5 B"), ("tiny", "1 MB")):
+        for method in AIMS:
+            ours = results.find("consilience", "merge", size, method)
+            theirs = results.find("earlier", "merge", size, method)
+            if ours is not None and theirs is not None:
+                cpu = [f"{statistics.median(row.cpu_s):.2f}" for row in (theirs, ours)]
+                goal = FASTER.get((size, method))
+                aim = "-" if goal is None else f">= {goal:.2f}, {verdict(theirs.wall / ours.wall, least=goal)}"
+                memory = [f"{row.memory:.0f}" for row in (theirs, ours)]
+                row = (method, label, _seconds(theirs), _seconds(ours), _ratio(theirs, ours), aim, *cpu, *memory)
+                body.append(row)
+    if not body:
+        return None
+    header = (
+        "method", "set", f"{commit} s", "now s", "times faster", "aim", f"{commit} CPU s", "CPU s",
+        f"{commit} MB", "MB",
+    )  # fmt: skip
+    return Table("Against an earlier commit", header, tuple(body), "Whole processes, fsync and verification inside.", 2)
+
+
 def _start_up(results: Results) -> Table:
     """List what should feel immediate."""
     body: list[tuple[str, ...]] = []
@@ -256,8 +285,8 @@ def _checks(results: Results) -> Table:
 
 def tables(results: Results) -> list[Table]:
     """Return the tables that have anything in them."""
-    made = (_merges(results), _start_up(results), _scaling(results), _checks(results))
-    return [table for table in made if table.body]
+    made = (_merges(results), _against(results), _start_up(results), _scaling(results), _checks(results))
+    return [table for table in made if table is not None and table.body]
 
 
 def page(results: Results, source: str) -> str:

@@ -9,9 +9,9 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "consilience"
 #: From the ground up. What is imported within functions is loaded when it is used, and may lie above.
 ORDER = (
-    "errors", "contents", "numbers", "progress", "workdir", "cache", "pages", "jit", "checkpoints", "kernels",
-    "experts", "methods", "recipe", "coefficients", "objectives", "optimizers", "engine", "tasks", "training",
-    "student", "learned", "mixing", "stability", "routing", "api", "cli",
+    "errors", "contents", "numbers", "progress", "workdir", "cache", "jit", "pages", "checkpoints", "kernels",
+    "experts", "methods", "recipe", "coefficients", "engine", "tasks", "training", "student", "objectives",
+    "optimizers", "learned", "mixing", "stability", "routing", "api", "cli",
 )  # fmt: skip
 
 
