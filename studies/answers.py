@@ -31,6 +31,7 @@ _HELD = 30
 #: label -> (method, parameters): the command's own defaults unless they are named.
 LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
     "merge + distil": ("expert_merging_distil", {}),
+    "merge + distil, prompts of the experts' own": ("expert_merging_distil", {"own_prompts": 10}),
     "expert_merging": ("expert_merging", {}),
     "expert_merging, written prompts too": ("expert_merging", {"written_prompts": 64}),
     "expert_merging, one greedy answer": ("expert_merging", {"answers": 1, "answer_temperature": 0.0}),
@@ -54,6 +55,7 @@ PLAN: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("merge + distil", "lora", (0,), 5),
     ("merge + distil", "lora", (0,), 2),
     ("merge + distil", "lora", (0,), 30),
+    ("merge + distil, prompts of the experts' own", "lora", (0,), 0),
     ("expert_merging, hidden states too", "lora", (0,), PROMPTS),
     ("expert_merging_pp, uniform chunks", "lora", (0,), PROMPTS),
     ("expert_merging_pp", "lora", (0,), PROMPTS),
@@ -118,7 +120,8 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
         }
     if setting["kind"] == "expert":
         return {"losses": losses(loadable("lora", setting["domain"]), "test")}
-    files = draw(setting["draw"], setting.get("prompts", PROMPTS), out.parent / "prompts")
+    prompts = setting.get("prompts", PROMPTS)
+    files = draw(setting["draw"], prompts, out.parent / "prompts") if prompts else {}
     if setting["kind"] == "fresh":
         return _fresh(setting, files, out)
     recipe = build_recipe(

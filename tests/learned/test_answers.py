@@ -21,6 +21,7 @@ from consilience.learned import answers as asked
 from consilience.learned import written as writing
 from consilience.learned.compare import STRENGTHS
 from consilience.learned.expert_merging import ExpertMerging
+from consilience.learned.learn import check_data
 from consilience.learned.learning import start_of
 from consilience.learned.run import Run, Workshop, open_workshop
 from consilience.learned.settings import Start
@@ -309,6 +310,31 @@ def test_further_prompts_that_cannot_be_written_are_noted(zoo: Path, tmp_path: P
         assert [why in note for note in shop.notes] == [True, True]
     found = learn(recipe(zoo, "a", written_prompts=4))
     assert sum("no further prompts" in line for line in summary(found)) == 1
+
+
+def test_experts_write_their_own_prompts_where_no_file_is_given(zoo: Path, tmp_path: Path):
+    """As the first turn of a conversation; the base then writes more in their manner, and all is kept."""
+    place = with_template(zoo, tmp_path, end="<eos>")
+    settings: dict[str, Any] = {"own_prompts": 40, "written_prompts": 4, "answers": 1, "response_tokens": 3}
+    given = recipe(place, "a", "b", **settings)
+    bare = [entry.model_copy(update={"data": None}) for entry in given.models]
+    plan = plan_recipe(given.model_copy(update={"models": bare}))
+    check_data(plan)
+    run, learning = Run(plan, folder=tmp_path / "state"), settings_of(ExpertMerging, plan.learning)
+    start = start_of(run, settings_of(Start, plan.learning))
+    shops = [open_workshop(run, start, learning.rows, precision="float32") for _ in range(2)]
+    for k in range(2):
+        own = {one.row.prompt for one in shops[0].samples if one.expert == k and "written" not in one.where}
+        assert 0 < len(own) <= 40
+        assert all(prompt and "<" not in prompt for prompt in own)
+    assert rows_of(shops[0]) == rows_of(shops[1])
+    assert len(list((tmp_path / "state").rglob("own-prompts-*.json"))) == 2
+
+
+def test_prompts_of_its_own_and_a_file_are_one_too_many(zoo: Path, tmp_path: Path):
+    place = with_template(zoo, tmp_path, end="<eos>")
+    with pytest.raises(InputError, match=r"a\.jsonl: own_prompts=3 has a write its own prompts"):
+        workshop(place, "a", own_prompts=3)
 
 
 def test_common_beginnings_end_with_a_word():

@@ -59,9 +59,11 @@ def learning_lines(plan: Plan) -> list[str]:
 
     run, values = Run(plan, plan.root, where=plan.where), plan.learning
     count = values.get("samples", 0)
-    key = plan.method.rows_key
-    tasks = run.target(count) if plan.method.reads_target else [run.task(name, key, count) for name in run.experts]
-    rows = {task.name: len(task.rows) for task in tasks if task is not None}
+    own = values.get("own_prompts", 0) if values.get("responses") == "generate" else 0
+    asked_of = [] if plan.method.reads_target else run.experts
+    tasks = [run.asked(name, own_prompts=own, key=plan.method.rows_key, rows=count) for name in asked_of]
+    given = run.target(count) if plan.method.reads_target else tasks
+    rows = {task.name: len(task.rows) or own for task in given if task is not None}
     lines = ["learning (before the merge; the coefficients above are where it starts)"]
     if "grouping" in values:
         start = groups_of(run, values["grouping"], values["exclude"], values["alphabar"])

@@ -8,7 +8,7 @@ from: what is found is measured on it (``judged``).
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -66,7 +66,7 @@ def answered(run: "Run", student: "Student", expert: int, task: Task, data: "Dat
         return as_given(task)
     if data.responses == "none":
         return as_given(replace(task, rows=tuple(row.model_copy(update=BARE) for row in task.rows)))
-    bare = questions(task)
+    bare = replace(task, rows=_own(run, student, expert, task, data)) if data.own_prompts else questions(task)
     texts = _answers(run, student, expert, bare, data, _times(data))
     rows = [(row, text, i) for i, (row, own) in enumerate(zip(bare.rows, texts, strict=True)) for text in own]
     further = frozenset(range(_times(data) - 1, len(rows), _times(data)) if data.further else ())
@@ -80,34 +80,62 @@ def answered(run: "Run", student: "Student", expert: int, task: Task, data: "Dat
     return Answered(filled, task, tuple(origin for *_, origin in rows), further, generated=True, note=note)
 
 
+def _own(run: "Run", student: "Student", expert: int, task: Task, data: "Data") -> tuple[Row, ...]:
+    """Return prompts that an expert writes itself (kept or new).
+
+    Raises:
+        InputError: it writes none, or the base has no chat template.
+    """
+    path = _path(run, expert, task, data, [data.own_prompts], "own-prompts")
+    title = f"prompts of {task.name}'s own"
+    try:
+        found = _prompts(run, path, title, data.own_prompts, (), (), data, lambda: student.become(expert), student)
+    except InputError as error:
+        raise InputError(f"own_prompts: {task.name}: {error}") from None
+    if not found:
+        raise InputError(f"own_prompts: {task.name}: wrote no prompt to its end; give the expert a file of prompts")
+    return tuple(Row(prompt=text) for text in found)
+
+
 def _written(
     run: "Run", student: "Student", expert: int, task: Task, answers: Sequence[str], data: "Data"
 ) -> tuple[Task, str]:
     """Return further prompts that the base writes in the manner of an expert's (kept or new), or none and why."""
+    plain = [i for i, row in enumerate(task.rows) if row.prompt is not None and row.image is None]
+    given, told = [task.rows[i].prompt or "" for i in plain], [answers[i] for i in plain]
+    path = _path(run, expert, task, data, [data.written_prompts, told], "prompts")
+    title = f"prompts in the manner of {task.name}'s"
+    try:
+        if len(given) < 2:
+            raise InputError("there are not two text prompts to go by (written_prompts=0 asks for none)")
+        found = _prompts(run, path, title, data.written_prompts, given, told, data, student.become_base, student)
+    except InputError as error:
+        return Task(task.name, ()), f"{task.name}: no further prompts were written: {error}"
+    return Task(task.name, tuple(Row(prompt=text) for text in found)), ""
+
+
+def _prompts(
+    run: "Run", path: Path | None, title: str, count: int, given: Sequence[str], told: Sequence[str], data: "Data",
+    become: Callable[[], None], student: "Student",
+) -> list[str]:  # fmt: skip
+    """Return prompts that were kept, or have the student, which ``become`` makes the writer, write them."""
     from consilience.learned.run import base_folder
     from consilience.learned.written import write_prompts
     from consilience.tasks.load import load_tokenizer
 
-    plain = [i for i, row in enumerate(task.rows) if row.prompt is not None and row.image is None]
-    given, told = [task.rows[i].prompt or "" for i in plain], [answers[i] for i in plain]
-    path = _path(run, expert, task, data, [data.written_prompts, told], "prompts")
     kept = _read(path)
     if isinstance(kept, list) and all(isinstance(one, str) for one in kept):
-        found = cast(list[str], kept)
-    else:
-        run.progress.phase(f"prompts in the manner of {task.name}'s", data.written_prompts, "prompts")
-        student.become_base()
-        tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
-        try:
-            with student.generating():
-                found = write_prompts(
-                    student.model, tokenizer, given, told, data.written_prompts,
-                    batch_size=_together(given, data, SHOTS + 1), seed=run.seed, advance=run.progress.advance,
-                )  # fmt: skip
-        except InputError as error:
-            return Task(task.name, ()), f"{task.name}: no further prompts were written: {error}"
-        _write(path, found)
-    return Task(task.name, tuple(Row(prompt=text) for text in found)), ""
+        return cast(list[str], kept)
+    run.progress.phase(title, count, "prompts")
+    become()
+    tokenizer = load_tokenizer(base_folder(run.plan), trust_remote_code=run.machine.trust_remote_code)
+    with student.generating():
+        found = write_prompts(
+            student.model, tokenizer, given, told, count,
+            batch_size=_together(given, data, SHOTS + 1), seed=run.seed, advance=run.progress.advance,
+        )  # fmt: skip
+    _write(path, found)
+    return found
 
 
 def questions(task: Task) -> Task:

@@ -22,6 +22,7 @@ class Data:
     answers: int = 1
     answer_temperature: float = 0.0
     written_prompts: int = 0
+    own_prompts: int = 0
     response_tokens: int = 64
     holdout: float = 0.0
     key: Literal["calibration", "probe"] = "calibration"

@@ -63,6 +63,9 @@ class AnswersOfExperts(Data):
     written_prompts: Annotated[
         int, Range(0), "generate: further prompts that the base writes in the manner of an expert's rows"
     ] = 0
+    own_prompts: Annotated[
+        int, Range(0), "generate: prompts that each expert writes itself, in place of a file of rows; 0: files are read"
+    ] = 0
     response_tokens: ResponseTokens = 64
 
 

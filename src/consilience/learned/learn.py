@@ -24,8 +24,10 @@ def check_data(plan: Plan) -> None:
         run.target()
     else:
         for name in run.experts:
-            task = run.task(name, plan.method.rows_key)
-            if plan.learning.get("responses") == "generate":
+            generate = plan.learning.get("responses") == "generate"
+            own = plan.learning.get("own_prompts", 0) if generate else 0
+            task = run.asked(name, own_prompts=own, key=plan.method.rows_key)
+            if generate:
                 questions(task)
     if "grouping" in plan.learning:
         groups_of(run, plan.learning["grouping"], plan.learning["exclude"], plan.learning["alphabar"])

@@ -108,6 +108,21 @@ class Run:
                 )
         return task
 
+    def asked(self, expert: str, *, own_prompts: int, key: str = "calibration", rows: int = 0) -> Task:
+        """Return ``task``'s rows, or with ``own_prompts`` none yet: the expert is to write them.
+
+        Raises:
+            InputError: see ``task``; or there is a file, and prompts of the expert's own are asked for.
+        """
+        if not own_prompts:
+            return self.task(expert, key, rows)
+        path = self.path_of(expert, key)
+        if path is not None:
+            raise InputError(
+                f"{path}: own_prompts={own_prompts} has {expert} write its own prompts, and reads none; leave out one"
+            )
+        return Task(expert, ())
+
     def target(self, rows: int = 0) -> tuple[Task, Task | None]:
         """Read the recipe's target: labelled rows to learn from (the first ``rows``; 0: all), and to stop by, if named.
 
@@ -253,7 +268,8 @@ def open_workshop(
     """
     folder = base_folder(run.plan)
     target = run.target(data.samples) if run.plan.method.reads_target else None
-    tasks = [run.task(name, data.key, data.samples) for name in run.experts] if target is None else []
+    own = data.own_prompts if data.responses == "generate" else 0
+    asked = [run.asked(name, own_prompts=own, key=data.key, rows=data.samples) for name in run.experts if not target]
     run.progress.phase("loading the model")
     bank = Bank(run.plan, coefficients.groups, trimmed=trimmed, threads=run.machine.threads)
     with contextlib.ExitStack() as undo:
@@ -261,7 +277,7 @@ def open_workshop(
         settings = Settings(precision, run.machine.device, checkpoint, run.machine.trust_remote_code)
         student = make_student(run.plan, bank, settings)
         chosen = middle(student, layers)
-        rows = [answered(run, student, k, task, data) for k, task in enumerate(tasks)]
+        rows = [answered(run, student, k, task, data) for k, task in enumerate(asked)]
         samples = encode_rows(run, student, rows, folder, data) if target is None else []
         for task in target or ():
             samples += encode_rows(run, student, [as_given(task)], folder, data) if task is not None else []

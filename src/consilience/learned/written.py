@@ -35,44 +35,46 @@ def write_prompts(
     """Return at most ``count`` further prompts.
 
     Args:
-        model: the base.
+        model: the base, or with no ``given`` an expert.
         tokenizer: with a chat template.
-        given: prompts, at least two.
+        given: prompts; without any, each is written as the first turn of a conversation.
         answers: an answer to each.
         count: how many to write; what is unfinished or a repetition is dropped, and others are written instead until
-            ``EFFORT`` tokens a prompt are spent.
+            ``EFFORT`` tokens a prompt are spent (without any given, as many as one may have).
         batch_size: prompts written together.
         seed: of the choice of what is shown, and of the samples (temperature 1).
         advance: called with the number of further prompts of every batch.
 
     Raises:
-        InputError: there is no chat template, it does not mark the end of a turn, or there are fewer than two prompts.
+        InputError: there is no chat template, or it does not mark the end of a turn.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             "prompts are written as turns, and the base has no chat template (written_prompts=0 asks for none)"
         )
-    if len(given) < 2:
-        raise InputError("there are not two text prompts to go by (written_prompts=0 asks for none)")
     generator = np.random.default_rng(seed)
     shots = min(SHOTS, len(given))
-    beginning, ending = common_beginning(given), common_ending(given)
-    longest = min(TOKENS, 2 * max(len(tokenizer(text).input_ids) for text in given) + 8)
+    beginning, ending = (common_beginning(given), common_ending(given)) if given else ("", "")
+    longest = min(TOKENS, 2 * max((len(tokenizer(text).input_ids) for text in given), default=TOKENS) + 8)
+    if not given:  # nothing says how long prompts are, and an answer has to fit behind them
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4 * TOKENS
+        longest = min(longest, context // 4)
+    effort = EFFORT if given else longest
     # Decoded together: many tokenizers drop the space before what they decode first.
     before = list(tokenizer(beginning, add_special_tokens=False).input_ids) if beginning else []
     found: dict[str, None] = {}
     spent = 0
-    while len(found) < count and spent < EFFORT * count:
+    while len(found) < count and spent < effort * count:
         texts: list[str] = []
         end = ""
         for _ in range(min(batch_size, count)):
             chosen: list[int] = generator.permutation(len(given))[:shots].tolist()
             text, end = _opened(tokenizer, [(given[i], answers[i]) for i in chosen])
-            texts.append(text + beginning)
+            texts.append(_begun(tokenizer, text + beginning))
         written = continued(
             model, tokenizer, texts, longest, batch_size=batch_size, temperature=1.0, seed=seed + spent, special=False
         )
-        spent += sum(len(ids) for ids in written)
+        spent += sum(len(ids) for ids in written) or len(written)
         finished = (_finished(tokenizer.decode(before + ids), end, ending) for ids in written)
         more = [text for text in finished if text and not any(token in text for token in tokenizer.all_special_tokens)]
         new = [text for text in dict.fromkeys(more) if text not in {*found, *given, beginning.strip()}]
@@ -81,6 +83,16 @@ def write_prompts(
         if advance is not None:
             advance(len(new))
     return list(found)
+
+
+def _begun(tokenizer: Any, text: str) -> str:
+    """Return a text that has a token to go on from."""
+    if tokenizer(text, add_special_tokens=False).input_ids:
+        return text
+    first = tokenizer.bos_token or tokenizer.eos_token
+    if first is None:
+        raise InputError("the chat template begins a conversation with no token; give prompts to begin with")
+    return first
 
 
 def _finished(text: str, end: str, ending: str) -> str:
