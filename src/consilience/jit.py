@@ -7,10 +7,10 @@ Strict IEEE arithmetic (no reassociation, no contraction) so that a kernel gives
 import contextlib
 import hashlib
 import inspect
-import os
+import threading
 import types
 from collections.abc import Callable, Generator
-from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
@@ -36,21 +36,15 @@ def reporting(function: F) -> F:
     return _compiled(function, fastmath={"reassoc", "nsz"})
 
 
-@cache
-def _specialised(template: Callable[..., Any], parts: tuple[tuple[str, Any], ...]) -> Any:
-    facts = [(name, part.py_func, inspect.getfile(part.py_func)) for name, part in parts]
-    known = [
-        (name, f.__module__, f.__qualname__, f.__code__.co_code.hex(), os.stat(p).st_mtime_ns) for name, f, p in facts
-    ]
-    digest = hashlib.blake2b(repr(known).encode(), digest_size=8).hexdigest()
-    name = "_".join([template.__name__, *(f.__name__.strip("_") for _, f, _ in facts), digest])
-    function = types.FunctionType(template.__code__, template.__globals__ | dict(parts), name)
-    function.__qualname__ = name  # what a compiled function is kept under on disk
-    return _compiled(function)
+_made: dict[tuple[Any, ...], Any] = {}
+_making = threading.Lock()
 
 
 def specialised(template: Callable[..., Any], **parts: Any) -> Any:
     """Compile a plain function with kernels in place of globals of these names; kept on disk as kernels are.
+
+    It is kept under a name that changes with the parts and with every kernel of the package, all of which may be
+    compiled into it: the cache itself looks at the template's own file only.
 
     Raises:
         TypeError: a part is no kernel.
@@ -58,7 +52,23 @@ def specialised(template: Callable[..., Any], **parts: Any) -> Any:
     for name, part in parts.items():
         if not hasattr(part, "py_func"):
             raise TypeError(f"{name.strip('_')}: {part!r} is not compiled; decorate it with consilience.methods.kernel")
-    return _specialised(template, tuple(parts.items()))
+    with _making:  # two that are made at once would both be compiled
+        key = (template, *parts.items())
+        if key not in _made:
+            _made[key] = _compiled(_bound(template, parts))
+        return _made[key]
+
+
+def _bound(template: Callable[..., Any], parts: dict[str, Any]) -> Any:
+    own = [(name, part.py_func, Path(inspect.getfile(part.py_func))) for name, part in parts.items()]
+    kernels = sorted(Path(inspect.getfile(template)).parent.glob("*.py"))
+    facts = [(name, f.__module__, f.__qualname__, f.__code__.co_code.hex()) for name, f, _ in own]
+    stamps = [path.stat().st_mtime_ns for path in (*kernels, *(path for *_, path in own))]
+    digest = hashlib.blake2b(repr((facts, stamps)).encode(), digest_size=8).hexdigest()
+    name = "_".join([template.__name__, *(f.__name__.strip("_") for _, f, _ in own), digest])
+    function = types.FunctionType(template.__code__, template.__globals__ | parts, name)
+    function.__qualname__ = name  # what a compiled function is kept under on disk
+    return function
 
 
 @contextlib.contextmanager
