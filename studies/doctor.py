@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from consilience.stability import from_probe
-from consilience.stability.bound import Maybe, noise_variance, spread_bound, total
-from consilience.stability.candidates import candidates, tried
-from consilience.stability.from_training import bound_facts, trained
-from consilience.stability.geometry import Geometry, Vector
-from consilience.stability.probe import Probe, probe
-from consilience.stability.probing import saturation
-from consilience.stability.saturation import expected_member_losses
-from consilience.stability.training import Training, compare
+from consilience.doctor.candidates import candidates, tried
+from consilience.doctor.evidence.probe import Probe, probe
+from consilience.doctor.evidence.training import Training, compare
+from consilience.doctor.findings import from_probe
+from consilience.doctor.findings.from_training import bound_facts, trained
+from consilience.doctor.probing import saturation
+from consilience.doctor.theory.bound import Maybe, noise_variance, spread_bound, total
+from consilience.doctor.theory.geometry import Geometry, Vector
+from consilience.doctor.theory.saturation import expected_member_losses
 from studies.cells import Study
 from studies.doctor_experts import Expert, Score, Suite, Tuning, World, expert, world
 from studies.doctor_tables import page

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.func import functional_call
 
+from consilience.doctor.evidence.logs.curve import collect
+from consilience.doctor.evidence.logs.facts import LARGEST, read_facts
+from consilience.doctor.evidence.logs.reading import Reading
+from consilience.doctor.evidence.training import Training, assemble
 from consilience.errors import InputError, MachineError
-from consilience.stability.logs.curve import collect
-from consilience.stability.logs.facts import LARGEST, read_facts
-from consilience.stability.logs.reading import Reading
-from consilience.stability.training import Training, assemble
 from consilience.workdir import write_file
 from suites.packages import locked
 from suites.vision import CACHE, data, nets

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from consilience.stability.bound import Terms, excess_risk, temperature, total
-from consilience.stability.saturation import fit
+from consilience.doctor.theory.bound import Terms, excess_risk, temperature, total
+from consilience.doctor.theory.saturation import fit
 from studies.cells import Cell, Tables
 from studies.doctor_experts import Tuning
 

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "consilience"
 ORDER = (
     "errors", "contents", "numbers", "progress", "workdir", "cache", "jit", "pages", "checkpoints", "kernels",
     "experts", "methods", "recipe", "coefficients", "engine", "tasks", "training", "student", "objectives",
-    "optimizers", "learned", "mixing", "stability", "routing", "api", "cli",
+    "optimizers", "learned", "mixing", "doctor", "routing", "api", "cli",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from consilience.coefficients import Coefficients
+    from consilience.doctor.diagnosis import Diagnosis
     from consilience.engine.adapter_output import AdapterSummary, Kind
     from consilience.engine.plan import Plan
     from consilience.engine.summary import Summary
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from consilience.mixing.symmetry import Axes
     from consilience.progress import Progress, ProgressOption
     from consilience.recipe.schema import Recipe
-    from consilience.stability.diagnosis import Diagnosis
     from consilience.tasks.rows import Task
     from consilience.workdir import Workdir
 
@@ -310,10 +310,10 @@ def diagnose(
     Raises:
         InputError: the recipe has no base, no expert fits it, a stored value is NaN or Inf, or probe rows are wrong.
     """
+    from consilience.doctor.diagnose import diagnose
+    from consilience.doctor.probing import ProbeSettings
+    from consilience.doctor.trying import wanted
     from consilience.progress import open_progress
-    from consilience.stability.doctor import diagnose
-    from consilience.stability.probing import ProbeSettings
-    from consilience.stability.trying import wanted
 
     check_threads(threads)
     recipe, where, root = _recipe_of(recipe)

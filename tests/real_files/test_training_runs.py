@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from consilience.stability.training import Training, read_training
+from consilience.doctor.evidence.training import Training, read_training
 from tests.real_files.support import cli, hf, peft, real_file, tiny
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2}

@@ -30,8 +30,8 @@ def advise(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what to change before fine-tuning an expert that is to be merged."""
-    from consilience.stability.advise import Advice, Planned, advise
-    from consilience.stability.training import read_training
+    from consilience.doctor.advise import Advice, Planned, advise
+    from consilience.doctor.evidence.training import read_training
 
     plan = Planned(learning_rate, steps, batch_size, rows, optimizer)
     found: Advice = advise(plan, [read_training(path, path.name) for path in others or []])

@@ -65,11 +65,11 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
-        from consilience.stability.report_text import text
+        from consilience.doctor.report.text import text
 
         typer.echo(text(found))
     if html is not None:
-        from consilience.stability.report_page import page
+        from consilience.doctor.report.page import page
         from consilience.workdir import write_file
 
         write_file(html.resolve(), page(found))

@@ -25,7 +25,7 @@ BUILT_IN: dict[str, str] = {
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",
     "least_squares": "consilience.learned.least_squares",
-    "stability_weights": "consilience.stability.stability_weights",
+    "stability_weights": "consilience.doctor.stability_weights",
     "adamerging": "consilience.learned.adamerging",
     "adamerging_pp": "consilience.learned.adamerging_pp",
     "expert_merging_pp": "consilience.learned.expert_merging_pp",

@@ -1,0 +1,1 @@
+"""What is wrong with experts, or worth knowing, from each kind of evidence."""
