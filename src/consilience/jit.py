@@ -6,7 +6,9 @@ Strict IEEE arithmetic (no reassociation, no contraction) so that a kernel gives
 
 import contextlib
 import hashlib
+import importlib
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Generator
@@ -34,6 +36,22 @@ def inlined(function: F) -> F:
 def reporting(function: F) -> F:
     """Compile ``function`` allowing sums to be reassociated."""
     return _compiled(function, fastmath={"reassoc", "nsz"})
+
+
+def skip_blas() -> None:
+    """Keep numba from importing scipy.linalg in a process of our own: 0.2 s, before any kernel can run.
+
+    numba.np.arraymath looks for a BLAS once, when it is loaded; told that there is none, it compiles the inner product
+    of np.correlate as a loop, and all else as ever. ``np.dot`` looks for itself.
+    """
+    asked, modules = "scipy.linalg.cython_blas", cast(dict[str, Any], sys.modules)
+    if "numba.np.arraymath" in modules or asked in modules:
+        return
+    modules[asked] = None
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        del modules[asked]
 
 
 _made: dict[tuple[Any, ...], Any] = {}

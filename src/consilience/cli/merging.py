@@ -65,6 +65,9 @@ def merge_command(source: Any, out: Path, *, quiet: bool, **settings: Any) -> No
     """Merge under progress bars (none when quiet or when standard error is no terminal) and say what was done."""
     from consilience.api import merge_recipe
     from consilience.cli.learning import summary
+    from consilience.jit import skip_blas
+
+    skip_blas()
 
     def tell(found: Any) -> None:
         for line in summary(found):
