@@ -186,7 +186,8 @@ class Worker:
         vectors = program.space == "task_vectors"
         counts = np.zeros((len(tensor.rows), 4))
         below, step = self._below(tensor, program, counts), program.step
-        change = Change(self._keys(tensor), step.args if step is not None else ())
+        keys = np.empty(0, np.uint64) if step is None else self._keys(tensor)
+        change = Change(keys, step.args if step is not None else ())
         run = fused(program.merge.function, step.function if step is not None else no_step)
         weights = tuple(map(float, program.weights))
         encode = encodes(dtype, real) and not self.plan.stochastic
