@@ -238,7 +238,7 @@ def check_count(method: Method, base: Model | None, experts: int, where: str) ->
         )
     count = experts + (1 if method.counts_base else 0)
     if count < method.minimum or (method.maximum is not None and count > method.maximum):
-        of = "models with the base" if method.counts_base else "models"
+        of = "models with the base" if method.counts_base else "expert" if method.maximum == 1 else "models"
         need = f"exactly {method.minimum}" if method.minimum == method.maximum else f"at least {method.minimum}"
         raise InputError(f"{where}: method {method.name!r} merges {need} {of}; the recipe names {count}")
 
