@@ -22,6 +22,7 @@ from consilience.experts.expert_set import Opened
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
 from consilience.methods.program import Elementwise, Matrix, Program
+from consilience.methods.ties import kept
 from consilience.numbers import check_threads
 from consilience.progress import NullProgress, Progress
 
@@ -170,7 +171,7 @@ class Streamer:
         total = sum(tensor.numel for tensor in ranked)
         ranks = tensors[0].ranks
         assert ranks is not None
-        keep = [min(total, max(int(d * total), 1 if d > 0 else 0)) for d in ranks.density]
+        keep = [kept(total, density) for density in ranks.density]
         by_name = sorted(ranked, key=lambda tensor: tensor.name)  # ties must not depend on how files are cut
         selection = Selection(keep, total, [(t.index, s) for t in by_name for s in range(t.segments)])
         self._select(selection, lambda jobs: self._each(pool, jobs))

@@ -26,7 +26,7 @@ from consilience.experts.block import Loader, Scratch, finite_errors
 from consilience.experts.stack import Block, Stack
 from consilience.kernels import pieces as kernels
 from consilience.kernels.select import keep
-from consilience.methods.ties import elect
+from consilience.methods.ties import elect, kept
 from consilience.student import low_rank, on_device, packed
 from consilience.student.extents import cuts, cuts_by_piece, extents_of
 
@@ -86,9 +86,9 @@ class Bank:
     def _select(self, density: float) -> Selection:
         """Rank the magnitudes of all tensors together, as the streaming merge does, and return which are kept."""
         total = sum(stack.numel for stack in self.tensors.values())
-        keep = min(total, max(int(density * total), 1 if density > 0 else 0))
+        count = kept(total, density)
         jobs = self._jobs(sorted(self.tensors))  # ties must not depend on how files are cut
-        selection = Selection([keep] * len(self.experts), total, [self._piece(*job) for job in jobs])
+        selection = Selection([count] * len(self.experts), total, [self._piece(*job) for job in jobs])
 
         def each(visit: Callable[[Piece, Loader, int, int], None], *, check: bool) -> None:
             def run(name: str, segment: int) -> None:
@@ -111,10 +111,10 @@ class Bank:
         """Yield the blocks of one segment, trimmed if task vectors are."""
         stack, selection = self.tensors[name], self._selection
         check = name not in self._seen and not self.allow_nonfinite
-        kept = None if selection is None else selection.kept(self._piece(name, segment))
+        ranks = None if selection is None else selection.kept(self._piece(name, segment))
         for block in stack.blocks(*span(stack.numel, segment), scratch=self._scratch(), check=check):
-            if kept is not None and self.trimmed is not None:
-                keep(block.vectors, kept)
+            if ranks is not None and self.trimmed is not None:
+                keep(block.vectors, ranks)
                 if self.trimmed.elect:
                     elect(block.vectors, block.start, None)
             yield block
