@@ -243,12 +243,14 @@ def _asked(run: "Run", student: "Student", task: Task, data: "Data", times: int)
 
 
 def _together(prompts: "Sequence[Prompt]", data: "Data", shown: int = 1) -> int:
-    """Return how many prompts are answered together: as many as two forward passes may have tokens, by a rough count.
+    """Return how many prompts are answered together: as many as four forward passes may have tokens, by a rough count.
+
+    A token's pass over them holds little, and costs much the same for one as for many.
 
     ``shown``: prompts that one sequence holds.
     """
     longest = shown * max((len(str(prompt)) for prompt in prompts), default=0) // 3 + data.response_tokens
-    return max(1, min(64, 2 * data.tokens // max(1, longest)))
+    return max(1, min(128, 4 * data.tokens // max(1, longest)))
 
 
 def _seen(
@@ -259,18 +261,21 @@ def _seen(
 
     from consilience.student.calibration import placed
     from consilience.student.images import encode_image
-    from consilience.tasks.generate import drawn, generation_config, seeded
+    from consilience.tasks.decode import draws
+    from consilience.tasks.generate import generation_config
 
     model = student.model
     encoded, extra = encode_image(task.rows[index], task.path, processor, task.where(index))
     ids = torch.tensor([encoded.inputs], device=model.device)
     settings = generation_config(model, processor.tokenizer, data.response_tokens)
-    if data.answer_temperature:  # a greedy search returns one answer; what is sampled from has a single token left
+    draw = draws(data.answer_temperature, data.response_tokens, times, [run.seed, index])
+    if draw is not None:  # a greedy search returns one answer; what is sampled from has a single token left
         settings.do_sample, settings.num_return_sequences = True, times
-    with torch.no_grad(), seeded(model, [run.seed, index]):
+    # Sampling from a single token still takes a number from torch's generator.
+    with torch.no_grad(), torch.random.fork_rng([]):
         out = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-            logits_processor=drawn(data.answer_temperature),
+            logits_processor=[] if draw is None else [draw],
             **{key: placed(value, model) for key, value in extra.items()},
         )  # fmt: skip
     texts = processor.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)

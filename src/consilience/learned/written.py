@@ -16,6 +16,8 @@ from consilience.tasks.generate import continued
 
 #: Prompts that a conversation shows, fewest characters of a shared beginning or ending, most tokens of a prompt.
 SHOTS, SHARED, TOKENS = 2, 10, 160
+#: Prompts that are written after one conversation: it is read once for all of them.
+ALIKE = 4
 #: Tokens that are written for each prompt that is asked for, on average: fewer come back where most are not finished.
 EFFORT = 48
 _MARK = "\u2063MARK\u2063"
@@ -67,10 +69,10 @@ def write_prompts(
     while len(found) < count and spent < effort * count:
         texts: list[str] = []
         end = ""
-        for _ in range(min(batch_size, count)):
+        for _ in range(max(1, min(batch_size, count) // ALIKE)):
             chosen: list[int] = generator.permutation(len(given))[:shots].tolist()
             text, end = _opened(tokenizer, [(given[i], answers[i]) for i in chosen])
-            texts.append(_begun(tokenizer, text + beginning))
+            texts += [_begun(tokenizer, text + beginning)] * ALIKE
         written = continued(
             model, tokenizer, texts, longest, batch_size=batch_size, temperature=1.0, seed=seed + spent, special=False
         )

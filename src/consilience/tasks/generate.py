@@ -1,9 +1,9 @@
 """Generation through a model's chat template: greedy, or sampled."""
 
-import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
+from consilience.tasks.decode import decode, draws
 from consilience.tasks.encoding import check_ids, vocabulary_of
 
 #: A text, or the turns of a conversation.
@@ -107,7 +107,7 @@ def continued(
     for text, own in zip(texts, ids, strict=True):
         check_ids(own, tokenizer, vocabulary, f"prompt {text[:40]!r}")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    settings = generation_config(model, tokenizer, max_new_tokens)
+    padding = int(generation_config(model, tokenizer, max_new_tokens).pad_token_id)
     training = model.training
     found: list[list[int]] = [[] for _ in texts]
     model.eval()
@@ -115,20 +115,14 @@ def continued(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             width = max(len(ids[i]) for i in batch)
-            inputs = torch.full((len(batch), width), int(settings.pad_token_id))
+            inputs = torch.full((len(batch), width), padding)
             mask = torch.zeros_like(inputs)
             for row, i in enumerate(batch):
                 inputs[row, width - len(ids[i]) :] = torch.tensor(ids[i])
                 mask[row, width - len(ids[i]) :] = 1
-            with torch.no_grad(), seeded(model, [seed, start]):
-                out = model.generate(
-                    input_ids=inputs.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    generation_config=settings,
-                    logits_processor=drawn(temperature),
-                )
-            new = out if getattr(model.config, "is_encoder_decoder", False) else out[:, width:]
-            for i, own in zip(batch, new.tolist(), strict=True):
+            draw = draws(temperature, max_new_tokens, len(batch), [seed, start])
+            settings = generation_config(model, tokenizer, max_new_tokens)
+            for i, own in zip(batch, decode(model, inputs, mask, settings, draw), strict=True):
                 found[i] = own
             if advance is not None:
                 advance(len(batch))
@@ -147,42 +141,10 @@ def _given(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-@contextlib.contextmanager
-def seeded(model: Any, entropy: Sequence[int]) -> Generator[None]:
-    """Seed torch's generators within the context, and leave them as they were."""
-    import numpy as np
-    import torch
-
-    device = torch.device(model.device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.SeedSequence(list(entropy)).generate_state(1)[0]))
-        yield
-
-
-def drawn(temperature: float) -> list[Any]:
-    """Return what makes greedy decoding draw from softmax(logits / T): nothing at T = 0.
-
-    One uniform number a row finds its token on the running sum of probabilities (float64, so that tokens without any
-    are never drawn): torch.multinomial takes an exponential variate for every entry of the vocabulary instead, a sixth
-    of the time that a small model needs for a token.
-    """
-    if not temperature:
-        return []
-    import torch
-
-    def draw(_ids: Any, logits: Any) -> Any:
-        running = torch.softmax(logits.float() / temperature, -1).cumsum(-1, dtype=torch.float64)
-        at = torch.rand(len(running), 1, dtype=torch.float64, device=running.device) * running[:, -1:]
-        token = torch.searchsorted(running, at, right=True).clamp(max=logits.shape[-1] - 1)
-        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
-
-    return [draw]
-
-
 def generation_config(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     """Return a fresh configuration: a model's own may hold a temperature, a top-k or a length that was not asked for.
 
-    It is greedy; ``drawn`` makes it draw.
+    It is greedy; ``Draws`` make it draw.
     It has a padding token in any case: the tokenizer's if the model has a row for it, or the one that ends an answer,
     or 0.
     """
