@@ -66,9 +66,7 @@ def decode(model: Any, inputs: Any, mask: Any, settings: Any, draw: Draws | None
     import torch
 
     cache = _cache(model)
-    seq2seq = bool(
-        getattr(model.config, "is_encoder_decoder", False)
-    )
+    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
     written: list[list[int]] = [[] for _ in inputs]
     alive = torch.arange(len(inputs))
     ends = _ends(settings)
