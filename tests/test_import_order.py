@@ -9,8 +9,8 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "consilience"
 #: From the ground up. What is imported within functions is loaded when it is used, and may lie above.
 ORDER = (
-    "errors", "contents", "numbers", "progress", "workdir", "cache", "jit", "pages", "checkpoints", "kernels",
-    "experts", "methods", "recipe", "coefficients", "engine", "tasks", "training", "student", "objectives",
+    "errors", "contents", "numbers", "name_filter", "progress", "workdir", "cache", "jit", "pages", "checkpoints",
+    "kernels", "experts", "methods", "recipe", "coefficients", "engine", "tasks", "training", "student", "objectives",
     "optimizers", "learned", "mixing", "doctor", "routing", "api", "cli",
 )  # fmt: skip
 

@@ -186,7 +186,7 @@ def merge(
         as_adapter: write LoRA experts as one PEFT adapter: "cat" (exact) or "svd" (truncated to ``rank``).
         rank: of "svd".
         seed: of the random methods and of stochastic rounding.
-        private: globs of tensors that are not merged.
+        private: filters of tensors that are not merged.
         force: replace a non-empty ``out``.
         threads: number of workers (default: the cores this process may use); never changes the result.
         stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
@@ -220,8 +220,8 @@ def merge(
     for name, value in {"calibration": calibration, "target": target}.items():
         if value is not None and not isinstance(cast(Any, value), Mapping):
             raise InputError(f"{name}: is a {type(value).__name__}; give files by name, as a mapping")
-    globs = list(private) if isinstance(cast(Any, private), Sequence) and not isinstance(private, str) else private
-    extra: dict[str, Any] = {"seed": seed, "private": globs}
+    filters = list(private) if isinstance(cast(Any, private), Sequence) and not isinstance(private, str) else private
+    extra: dict[str, Any] = {"seed": seed, "private": filters}
     extra |= {"out_dtype": out_dtype} if out_dtype is not None else {}
     extra |= {"coefficients": str(coefficients)} if coefficients is not None else {}
     extra |= {"target": {key: str(path) for key, path in target.items()}} if target is not None else {}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from consilience.coefficients import Coefficients, boundaries, constant, excluder, expand, fit, make_groups, pieces_of
+from consilience.coefficients import Coefficients, boundaries, constant, expand, fit, make_groups, pieces_of
 from consilience.coefficients.groups import GROUPINGS, REST, Group, group_namer
 from consilience.errors import InputError
 
@@ -153,23 +153,6 @@ def test_a_wrong_grouping_is_one_line(grouping: str) -> None:
     with pytest.raises(InputError, match="grouping") as caught:
         group_namer(grouping)
     assert "\n" not in str(caught.value)
-
-
-def test_excluded_names() -> None:
-    out = excluder(["*norm*", r"re:.*\.bias", "re:vision", "lm_head.weight"])
-    yes = ["model.norm.weight", "a.bias", "vision_model.x", "lm_head.weight", "norm", "x\nnorm"]
-    no = ["model.vision", "LM_HEAD.weight", "bias", "lm_head", ""]
-    assert [name for name in yes if not out(name)] == []
-    assert [name for name in no if out(name)] == []
-    assert not excluder([])("anything")
-    # Late binding would test every name against the last pattern only.
-    assert excluder(["re:a", "re:b"])("a")
-
-
-@pytest.mark.parametrize("pattern", ["re:(", "re:a{99999999999999999999}", "re:" + "(" * 9999])
-def test_a_wrong_pattern_is_one_line(pattern: str) -> None:
-    with pytest.raises(InputError, match="not a regular expression"):
-        excluder([pattern])
 
 
 def elements(coefficients: Coefficients) -> dict[str, Any]:

@@ -79,7 +79,7 @@ TemplateChoice = Annotated[
     str | None, typer.Option("--chat-template", metavar="NAME", help="Whose chat template to take.")
 ]
 Private = Annotated[
-    list[str] | None, typer.Option("--private", metavar="GLOB", help="Tensors that are not merged (repeatable).")
+    list[str] | None, typer.Option("--private", metavar="FILTER", help="Tensors that are not merged (repeatable).")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse differences that change what the model computes.")]
 Threads = Annotated[

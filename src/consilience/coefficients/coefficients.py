@@ -7,7 +7,7 @@ which tensors each index belongs to and how the values were found. Tensors in no
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os.path import exists, isdir, isfile  # False, where pathlib raises, for a name that no file can have
@@ -324,25 +324,3 @@ def fit(
                 raise InputError(f"{where}: tensor {name!r} is private here but has coefficients; drop one of the two")
     order = [coefficients.experts.index(name) for name in experts]
     return replace(coefficients, experts=tuple(experts), alpha=coefficients.alpha[order])
-
-
-def excluder(patterns: Sequence[str]) -> Callable[[str], bool]:
-    """Return whether a tensor's name matches any of ``patterns``: globs, or ``re:`` regexes matched from the start.
-
-    Raises:
-        InputError: a pattern is not a regular expression.
-    """
-    import fnmatch
-    import re
-
-    tests: list[Callable[[str], bool]] = []
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                compiled = re.compile(pattern[3:])
-            except (re.error, OverflowError, RecursionError) as error:
-                raise InputError(f"exclude: {pattern!r} is not a regular expression ({error}); correct it") from None
-            tests.append(lambda name, compiled=compiled: compiled.match(name) is not None)
-        else:
-            tests.append(lambda name, pattern=pattern: fnmatch.fnmatchcase(name, pattern))
-    return lambda name: any(test(name) for test in tests)

@@ -16,7 +16,7 @@ from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
 from consilience.engine.layout import Layout, plan_layout
 from consilience.errors import InputError
-from consilience.experts.align import Alignment, align, private_filter
+from consilience.experts.align import Alignment, align
 from consilience.experts.expert_set import comparable, expert_names
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.stack import Stack
@@ -25,6 +25,7 @@ from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
 from consilience.methods.ties import elect
 from consilience.methods.weighted_sum import PiecewiseSum, weighted
+from consilience.name_filter import any_filter, name_filter
 from consilience.recipe.resolve import Settings, depths
 from consilience.recipe.schema import Recipe
 
@@ -384,12 +385,12 @@ def make_plan(
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
     learning = settings.once() if method.learn is not None else {}
-    is_private = private_filter(recipe.private)
+    is_private = any_filter(recipe.private, f"{where}: private")
     private = {name for name in names if is_private(name) or name in alignment.heads.tensors}
     unused = [
-        glob
-        for glob in recipe.private
-        if not any(map(private_filter([glob]), [*names, *chain(*alignment.private.values())]))
+        pattern
+        for pattern in recipe.private
+        if not any(map(name_filter(pattern, f"{where}: private"), [*names, *chain(*alignment.private.values())]))
     ]
     if unused:
         raise InputError(f"{where}: private: {unused[0]!r} matches no tensor of any model")

@@ -1,6 +1,5 @@
 """A base and its experts checked against each other, before any work: from headers, and from values where they tie."""
 
-import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from consilience.experts.loose_factors import needs_base, refuse_factors
 from consilience.experts.model import Model, Source
 from consilience.experts.quantised import packed_alike, packed_notes, refuse_packed_target
 from consilience.experts.ties import keeps_flag, same_update, says_tied
+from consilience.name_filter import any_filter
 
 _Filter = Callable[[str], bool]
 
@@ -57,12 +57,6 @@ class Alignment:
         """Return the name of the model whose value a tensor has where nothing is merged."""
         expert = self.heads.expert
         return expert.name if expert is not None and name in self.heads.tensors else self.donor.name
-
-
-def private_filter(globs: Iterable[str]) -> _Filter:
-    """Return whether a tensor name matches any of the ``private:`` globs."""
-    patterns = list(globs)
-    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_dense(
@@ -254,8 +248,8 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     if donor.checkpoint is None:
         raise InputError(needs_base(donor, experts))
     if base is None:
-        refuse_factors(donor, donor.checkpoint, private_filter(private))
-    is_private = private_filter(private)
+        refuse_factors(donor, donor.checkpoint, any_filter(private, "private"))
+    is_private = any_filter(private, "private")
     vocabulary = resized(donor, experts if base is not None else [])
     named = donor.named | vocabulary.tensors
     tensors = {name: named[name] for name in donor.checkpoint.tensors}

@@ -12,7 +12,7 @@ from typing import Protocol
 from consilience.checkpoints.open import TORCH_SUFFIXES
 from consilience.checkpoints.packed import packing
 from consilience.errors import InputError
-from consilience.experts.align import Alignment, align, private_filter
+from consilience.experts.align import Alignment, align
 from consilience.experts.conv1d import orient
 from consilience.experts.embeddings import with_own_size, with_trained_rows
 from consilience.experts.flattened import unflatten
@@ -20,6 +20,7 @@ from consilience.experts.model import Model, open_model
 from consilience.experts.names import follow_base
 from consilience.experts.quantised import in_floats, packed_target
 from consilience.experts.stack import Stack
+from consilience.name_filter import any_filter
 
 #: Names without ending of files of weights that are called alike in every folder.
 _USUAL_FILES = ("model", "pytorch_model", "adapter_model", "adapters", "pytorch_lora_weights")
@@ -118,7 +119,7 @@ def open_experts(
     assert on is not None
     models = [model for model, _ in numbered]
     alignment = align(on, models, private)
-    kept = private_filter(private)
+    kept = any_filter(private, f"{where}: private")
     apart = frozenset(name for name in alignment.tensors if kept(name) or name in alignment.heads.tensors)
     return ExpertSet(on, tuple(models), alignment, apart)
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from consilience.coefficients import Coefficients, Trimmed, constant, excluder, make_groups
+from consilience.coefficients import Coefficients, Trimmed, constant, make_groups
 from consilience.engine.plan import Plan, resolve_file
 from consilience.errors import InputError, option
 from consilience.learned.answers import Answered, answered, as_given
 from consilience.learned.data import Data
 from consilience.learned.problem import Problem
 from consilience.learned.settings import PATTERNS
+from consilience.name_filter import any_filter
 from consilience.objectives.objective import Objective
 from consilience.progress import NullProgress, Progress
 from consilience.student.bank import Bank, check_bank, mergeable
@@ -202,7 +203,7 @@ def groups_of(run: Run, grouping: str, exclude: Sequence[str], alphabar: Sequenc
     Raises:
         InputError: nothing is left to learn.
     """
-    excluded = excluder([pattern for name in exclude for pattern in PATTERNS.get(name, (name,))])
+    excluded = any_filter([pattern for name in exclude for pattern in PATTERNS.get(name, (name,))], "exclude")
     tensors = mergeable(run.plan, excluded)
     out = sorted(t.name for t in run.plan.tensors if t.program is not None and excluded(t.name))
     found = constant(run.experts, make_groups(tensors, grouping), alphabar, alphabar=list(alphabar), excluded=out)

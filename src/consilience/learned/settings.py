@@ -17,13 +17,13 @@ Grouping = Annotated[str, Default("tensor"), "what shares a coefficient: global,
 #: seldom tune them, and a few prompts say little about them. ``official``: the released code of Expert Merging.
 PATTERNS: dict[str, tuple[str, ...]] = {
     "none": (),
-    "vision": ("*vision_model*", "*vision_tower*", "*visual.blocks*", "*visual.patch_embed*", "*vision_encoder*"),
-    "official": ("re:vision_model.*", "re:.*lm_head.*", "re:.*norm.*", "re:.*embed_tokens.*", "re:.*bias.*"),
+    "vision": ("vision_model", "vision_tower", "visual.blocks", "visual.patch_embed", "vision_encoder"),
+    "official": ("re:^vision_model", "lm_head", "norm", "embed_tokens", "bias"),
 }
 Exclude = Annotated[
     tuple[str, ...],
     Default(("vision",)),
-    "tensors that keep the base's value: vision, official, none; globs; re:REGEX from the start of the name",
+    "tensors that keep the base's value: vision, official, none, or filters as in recipes",
 ]
 Precision = Annotated[
     Literal["float32", "mixed", "bfloat16", "float64"],

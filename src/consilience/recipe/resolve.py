@@ -6,7 +6,6 @@ the recipe spells the method ``merge_method``). A list of numbers is a gradient 
 A list of ``filter``/``value`` takes the first entry that matches the tensor's name.
 """
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, cast
 
 from consilience.errors import InputError, nearest
 from consilience.methods.signature import Method
+from consilience.name_filter import name_filter
 from consilience.recipe.schema import Filtered, Recipe, Setting
 
 #: The first number in a name, with what precedes it; longer runs of digits are not layer numbers.
@@ -36,21 +36,6 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     shallow = not any(last.values())
     single = {stack: float(shallow or stack.split(".")[-2:-1] in _STACKS) for stack in last}
     return {name: int(m[2]) / last[m[1]] if last[m[1]] else single[m[1]] for name, m in found.items()}
-
-
-def matcher(pattern: str | None, where: str) -> Callable[[str], bool]:
-    """Return the test of one filter: ``re:`` regex (searched), glob if it has ``*`` or ``?``, else substring."""
-    if pattern is None or pattern == "*":
-        return lambda name: True
-    if pattern.startswith("re:"):
-        try:
-            compiled = re.compile(pattern[3:])
-        except re.error as error:
-            raise InputError(f"{where}: filter {pattern!r} is not a regular expression ({error})") from None
-        return lambda name: compiled.search(name) is not None
-    if any(c in pattern for c in "*?"):
-        return lambda name: fnmatch.fnmatchcase(name, pattern)
-    return lambda name: pattern in name
 
 
 def gradient(values: list[float], t: float) -> float:
@@ -83,7 +68,9 @@ class _Resolved:
         self.where = where
         filtered = isinstance(setting, list) and isinstance(setting[0], Filtered)
         entries = cast(list[Filtered], setting) if filtered else [Filtered.model_construct(filter=None, value=setting)]
-        self.choices = [_Choice(matcher(entry.filter, where), entry.filter, entry.value) for entry in entries]
+        self.choices = [
+            _Choice(name_filter(entry.filter, f"{where}: filter"), entry.filter, entry.value) for entry in entries
+        ]
         #: Whether any tensor's value was asked for; it is not where every model has its own.
         self.reached = False
 
