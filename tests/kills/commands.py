@@ -142,6 +142,44 @@ def write_trainable() -> None:
     write_rows(Path("rows.jsonl"), rows)
 
 
+def write_alignable() -> None:
+    """A tiny Llama and another whose units are in another order, with a file of rows."""
+    import torch
+
+    from consilience.mixing.alignment import permute
+    from consilience.mixing.symmetry_trace import symmetry_of_module
+    from tests.tasks.tiny_models import make_llama, make_tokenizer
+
+    torch.set_num_threads(1)
+    base, other = make_llama(0), make_llama(1)
+    base.config.use_cache = False  # torch.export knows no cache
+    symmetry = symmetry_of_module(base, torch.randint(1, 300, (2, 6)))
+    random = np.random.default_rng(0)
+    orders = {group.name: random.permutation(group.size) for group in symmetry.groups}
+    other.load_state_dict(permute(base.state_dict(), symmetry, orders))
+    for name, model in (("base", base), ("model", other)):
+        model.to(torch.bfloat16).save_pretrained(name)
+        make_tokenizer().save_pretrained(name)
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "the cat", "response": "sat on the mat"}) + "\n")
+
+
+def write_alignable_files() -> None:
+    """Two files of tensors, their axes, and an older file at OUT."""
+    rng = np.random.default_rng(7)
+    for name in ("base", "model", "out"):
+        state = {"up.weight": rng.standard_normal((6, 4)), "down.weight": rng.standard_normal((3, 6))}
+        save_file(state, f"{name}.safetensors")
+    Path("axes.yaml").write_text("up.weight: [hidden, null]\ndown.weight: [null, hidden]\n")
+
+
+def write_distillable() -> None:
+    """A tiny Llama, two experts, and recipes of the coefficients with a correction beside them."""
+    write_learnable()
+    recipe = json.loads(Path("recipe.yaml").read_text()) | {"merge_method": "expert_merging_distil"}
+    recipe["parameters"] |= {"written_prompts": 0, "answers": 1, "response_tokens": 4, "correction_rank": 2}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+
+
 def _of_change(name: str) -> bool:
     """Whether a file of a routed model may be left by an unfinished change: what routing.json does not speak of."""
     parts = ("experts/e1", "experts/e2", "change.json", "unfinished", "instructions-", "files.json", ".new")
@@ -173,6 +211,13 @@ COMMANDS = {
          "-q", "--threads", "1"),
     ),
     "learned": Command(write_learnable, ("merge", "recipe.yaml", "out", "-q", "--threads", "1")),
+    "distil": Command(write_distillable, ("merge", "recipe.yaml", "out", "-q", "--threads", "1")),
+    "align": Command(write_alignable, ("align", "base", "model", "out", "--rows", "rows.jsonl", "-q")),
+    "align-force": Command(
+        write_alignable_files,
+        ("align", "base.safetensors", "model.safetensors", "out.safetensors", "--axes", "axes.yaml", "-q", "--force"),
+        "out.safetensors",
+    ),
     "route-build": Command(write_routable, ("route", "build", "recipe.yaml", "out", "-q")),
     "route-add": Command(
         write_routed, ("route", "add", "out", "e2=zoo/adapters/e2", "--data", "zoo/e2.jsonl", "-q"), "out", _of_change
