@@ -128,21 +128,26 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
         setting["method"], str(base_path()), experts(setting["experts"]), setting["parameters"],
         data={name: {"calibration": path} for name, path in files.items()},
     )  # fmt: skip
-    begun = time.perf_counter()
+    begun = _clock()
     cs.merge_recipe(recipe, out)
-    seconds = time.perf_counter() - begun
+    took = _since(begun)
     found = load_coefficients(out)
-    result = {"losses": losses(str(out), "test"), "seconds": round(seconds, 1), "learned": facts(found)}
-    result |= _load()
+    result = {"losses": losses(str(out), "test"), "learned": facts(found)} | took
     result |= {"compared": found.facts.get("compared"), "tokens": _tokens(found)}
     return result
 
 
-def _load() -> dict[str, Any]:
-    """Return how many threads a cell had and how busy the machine was: its seconds mean little on a shared one."""
+def _clock() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(begun: tuple[float, float]) -> dict[str, Any]:
+    """Return what a command took, of the clock and of processors: on a shared machine its seconds mean little."""
     import torch
 
-    return {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[1], 1)}
+    now = _clock()
+    seconds, busy = (round(b - a, 1) for a, b in zip(begun, now, strict=True))
+    return {"seconds": seconds, "busy": busy, "threads": torch.get_num_threads(), "load": round(os.getloadavg()[1], 1)}
 
 
 def _tokens(found: Coefficients) -> dict[str, Any]:
@@ -176,11 +181,11 @@ def _answers(method: str, files: Mapping[str, str], folder: Path) -> list[Task]:
 
 
 def _fresh(setting: Mapping[str, Any], files: Mapping[str, str], out: Path) -> dict[str, Any]:
-    begun = time.perf_counter()
+    begun = _clock()
     tasks = _answers(setting["method"], files, out.parent / "state")
     fine_tune(base_path(), tasks, out, steps=setting["steps"], **FRESH_LORA)
-    seconds = time.perf_counter() - begun
-    return {"losses": losses(f"{base_path()}+{out}", "test"), "seconds": round(seconds, 1)} | _load()
+    took = _since(begun)
+    return {"losses": losses(f"{base_path()}+{out}", "test")} | took
 
 
 STUDY = Study("answers", _cells(), run, tables)

@@ -54,8 +54,12 @@ def _runs(cells: Sequence[Cell], kind: str) -> dict[tuple[str, int], list[Mappin
 
 
 def _alone(result: Mapping[str, Any]) -> bool:
-    """Whether a cell had both cores to itself, so that its seconds are the command's."""
-    return result.get("threads", 2) == 2 and result.get("load", 0.0) < 2.5
+    """Whether a cell had both cores to itself and was not suspended, so that its seconds are the command's."""
+    threads = result.get("threads", 2)
+    busy = result.get("busy", threads * result["seconds"])
+    if result.get("suspended", False):
+        return False
+    return threads == 2 and result.get("load", 0.0) < 2.5 and busy > 0.7 * threads * result["seconds"]
 
 
 def _table(cells: Sequence[Cell], kind: str, title: str) -> list[str]:
