@@ -6,6 +6,7 @@ other studies of the language suite.
 """
 
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +17,11 @@ from consilience.api import build_recipe
 from consilience.coefficients import Coefficients, load_coefficients
 from consilience.tasks import Row, Task
 from consilience.training import fine_tune
-from studies.answers_tables import FRESH, FRESH_GIVEN, tables
+from studies.answers_tables import FRESH, FRESH_GIVEN, RANDOM, SWEPT, mean_loss, tables
 from studies.cells import Study
 from studies.expert_merging import experts, facts, loadable, losses
 from studies.language import in_scratch
-from suites.language import DOMAINS, calibration_path
+from suites.language import DOMAINS, adapter_path, calibration_path
 from suites.language.base import base_path
 from suites.language.train_mixture import LORA_PATH
 
@@ -63,7 +64,10 @@ PLAN: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("GLUE's mixture by the same loss", "lora", (0,), PROMPTS),
     ("LoraHub's search by the same loss", "lora", (0,), PROMPTS),
     ("merge + distil", "full", (0,), PROMPTS),
+    ("expert_merging", "random", (0,), PROMPTS),
 )
+#: Strengths of Task Arithmetic, of which validation rows choose one.
+STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 #: One fresh LoRA on the rows that the merge generated: rank, alpha, step size of the suite's own adapters, batch of 8.
 FRESH_LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-3, "batch_size": 8}
 FRESH_STEPS = 150
@@ -81,11 +85,13 @@ def _cells() -> list[tuple[str, dict[str, Any]]]:
     ]
     for domain in DOMAINS:
         cells.append((f"expert-{domain}", {"kind": "expert", "domain": domain, "seed": 0}))
+    cells.append(("task_arithmetic", {"kind": "swept", "label": SWEPT, "strengths": list(STRENGTHS), "seed": 0}))
     for label, kind, draws, prompts in PLAN:
         method, parameters = LEARNED[label]
         for number in draws:
             name = f"{kind}-{identity(label)}-{prompts}-{number}"
-            setting = {"kind": "learned", "experts": kind, "label": label, "method": method, "parameters": parameters}
+            named = RANDOM if kind == "random" else label
+            setting = {"kind": "learned", "experts": kind, "label": named, "method": method, "parameters": parameters}
             cells.append((name, setting | {"draw": number, "prompts": prompts, "seed": 0}))
             if label == "merge + distil" and prompts == PROMPTS and kind == "lora":
                 setting = {"kind": "fresh", "draw": number, "prompts": prompts, "seed": 0, "steps": FRESH_STEPS}
@@ -108,6 +114,36 @@ def draw(number: int, prompts: int, folder: Path) -> dict[str, str]:
     return out
 
 
+def random_experts(folder: Path) -> dict[str, str]:
+    """Write adapters of Gaussian factors, each update as large as the trained one's in its place; return them by name.
+
+    B' A' is scaled to ||B A||, which is the root of tr(B^T B A A^T).
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    out: dict[str, str] = {}
+    for number, domain in enumerate(DOMAINS):
+        own, made = adapter_path(domain), folder / domain
+        made.mkdir(parents=True)
+        shutil.copy(own / "adapter_config.json", made)
+        trained = {name: value.double() for name, value in load_file(own / "adapter_model.safetensors").items()}
+        random = torch.Generator().manual_seed(number)
+        drawn = {name: torch.randn(value.shape, generator=random).double() for name, value in trained.items()}
+        for name in [name for name in trained if ".lora_A." in name]:
+            other = name.replace(".lora_A.", ".lora_B.")
+            drawn[other] *= _size(trained[other], trained[name]) / _size(drawn[other], drawn[name])
+        save_file(
+            {name: value.float().contiguous() for name, value in drawn.items()}, made / "adapter_model.safetensors"
+        )
+        out[domain] = str(made)
+    return out
+
+
+def _size(b: Any, a: Any) -> float:
+    return float(((b.T @ b) * (a @ a.T)).sum().sqrt())
+
+
 def run(setting: dict[str, Any]) -> dict[str, Any]:
     """Make one model and measure it."""
     return in_scratch(_run, setting)
@@ -124,8 +160,11 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     files = draw(setting["draw"], prompts, out.parent / "prompts") if prompts else {}
     if setting["kind"] == "fresh":
         return _fresh(setting, files, out)
+    if setting["kind"] == "swept":
+        return _swept(setting["strengths"], out)
+    models = random_experts(out.parent / "random") if setting["experts"] == "random" else experts(setting["experts"])
     recipe = build_recipe(
-        setting["method"], str(base_path()), experts(setting["experts"]), setting["parameters"],
+        setting["method"], str(base_path()), models, setting["parameters"],
         data={name: {"calibration": path} for name, path in files.items()},
     )  # fmt: skip
     begun = _clock()
@@ -135,6 +174,17 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     result = {"losses": losses(str(out), "test"), "learned": facts(found)} | took
     result |= {"compared": found.facts.get("compared"), "tokens": _tokens(found)}
     return result
+
+
+def _swept(strengths: list[float], out: Path) -> dict[str, Any]:
+    """Measure Task Arithmetic of the adapters at the strength with the least mean loss on validation rows."""
+    means: dict[float, float] = {}
+    for strength in strengths:
+        cs.merge(base_path(), experts("lora"), out, method="task_arithmetic", force=True, **{"lambda": strength})
+        means[strength] = mean_loss(losses(str(out), "validation"))
+    best = min(means, key=means.__getitem__)
+    cs.merge(base_path(), experts("lora"), out, method="task_arithmetic", force=True, **{"lambda": best})
+    return {"losses": losses(str(out), "test"), "strength": best, "validation": {str(k): v for k, v in means.items()}}
 
 
 def _clock() -> tuple[float, float]:

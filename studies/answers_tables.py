@@ -12,6 +12,8 @@ from suites.language import DOMAINS
 
 Losses = Mapping[str, Mapping[str, Any]]
 MIXTURE = "joint training (supervised)"
+SWEPT = "Task Arithmetic, strength chosen on validation rows"
+RANDOM = "expert_merging of random experts of the same size"
 FRESH, FRESH_GIVEN = "fresh LoRA on the same answers", "fresh LoRA, answers to the given prompts alone"
 
 INTRODUCTION = (
@@ -25,7 +27,8 @@ INTRODUCTION = (
     "95% bootstrap intervals over test rows (paired; draws averaged). *Seconds* are those of the whole command, "
     "answers included, where it had two cores to itself. Joint training saw all domains' labelled training rows for "
     "600 steps. A fresh LoRA is trained on the very answers that merge + distil learns from, those to written "
-    "prompts included, or on those to the given prompts alone. Settings were tuned on validation rows of the first "
+    "prompts included, or on those to the given prompts alone. Random experts are adapters of Gaussian factors, each "
+    "update as large as the trained one in its place. Settings were tuned on validation rows of the first "
     "draw; test rows were read once."
 )
 
@@ -45,11 +48,12 @@ def _runs(cells: Sequence[Cell], kind: str) -> dict[tuple[str, int], list[Mappin
     found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for cell in cells:
         setting, result = cell.setting, cell.result
-        of_kind = kind == ("lora" if setting["kind"] == "fresh" else setting.get("experts"))
+        own = setting.get("experts", "lora")  # what is neither full nor of adapters stands beside the adapters
+        of_kind = kind == ("full" if own == "full" else "lora")
         if setting["kind"] == "model":
             found.setdefault(({"mixture": MIXTURE, "base": "base"}[setting["model"]], 0), []).append(result)
-        elif setting["kind"] in ("fresh", "learned") and of_kind:
-            found.setdefault((setting["label"], setting["prompts"]), []).append(result)
+        elif setting["kind"] in ("fresh", "learned", "swept") and of_kind:
+            found.setdefault((setting["label"], setting.get("prompts", 0)), []).append(result)
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from consilience.errors import ConsilienceError
-from consilience.training.schedule import cosine
+from consilience.training.step import cosine
 from suites.language import ALL_DOMAINS, BASE_ID, DOMAINS, adapter_path, heldout_path
 from suites.language.base import FetchError
 from suites.language.data import read_jsonl, train_rows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from consilience.errors import MachineError
 from consilience.progress import NullProgress, Progress
-from consilience.training.schedule import cosine
+from consilience.training.step import cosine
 
 BATCH = 128
 

@@ -16,9 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from consilience.coefficients.coefficients import Alpha
-from consilience.coefficients.gram import largest_singular_value
 
 Matrices = npt.NDArray[np.float64]
+
+
+def largest_singular_value(gram: Matrices) -> float:
+    """Return ``sigma_max(Theta) = sqrt(lambda_max(G))`` from ``G = Theta^T Theta``.
+
+    An eigenvalue that rounding has made negative counts as 0.
+
+    Args:
+        gram: G [K, K], in the square of the columns' unit.
+    """
+    return float(np.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-1]))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ from consilience.optimizers.gradient import Terms
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import parameterise
 from consilience.optimizers.settings import Descent
-from consilience.training.schedule import cosine
+from consilience.training.step import cosine
 
 Kind = Literal["logits", "probabilities"]
 Predict = Callable[[nn.Module, Tensor], Tensor]

@@ -16,7 +16,7 @@ from consilience.mixing.batchnorm import mode
 from consilience.mixing.problem import EVALUATION_ROWS
 from consilience.mixing.target import Rows, as_rows, cross_entropy, noise, passes, place, run, take
 from consilience.progress import ProgressOption, open_progress
-from consilience.training.schedule import cosine
+from consilience.training.step import cosine
 
 #: Keeps these random numbers apart from others that are drawn from the same seed.
 _STREAM = 0xF17E

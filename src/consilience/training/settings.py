@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from consilience.errors import InputError
 from consilience.numbers import is_number
-from consilience.training.schedule import cosine
+from consilience.training.step import cosine
 
 Precision = Literal["mixed", "float32"]
 

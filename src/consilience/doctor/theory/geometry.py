@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from consilience.coefficients.gram import largest_singular_value
+from consilience.coefficients.spectrum import largest_singular_value
 from consilience.doctor.theory.bound import distances, spread_of_lengths
 
 Vector = npt.NDArray[np.float64]
