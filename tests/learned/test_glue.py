@@ -211,3 +211,25 @@ def test_a_plan_says_how_many_rows_it_learns_from(zoo: Path) -> None:
     plan = plan_recipe(recipe(zoo))
     assert "  rows: target 8, target validation 6" in learning_lines(plan)
     plan.close()
+
+
+@pytest.mark.parametrize("space", ["simplex", "task_vector", "low_rank", "a ball"])
+def test_what_is_kept_is_mixed_as_if_there_were_no_others(zoo: Path, tmp_path: Path, space: str) -> None:
+    own: dict[str, Any] = {"space": space, "steps": 4} if space != "a ball" else {"radius": 0.4, "steps": 4}
+    own |= {"target": {"train": str(zoo / "train.jsonl")}}
+    losses = [float(loss_of(zoo, torch.eye(3, dtype=torch.float64)[k], "train.jsonl")) for k in range(3)]
+    best = [NAMES[k] for k in sorted(np.argsort(losses)[:2])]
+    found = learn(recipe(zoo, keep=2, **own))
+    alone = learn(recipe(zoo, best, **own))
+    assert found.facts["kept"] == best
+    chosen = [NAMES.index(name) for name in best]
+    np.testing.assert_allclose(found.alpha[chosen], alone.alpha, rtol=1e-5, atol=1e-6)
+    assert not np.delete(found.alpha, chosen, 0).any()
+    assert np.abs(alone.alpha - 0.5).max() > 0.003
+    merge_recipe(recipe(zoo, keep=2, **own), tmp_path / "out")
+    assert load_coefficients(tmp_path / "out").alpha.tolist() == found.alpha.tolist()
+
+
+def test_no_more_experts_are_kept_than_there_are(zoo: Path) -> None:
+    with pytest.raises(InputError, match="keep: 4 of 3 experts"):
+        learn(recipe(zoo, keep=4))

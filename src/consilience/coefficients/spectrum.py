@@ -9,6 +9,7 @@ in its place.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,14 @@ class Spectrum:
         experts = np.hstack([np.ones((count, 1)), np.eye(count)])
         apart = np.hstack([np.zeros((count + 1, 1)), np.eye(count + 1, count) - 1.0 / count])
         return cls(experts @ gram @ experts.T, apart @ gram @ apart.T)
+
+    def of(self, chosen: Sequence[int]) -> "Spectrum":
+        """Return the spectrum of some of the experts: centred values are of weights less *their* mean."""
+        rows = [*chosen, *range(self.experts, self.centred.shape[1])]
+        # Differences of rows do not depend on whose mean was taken away.
+        apart = np.eye(self.centred.shape[1])[rows] - np.eye(self.centred.shape[1])[list(chosen)].mean(0)
+        pick = np.ix_(range(len(self.gram)), chosen, chosen)
+        return Spectrum(self.gram[pick], apart @ self.centred @ apart.T)
 
     @property
     def experts(self) -> int:

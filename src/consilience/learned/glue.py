@@ -30,6 +30,9 @@ def glue(
         Literal["global", "block", "tensor"], Default("global"), "one weight per expert, or one per block or tensor"
     ],
     space: BlendSpace,
+    keep: Annotated[
+        int, Default(0), Range(0), "experts that are mixed, those that alone do best on the rows held out; 0: all"
+    ],
     exclude: Exclude,
     score: Score,
     positions: Annotated[
@@ -111,7 +114,10 @@ def glue(
         loop=Loop(batch=batch, steps=steps, stopping=stopping),
         compute=Compute(precision=precision, checkpoint=checkpoint, batch_tokens=batch_tokens),
         score=score,
+        keep=keep,
     )
+    if keep > len(run.experts):
+        raise InputError(f"keep: {keep} of {len(run.experts)} experts cannot be kept; choose at most as many")
     check_score(run, learning)
     total = sum(alphabar)
     if not total > 0 or (space.space in ("simplex", "hierarchical") and not all(alphabar)):

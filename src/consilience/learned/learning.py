@@ -1,9 +1,12 @@
 """Learning coefficients, from a start to what is found and the facts of it: any objective, optimizer and space."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from consilience.coefficients import Coefficients
 from consilience.coefficients.coefficients import Alpha
@@ -19,7 +22,9 @@ from consilience.learned.spectrum import spectrum
 from consilience.objectives.objective import Objective
 from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.gradient import Optimizer, Terms
+from consilience.optimizers.kept import Kept, screen
 from consilience.optimizers.make import make_optimizer
+from consilience.optimizers.parameterisation import Parameterisation
 
 
 def start_of(run: Run, start: Start) -> Coefficients:
@@ -42,17 +47,38 @@ def learn_coefficients(
     begun = time.perf_counter()
     learning.objective.check()  # what is wrong with the settings is said before the models are read
     optimizer = optimizer_of(run, start, learning, anchor)
+    chosen: tuple[int, ...] = ()
     shop = open_workshop(
         run, start, learning.rows, layers=learning.objective.layers, precision=learning.compute.precision,
         checkpoint=learning.compute.checkpoint, trimmed=start.trimmed, teachers=learning.objective.reads_experts,
     )  # fmt: skip
     try:
-        learned = minimise(run, shop, _problem(shop, learning), optimizer, learning, start)
+        problem = _problem(shop, learning)
+        if learning.keep:
+            chosen = screen(_alone(run, shop, problem, start), learning.keep)
+            optimizer = optimizer_of(run, start, learning, anchor, chosen)
+        learned = minimise(run, shop, problem, optimizer, learning, start)
         facts = compared(shop, learned.alpha, score=learning.score) if compare else {}
     finally:
         shop.close()
     facts |= report(run, shop, learning, learned, time.perf_counter() - begun)
+    facts |= {"kept": [run.experts[k] for k in chosen]} if chosen else {}
     return start.with_alpha(learned.alpha, **facts, **_diagnosis(optimizer))
+
+
+def _alone(run: Run, shop: Workshop, problem: Problem | Ranking, start: Coefficients) -> list[float]:
+    """Return what every expert loses alone [K], on the rows that are held out, or where there are none on all."""
+    rows = shop.hold or shop.learn
+    run.progress.phase("every expert alone", len(run.experts))
+    found: list[float] = []
+    for row in np.eye(len(run.experts)):
+        alpha = np.where(start.learned, row[:, None], start.alpha)
+        try:
+            found.append(sum(problem.evaluate(alpha, rows, gradient=False)[0].values()))
+        except InputError:  # its loss is not finite, so that it is the worst
+            found.append(math.inf)
+        run.progress.advance(1)
+    return found
 
 
 def _diagnosis(optimizer: Optimizer) -> dict[str, Any]:
@@ -67,11 +93,20 @@ def _diagnosis(optimizer: Optimizer) -> dict[str, Any]:
     return {"diagnosis": {"verdict": found.verdict, "advice": found.advice, "evidence": dict(found.evidence)}}
 
 
-def optimizer_of(run: Run, start: Coefficients, learning: Learning, anchor: Alpha | None = None) -> Optimizer:
-    """Return the optimizer at ``start``."""
+def optimizer_of(
+    run: Run, start: Coefficients, learning: Learning, anchor: Alpha | None = None, chosen: tuple[int, ...] = ()
+) -> Optimizer:
+    """Return the optimizer at ``start``; ``chosen``: the experts that it moves, the others have 0 (default: all)."""
     import torch
 
-    mapped = learning.space.map(start.alpha, start.learned, lambda: spectrum(run, start.groups))
+    if chosen:
+        some = start.alpha[list(chosen)]
+        # What the others had is theirs no more, and the sum stays.
+        some = some * (start.alpha.sum(0) / some.sum(0))
+        inner = learning.space.map(some, start.learned, lambda: spectrum(run, start.groups).of(chosen))
+        mapped: Parameterisation = Kept(inner, chosen, len(run.experts))
+    else:
+        mapped = learning.space.map(start.alpha, start.learned, lambda: spectrum(run, start.groups))
     # A map and its inverse may miss the start by a rounding error, which would turn the penalty's slope there from 0
     # into its full size.
     at = mapped.alpha(mapped.initial()) if anchor is None else torch.tensor(anchor, dtype=torch.float64)

@@ -74,6 +74,7 @@ class Learning:
     """What is minimised, over which coefficients, how, and on which rows.
 
     ``score``: of a target, what is minimised instead of the objective: the share of rows ranked wrongly.
+    ``keep``: how many experts are mixed, those that alone do best; 0: all.
     """
 
     space: SpaceSettings | BlendSpace = field(default_factory=SpaceSettings)
@@ -85,6 +86,7 @@ class Learning:
     loop: Loop = field(default_factory=Loop)
     compute: Compute = field(default_factory=Compute)
     score: Literal["loss", "accuracy"] = "loss"
+    keep: int = 0
 
     @property
     def rows(self) -> Data:

@@ -29,10 +29,11 @@ from consilience.numbers import is_count, is_number
 from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.diagnosis import FEWEST, Diagnosis, Record, diagnose
 from consilience.optimizers.gradient import Optimizer
+from consilience.optimizers.kept import screen
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Parameterisation
 from consilience.optimizers.settings import GRADIENT, NAMES, Descent, adjust
-from consilience.optimizers.spaces import BlendSpace, Space, screen
+from consilience.optimizers.spaces import BlendSpace, Space
 from consilience.optimizers.spsa import record_of
 from consilience.progress import ProgressOption, open_progress
 from consilience.tasks.gradients import gradients

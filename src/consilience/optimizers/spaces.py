@@ -15,7 +15,7 @@ Every space is a ``Parameterisation``, so that any optimizer moves in it. GLUE (
 and names the hull and many experts as limitations; the other spaces are ours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -383,24 +383,3 @@ def cluster(gram: Matrix, count: int = 0) -> Labels:
     for number, group in enumerate(groups):
         labels[group] = number
     return labels
-
-
-def screen(losses: Sequence[float], keep: int) -> tuple[int, ...]:
-    """Return the ``keep`` experts whose own target losses are lowest, in their order.
-
-    Losses that are not finite are the worst; among equals the first are kept.
-
-    Args:
-        losses: [K] the target loss of every expert alone.
-        keep: how many to keep.
-
-    Raises:
-        InputError: ``keep`` is not among 1 to K, or fewer losses than that are finite.
-    """
-    finite = int(np.isfinite(losses).sum())
-    if not 1 <= keep <= finite:
-        raise InputError(
-            f"keep: {keep} experts of {len(losses)} cannot be kept, {finite} have a finite loss; choose 1 to {finite}"
-        )
-    ranked = np.argsort(np.where(np.isfinite(losses), losses, np.inf), kind="stable")
-    return tuple(sorted(int(k) for k in ranked[:keep]))
