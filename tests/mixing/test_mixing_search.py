@@ -331,3 +331,31 @@ def test_targets_that_are_no_rows_are_refused(data: Any) -> None:
     module = net()
     with pytest.raises(InputError, match="target: "):
         mix(module, scattered(module, 2), data if data != "rows" else 3, steps=2)
+
+
+@pytest.mark.parametrize("space", ["simplex", "affine", "task_vector", "low_rank", "hierarchical"])
+@pytest.mark.parametrize("granularity", ["global", "tensor"])
+def test_what_is_excluded_is_mixed_as_if_experts_did_not_differ_there(space: Any, granularity: str) -> None:
+    module = net()
+    experts, base = scattered(module, 4), module.state_dict() if space == "task_vector" else None
+    names = [name for name, _ in module.named_parameters() if name.endswith("bias")]
+    fixed = {n: base[n] if base else torch.stack([s[n] for s in experts.values()]).mean(0) for n in names}
+    settings = {"space": space, "optimizer": "sgd", "steps": 6, "learning_rate": 0.5, "granularity": granularity}
+    settings |= {"base": base, "bn": "blend", "holdout": 0.0, "parts": 2 if space == "hierarchical" else 0}
+    found = mix(module, experts, labelled(48), exclude=["re:bias$"], **settings)
+    same = mix(module, {k: {**state, **fixed} for k, state in experts.items()}, labelled(48), **settings)
+    assert found.groups[-1].name == "excluded"
+    assert {name for name, _ in found.groups[-1].tensors} == set(names)
+    assert np.all(found.alpha[:, -1] == (0.0 if base else 0.25))
+    for name in names:
+        torch.testing.assert_close(found.state[name], fixed[name], rtol=1e-5, atol=1e-6)
+    moved = [i for i, g in enumerate(same.groups) if granularity == "global" or g.name not in names]
+    np.testing.assert_allclose(found.alpha[:, :-1], same.alpha[:, moved], rtol=1e-3, atol=1e-5)
+    assert np.ptp(found.alpha[:, 0]) > 1e-3
+
+
+def test_an_exclusion_has_to_mean_something() -> None:
+    with pytest.raises(InputError, match="exclude: 'nothing' matches no parameter"):
+        mix(Point(), CORNERS, towards(goal(0, 1, 0)), exclude=["nothing"])
+    with pytest.raises(InputError, match="nothing is left to learn"):
+        mix(Point(), CORNERS, towards(goal(0, 1, 0)), exclude=["*"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +63,7 @@ class ExpertBank:
         grouping: str = "global",
         base: StateDict | None = None,
         device: torch.device | str | None = None,
+        exclude: Sequence[str] = (),
     ) -> "ExpertBank":
         """Copy the experts' tensors into a bank, in float32 (float64 if the module has float64 parameters).
 
@@ -72,6 +74,7 @@ class ExpertBank:
             grouping: which parameters share a coefficient; see ``consilience.coefficients.groups``.
             base: theta_0, if coefficients multiply task vectors.
             device: where the bank lies; None: where the module's first parameter is.
+            exclude: patterns of parameters whose coefficients are not learned.
 
         Raises:
             InputError: there is no expert, names or shapes are not the module's, tied tensors differ, or a value is
@@ -79,7 +82,7 @@ class ExpertBank:
         """
         if not states:
             raise InputError("experts: there are none; give at least one state dict")
-        layout = lay_out(module, grouping)
+        layout = lay_out(module, grouping, exclude)
         kinds = {value.dtype for value in module.parameters() if value.is_floating_point()}
         dtype = torch.float64 if torch.float64 in kinds else torch.float32
         place = device if device is not None else next(module.parameters()).device
@@ -103,6 +106,11 @@ class ExpertBank:
     def count(self) -> int:
         """N, the number of coefficients per expert."""
         return self.layout.count
+
+    @property
+    def learned(self) -> npt.NDArray[np.bool_]:
+        """Which coefficients [N] move."""
+        return np.array([group.learned for group in self.layout.groups])
 
     @property
     def numel(self) -> int:
@@ -163,11 +171,14 @@ class ExpertBank:
         return table[:-1] - table[-1:] if self.has_base else table
 
     def spectrum(self) -> Spectrum:
-        """Return how far apart the experts are, in float64, in one pass over the bank."""
+        """Return how far apart the experts are, in float64, in one pass over the bank; of what is learned."""
         experts, rows = len(self.names), self.matrix.shape[0]
         gram = np.zeros((self.count, experts, experts))
         centred = np.zeros((self.count, rows, rows))
+        learned = self.learned
         for span in self.layout.spans:
+            if not learned[span.index]:
+                continue
             for start in range(span.start, span.stop, _COLUMNS):
                 block = self.matrix[:, start : min(start + _COLUMNS, span.stop)].to(torch.float64, copy=True)
                 gram[span.index] += (block[:experts] @ block[:experts].T).cpu().numpy()

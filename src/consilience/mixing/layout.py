@@ -6,13 +6,14 @@ module that holds any.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from consilience.coefficients.groups import Group, make_groups
 from consilience.errors import InputError
+from consilience.name_filter import any_filter, name_filter
 
 #: Modules whose running statistics depend on the weights before them.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -93,15 +94,17 @@ def _spans(slots: Sequence[Slot]) -> tuple[Span, ...]:
     return tuple(found)
 
 
-def lay_out(module: nn.Module, grouping: str = "global") -> Layout:
+def lay_out(module: nn.Module, grouping: str = "global", exclude: Sequence[str] = ()) -> Layout:
     """Return the layout of a module's persistent tensors.
 
     Args:
         module: whose names count; its values do not.
         grouping: which parameters share a coefficient; see ``consilience.coefficients.groups``.
+        exclude: patterns (``consilience.name_filter``) of parameters whose coefficients are not learned: a last group.
 
     Raises:
-        InputError: there is no floating-point parameter, one is complex, or the grouping is none.
+        InputError: there is no floating-point parameter that is not excluded, one is complex, the grouping is none, or
+            a pattern matches nothing.
     """
     parameters = _named_once(module.named_parameters(remove_duplicate=False))
     persistent = set(module.state_dict())
@@ -116,7 +119,7 @@ def lay_out(module: nn.Module, grouping: str = "global") -> Layout:
     floats = [(names, value) for names, value in parameters if _averaged(value)]
     if not floats:
         raise InputError("module: has no floating-point parameter to mix; pass the module that holds the weights")
-    groups = make_groups([(names[0], value.numel()) for names, value in floats], grouping)
+    groups = _groups([(names, value.numel()) for names, value in floats], grouping, exclude)
     index = {name: group.first for group in groups for name, _ in group.tensors}
     owners = {name: at for names, _ in floats for name in names for at in [index[names[0]]]}
     held = [(names, value) for names, value in buffers if _averaged(value)]
@@ -128,6 +131,21 @@ def lay_out(module: nn.Module, grouping: str = "global") -> Layout:
         tuple(copied),
         frozenset(f"{name}.running_var" for name, part in module.named_modules() if isinstance(part, BATCH_NORMS)),
     )
+
+
+def _groups(sizes: Sequence[tuple[tuple[str, ...], int]], grouping: str, exclude: Sequence[str]) -> tuple[Group, ...]:
+    for pattern in exclude:
+        test = name_filter(pattern, "exclude")
+        if not any(test(name) for names, _ in sizes for name in names):
+            raise InputError(f"exclude: {pattern!r} matches no parameter")
+    apart = any_filter(exclude, "exclude")
+    fixed = {names[0] for names, _ in sizes if any(apart(name) for name in names)}
+    tensors = [(names[0], numel) for names, numel in sizes]
+    groups = make_groups([one for one in tensors if one[0] not in fixed], grouping)
+    if not groups:
+        raise InputError("exclude: nothing is left to learn; exclude less")
+    last = make_groups([one for one in tensors if one[0] in fixed], "global", lambda _name: 0)
+    return (*groups, *(replace(one, name="excluded", first=len(groups)) for one in last))
 
 
 def _averaged(value: torch.Tensor) -> bool:

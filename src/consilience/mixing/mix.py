@@ -119,7 +119,8 @@ class Search:
         if len(start) != experts:
             raise InputError(f"start: {len(start)} coefficients for {experts} experts; give one each")
         space = BlendSpace(space=self.space, radius=self.radius, parts=self.parts)
-        return space.map(bank.table(start), np.ones(bank.count, bool), lambda: spectrum)
+        fixed = 0.0 if bank.has_base else 1.0 / experts
+        return space.map(np.where(bank.learned, bank.table(start), fixed), bank.learned, lambda: spectrum)
 
 
 def mix(
@@ -145,6 +146,7 @@ def mix(
     radius: float = 0.0,
     parts: int = 0,
     keep: int = 0,
+    exclude: Sequence[str] = (),
     seed: int = 0,
     progress: ProgressOption = False,
     folder: Path | str | None = None,
@@ -187,6 +189,8 @@ def mix(
         parts: directions of low_rank, or clusters of hierarchical; 0: about the square root of the number of experts.
         keep: how many experts to keep, those that alone lose least on the validation rows (or the first minibatch);
             the others have coefficient 0 and no entry in the result; 0: all.
+        exclude: patterns of parameters that are not learned (``consilience.name_filter``): they stay at the base's
+            values where there is a base, else at the experts' mean.
         seed: of minibatches, directions and noise.
         progress: True for a bar (or lines) on standard error, a function called with (steps done, steps in all), or a
             ``Progress``.
@@ -213,7 +217,8 @@ def mix(
     policy: Policy = bn or ("recalibrate" if held.train is not None and not remote else "blend")
 
     def problem(chosen: Mapping[str, StateDict]) -> TargetLoss:
-        bank = ExpertBank.of(chosen, module, grouping=granularity, base=base if space == "task_vector" else None)
+        origin = base if space == "task_vector" else None
+        bank = ExpertBank.of(chosen, module, grouping=granularity, base=origin, exclude=exclude)
         return TargetLoss(bank, module, held, seed=seed, bn=policy, training=training, recalibration=recalibration)
 
     loss = problem(experts)
