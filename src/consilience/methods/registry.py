@@ -21,6 +21,8 @@ BUILT_IN: dict[str, str] = {
     "breadcrumbs": "consilience.methods.breadcrumbs",
     "nearswap": "consilience.methods.nearswap",
     "tsv_m": "consilience.methods.tsv_m",
+    "iso_c": "consilience.methods.iso_c",
+    "iso_cts": "consilience.methods.iso_cts",
     "slerp": "consilience.methods.slerp",
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",
