@@ -136,9 +136,10 @@ def _cache(model: Any) -> Any:
     """Return an empty cache that rows can leave; None: the model has none such, and decodes in one round."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False) or getattr(model, "_is_stateful", False):
+    able = getattr(model, "_supports_default_dynamic_cache", None)
+    stateful = getattr(model.config, "is_encoder_decoder", False) or getattr(model, "_is_stateful", False)
+    if stateful or able is None or not able():
         return None
-    cache = DynamicCache(config=config)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     plain = bool(cache.layers) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
     return cache if plain else None
