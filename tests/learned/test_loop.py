@@ -183,6 +183,26 @@ def test_an_interrupted_run_ends_like_the_uninterrupted_one(
         assert_same(learn(name, folder), whole)
 
 
+@pytest.mark.parametrize("every", [-1.0, 1e9], ids=["saved each step", "never saved"])
+def test_a_large_state_goes_on_from_what_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float
+) -> None:
+    """No copy of it is made for every step."""
+    monkeypatch.setattr(loop, "SAVE_EVERY", every)
+    monkeypatch.setattr(loop, "SMALL", 0)
+    copies: list[int] = []
+    optimizer = make("adam")
+    state = optimizer.state
+    monkeypatch.setattr(type(optimizer), "state", lambda self: copies.append(0) or state.__func__(self))
+    whole = learn("adam", None)
+    for step in range(len(whole.history.terms)):
+        copies.clear()
+        with pytest.raises(KeyboardInterrupt):
+            learn("adam", tmp_path / str(step), interrupted_at(step))
+        assert len(copies) == 1 + (step if every < 0 else 0)
+        assert_same(learn("adam", tmp_path / str(step)), whole)
+
+
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
     with pytest.raises(KeyboardInterrupt):

@@ -18,8 +18,10 @@ from consilience.optimizers.gradient import Loss, Optimizer, Terms
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import write_file
 
-#: Seconds between two states written to disk.
+#: Seconds between two states written to disk, for each second that writing one takes and at least for one.
 SAVE_EVERY = 20.0
+#: Numbers of a state up to which every step keeps a copy of it, to be written if the step is interrupted.
+SMALL = 1_000_000
 #: Change when the meaning of a stored state changes.
 VERSION = 1
 
@@ -117,15 +119,17 @@ def descend(
     progress.advance(start)
     if steps and not run.history.held_out:
         run.check(0)
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_EVERY
+    small = folder is not None and sum(np.size(value) for value in optimizer.state().values()) <= SMALL
     for number in range(start, steps):
         if run.hopeless:
             break
-        before = optimizer.state() if folder is not None else None
+        before = optimizer.state() if small else None
         try:
             terms = optimizer.step(loss, number)
         except (KeyboardInterrupt, OSError, MemoryError):
-            run.save(number, before)  # the optimizer may have stopped half-way
+            if before is not None:  # the optimizer may have stopped half-way; a large state is on disk, a little older
+                run.save(number, before)
             raise
         run.history.terms.append(terms)
         due = stopping is not None and ((number + 1) % stopping.every == 0 or number + 1 == steps)
@@ -133,9 +137,11 @@ def descend(
         if scalars is not None:
             _log(scalars, number, terms, held)
         progress.advance(1, **terms, **({} if held is None else {"held_out": held}))
-        if time.monotonic() - saved > SAVE_EVERY or number + 1 == steps or run.hopeless:
+        if time.monotonic() - saved > pause or number + 1 == steps or run.hopeless:
+            begun = time.monotonic()
             run.save(number + 1)
             saved = time.monotonic()
+            pause = SAVE_EVERY * max(1.0, saved - begun)
     best = run.best if run.best is not None else optimizer.alpha
     return Learned(best, run.history, run.best_step if run.best is not None else len(run.history.terms))
 
