@@ -26,11 +26,10 @@ INTRODUCTION = (
     "merge) / (base - own expert), mean over domains, with the least of them. Differences from joint training carry "
     "95% bootstrap intervals over test rows (paired; draws averaged). *Seconds* are those of the whole command, "
     "answers included, where it had two cores to itself. Joint training saw all domains' labelled training rows for "
-    "600 steps. A fresh LoRA is trained on answers to the very prompts that merge + distil learns from, those written "
-    "for it included, or on those to the given prompts alone (sampled with the same settings by an earlier revision, so "
-    "that they are others of the same law). Random experts are adapters of Gaussian factors, each update as large as "
-    "the trained one in its place. Settings were tuned on validation rows of the first draw; test rows were read once "
-    "for each revision."
+    "600 steps. A fresh LoRA is trained on the rows of merge + distil, written prompts included, or on answers to the "
+    "given prompts alone (both sampled by an earlier revision: other rows than today's, of the same law). Random "
+    "experts are adapters of Gaussian factors, each update as large as the trained one in its place. Settings were "
+    "tuned on validation rows of the first draw; test rows were read once for each revision."
 )
 
 
