@@ -179,11 +179,16 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
 def _swept(strengths: list[float], out: Path) -> dict[str, Any]:
     """Measure Task Arithmetic of the adapters at the strength with the least mean loss on validation rows."""
     means: dict[float, float] = {}
+
+    def merge_at(strength: float) -> None:
+        chosen: dict[str, Any] = {"lambda": strength}
+        cs.merge(base_path(), experts("lora"), out, method="task_arithmetic", force=True, **chosen)
+
     for strength in strengths:
-        cs.merge(base_path(), experts("lora"), out, method="task_arithmetic", force=True, **{"lambda": strength})
+        merge_at(strength)
         means[strength] = mean_loss(losses(str(out), "validation"))
     best = min(means, key=means.__getitem__)
-    cs.merge(base_path(), experts("lora"), out, method="task_arithmetic", force=True, **{"lambda": best})
+    merge_at(best)
     return {"losses": losses(str(out), "test"), "strength": best, "validation": {str(k): v for k, v in means.items()}}
 
 

@@ -340,7 +340,13 @@ def test_what_is_excluded_is_mixed_as_if_experts_did_not_differ_there(space: Any
     experts, base = scattered(module, 4), module.state_dict() if space == "task_vector" else None
     names = [name for name, _ in module.named_parameters() if name.endswith("bias")]
     fixed = {n: base[n] if base else torch.stack([s[n] for s in experts.values()]).mean(0) for n in names}
-    settings = {"space": space, "optimizer": "sgd", "steps": 6, "learning_rate": 0.5, "granularity": granularity}
+    settings: dict[str, Any] = {
+        "space": space,
+        "optimizer": "sgd",
+        "steps": 6,
+        "learning_rate": 0.5,
+        "granularity": granularity,
+    }
     settings |= {"base": base, "bn": "blend", "holdout": 0.0, "parts": 2 if space == "hierarchical" else 0}
     found = mix(module, experts, labelled(48), exclude=["re:bias$"], **settings)
     same = mix(module, {k: {**state, **fixed} for k, state in experts.items()}, labelled(48), **settings)

@@ -13,6 +13,7 @@ from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.optimizers.anchor import Anchor
 from consilience.optimizers.gradient import Terms
+from consilience.optimizers.kept import screen
 from consilience.optimizers.make import make_optimizer
 from consilience.optimizers.parameterisation import Parameterisation, parameterise
 from consilience.optimizers.settings import Descent, SpsaSettings
@@ -24,7 +25,6 @@ from consilience.optimizers.spaces import (
     hierarchical,
     low_rank,
     make_space,
-    screen,
     spread,
     trust,
 )
