@@ -16,6 +16,8 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # Commands run in forks, in which a new thread of the loader finds torch's thread pool gone.
+    "HF_DEACTIVATE_ASYNC_LOAD": "1",
 }
 
 
