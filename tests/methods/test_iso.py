@@ -4,20 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import consilience as cs
+from tests.methods.matrices import CONFIG, Array, draw, write
 
-Array = npt.NDArray[Any]
 SHAPES = [(24, 24), (40, 13), (9, 31)]
-
-
-def draw(*shape: int, seed: int) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def merged(base: Array, vectors: list[Array], method: str, **arguments: Any) -> Array:
@@ -103,16 +98,6 @@ def test_an_expert_that_changes_nothing_and_tensors_that_are_no_matrices(method:
         np.testing.assert_array_equal(out["same"], base["same"])
         if method == "iso_c":
             np.testing.assert_allclose(out["w"], base["w"] + iso(vector), atol=1e-9)
-
-
-def write(folder: Path, tensors: dict[str, Array], config: str, name: str = "model.safetensors") -> Path:
-    folder.mkdir()
-    save_file({n: np.ascontiguousarray(a, np.float32) for n, a in tensors.items()}, folder / name)
-    (folder / ("config.json" if name.startswith("model") else "adapter_config.json")).write_text(config)
-    return folder
-
-
-CONFIG = '{"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "base_model_name_or_path": null}'
 
 
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts"])

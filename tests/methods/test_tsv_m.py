@@ -4,17 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import consilience as cs
 from consilience.api import build_recipe
 from consilience.engine import merge as engine
 from consilience.engine.summary import Summary
 from consilience.errors import MachineError
-
-Array = npt.NDArray[Any]
+from tests.methods.matrices import CONFIG, Array, draw, write
 
 
 def inverse_root(gram: Array) -> Array:
@@ -39,10 +37,6 @@ def merged(base: Array, vectors: list[Array], **arguments: Any) -> Array:
     experts = {f"e{k}": {"w": base + vector} for k, vector in enumerate(vectors)}
     out: Any = cs.merge({"w": base}, experts, method="tsv_m", **arguments)
     return out["w"]
-
-
-def draw(*shape: int, seed: int) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 13), (9, 31)])
@@ -82,16 +76,6 @@ def test_an_expert_that_changes_nothing_and_tensors_that_are_no_matrices() -> No
         np.testing.assert_allclose(out["w"], base["w"] + 0.1, atol=1e-12)
         for name in "bc":
             np.testing.assert_allclose(out[name], base[name] + 0.1 * share, atol=1e-12)
-
-
-def write(folder: Path, tensors: dict[str, Array], config: str, name: str = "model.safetensors") -> Path:
-    folder.mkdir()
-    save_file({n: np.ascontiguousarray(a, np.float32) for n, a in tensors.items()}, folder / name)
-    (folder / ("config.json" if name.startswith("model") else "adapter_config.json")).write_text(config)
-    return folder
-
-
-CONFIG = '{"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "base_model_name_or_path": null}'
 
 
 def test_adapters_stay_factored_and_are_their_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

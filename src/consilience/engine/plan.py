@@ -379,13 +379,13 @@ def make_plan(
     check_count(method, base, len(numbered), where)
     base, numbered = comparable(base, numbered)
     experts = [model for model, _ in numbered]
+    is_private = any_filter(recipe.private, f"{where}: private")
     alignment = align(base, experts, recipe.private)
     donor = alignment.donor
     check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
     learning = settings.once() if method.learn is not None else {}
-    is_private = any_filter(recipe.private, f"{where}: private")
     private = {name for name in names if is_private(name) or name in alignment.heads.tensors}
     unused = [
         pattern

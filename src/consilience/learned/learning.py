@@ -46,7 +46,7 @@ def learn_coefficients(
     """
     begun = time.perf_counter()
     learning.objective.check()  # what is wrong with the settings is said before the models are read
-    optimizer = optimizer_of(run, start, learning, anchor)
+    optimizer = None if learning.keep else optimizer_of(run, start, learning, anchor)
     chosen: tuple[int, ...] = ()
     shop = open_workshop(
         run, start, learning.rows, layers=learning.objective.layers, precision=learning.compute.precision,
@@ -54,7 +54,7 @@ def learn_coefficients(
     )  # fmt: skip
     try:
         problem = _problem(shop, learning)
-        if learning.keep:
+        if optimizer is None:
             chosen = screen(_alone(run, shop, problem, start), learning.keep)
             optimizer = optimizer_of(run, start, learning, anchor, chosen)
         learned = minimise(run, shop, problem, optimizer, learning, start)

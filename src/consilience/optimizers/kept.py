@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
-from consilience.optimizers.parameterisation import Parameterisation, as_array
+from consilience.optimizers.parameterisation import Around
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,30 +35,14 @@ def screen(losses: Sequence[float], keep: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(Around):
     """A map of the ``chosen`` experts alone, as coefficients of all ``experts``: those left out have 0.
 
-    alpha_k = inner.alpha(w)_j  where k is the j-th of the chosen, else 0
+    alpha_k = inner.alpha(w)_j  where k is the j-th of the chosen, else 0;  ``start`` has the chosen experts' rows
     """
 
-    inner: Parameterisation
     chosen: tuple[int, ...]
     experts: int
-
-    @property
-    def kind(self) -> str:
-        """The map's name."""
-        return self.inner.kind
-
-    @property
-    def start(self) -> "Tensor":
-        """First values of the chosen experts [R, N]."""
-        return self.inner.start
-
-    @property
-    def learned(self) -> "Tensor":
-        """Which columns [N] move."""
-        return self.inner.learned
 
     @property
     def plain(self) -> bool:
@@ -73,17 +56,9 @@ class Kept:
         own = self.inner.alpha(w)
         return own.new_zeros(self.experts, own.shape[1]).index_copy(0, torch.tensor(self.chosen), own)
 
-    def coefficients(self, w: "Tensor") -> Alpha:
-        """Return the coefficients of ``w`` as an array of their own."""
-        return as_array(self.alpha(w.detach()))
-
     def invert(self, alpha: "Tensor") -> "Tensor":
         """Return a w whose coefficients are those of the chosen experts in ``alpha`` [K, N], or the map's nearest."""
         return self.inner.invert(alpha[list(self.chosen)])
-
-    def initial(self) -> "Tensor":
-        """Return the w of the start."""
-        return self.inner.initial()
 
     def project(self, w: "Tensor") -> None:
         """Bring ``w`` back into the set it is constrained to, in place."""

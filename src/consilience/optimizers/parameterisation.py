@@ -124,6 +124,40 @@ class OfKind:
         return self.kind in ("real", "box")
 
 
+@dataclass(frozen=True)
+class Around:
+    """A map made of another: what it hands on as it is, and what follows from ``alpha``."""
+
+    inner: Parameterisation
+
+    @property
+    def kind(self) -> str:
+        """The inner map's name."""
+        return self.inner.kind
+
+    @property
+    def start(self) -> "Tensor":
+        """The inner map's start."""
+        return self.inner.start
+
+    @property
+    def learned(self) -> "Tensor":
+        """Which columns [N] move."""
+        return self.inner.learned
+
+    def alpha(self, w: "Tensor") -> "Tensor":
+        """Return the coefficients [K, N] of ``w``, differentiably."""
+        return self.inner.alpha(w)
+
+    def coefficients(self, w: "Tensor") -> Alpha:
+        """Return the coefficients of ``w`` as an array of their own."""
+        return as_array(self.alpha(w.detach()))
+
+    def initial(self) -> "Tensor":
+        """Return the w of the start."""
+        return self.inner.initial()
+
+
 def as_array(alpha: "Tensor") -> Alpha:
     """Return a copy in float64."""
     return np.array(alpha.numpy(), np.float64)

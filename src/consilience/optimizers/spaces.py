@@ -26,7 +26,7 @@ from consilience.coefficients.coefficients import Alpha
 from consilience.coefficients.spectrum import Spectrum
 from consilience.errors import InputError
 from consilience.methods.signature import Range
-from consilience.optimizers.parameterisation import Kind, Parameterisation, as_array, parameterise
+from consilience.optimizers.parameterisation import Around, Kind, Parameterisation, as_array, parameterise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +126,7 @@ def centred(gram: Matrix) -> Matrix:
 
 
 @dataclass(frozen=True)
-class Trusted:
+class Trusted(Around):
     """A map whose blends stay within ``radius`` of the experts' mean.
 
     A point beyond is drawn towards alpha = 1/K until it is at the radius: in the metric of G that is the nearest point
@@ -137,24 +137,8 @@ class Trusted:
     all learned columns together.
     """
 
-    inner: Parameterisation
     gram: "Tensor"
     radius: float
-
-    @property
-    def kind(self) -> str:
-        """The inner map's name."""
-        return self.inner.kind
-
-    @property
-    def start(self) -> "Tensor":
-        """The inner map's start."""
-        return self.inner.start
-
-    @property
-    def learned(self) -> "Tensor":
-        """Which columns move."""
-        return self.inner.learned
 
     @property
     def plain(self) -> bool:
@@ -179,17 +163,9 @@ class Trusted:
         shrink = (bound / self.distance(alpha).clamp(min=bound)).sqrt()
         return torch.where(self.learned, mean + shrink * (alpha - mean), alpha)
 
-    def coefficients(self, w: "Tensor") -> Alpha:
-        """Return the coefficients of ``w`` as an array of their own."""
-        return as_array(self.alpha(w.detach()))
-
     def invert(self, alpha: "Tensor") -> "Tensor":
         """Return a w whose coefficients are ``alpha``, if it lies within the radius."""
         return self.inner.invert(alpha)
-
-    def initial(self) -> "Tensor":
-        """Return the w of the start."""
-        return self.inner.initial()
 
     def project(self, w: "Tensor") -> None:
         """Bring ``w`` back within the radius, in place."""

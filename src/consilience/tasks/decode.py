@@ -60,7 +60,7 @@ def decode(model: Any, inputs: Any, mask: Any, settings: Any, draw: Draws | None
         model: on its device, in evaluation mode.
         inputs: ids, padded on the left.
         mask: 0 at padding.
-        settings: of the generation; an answer has at most ``max_new_tokens`` ids.
+        settings: of the generation, which this changes; an answer has at most ``max_new_tokens`` ids.
         draw: what draws; None: greedy.
     """
     import torch
