@@ -230,6 +230,19 @@ def test_what_is_kept_is_mixed_as_if_there_were_no_others(zoo: Path, tmp_path: P
     assert load_coefficients(tmp_path / "out").alpha.tolist() == found.alpha.tolist()
 
 
+def test_experts_that_are_kept_start_though_the_others_had_all_the_weight(zoo: Path) -> None:
+    best = learn(recipe(zoo, keep=2, steps=0)).facts["kept"]
+    (other,) = set(NAMES) - set(best)
+    value = {
+        "merge_method": "glue", "base_model": str(zoo / "base"),
+        "models": [{"model": str(zoo / k), "parameters": {"alphabar": float(k == other)}} for k in NAMES],
+        "parameters": {"keep": 2, "steps": 0, "space": "task_vector"}, "target": recipe(zoo).target.model_dump(),
+    }  # fmt: skip
+    found = learn(parse_recipe(value, "test"))
+    assert found.facts["kept"] == best
+    assert found.alpha[:, 0].tolist() == [0.0 if k == other else 0.5 for k in NAMES]
+
+
 def test_no_more_experts_are_kept_than_there_are(zoo: Path) -> None:
     with pytest.raises(InputError, match="keep: 4 of 3 experts"):
         learn(recipe(zoo, keep=4))

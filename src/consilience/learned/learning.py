@@ -100,10 +100,9 @@ def optimizer_of(
     import torch
 
     if chosen:
-        some = start.alpha[list(chosen)]
-        # What the others had is theirs no more, and the sum stays.
-        some = some * (start.alpha.sum(0) / some.sum(0))
-        inner = learning.space.map(some, start.learned, lambda: spectrum(run, start.groups).of(chosen))
+        inner = learning.space.map(
+            _without_others(start.alpha, chosen), start.learned, lambda: spectrum(run, start.groups).of(chosen)
+        )
         mapped: Parameterisation = Kept(inner, chosen, len(run.experts))
     else:
         mapped = learning.space.map(start.alpha, start.learned, lambda: spectrum(run, start.groups))
@@ -113,6 +112,13 @@ def optimizer_of(
     pull = Anchor(at, mapped.learned, learning.anchor.gamma, learning.anchor.reg_norm)
     descent = replace(learning.descent, steps=learning.loop.steps)
     return make_optimizer(learning.optimizer, descent, mapped, pull, run.seed)
+
+
+def _without_others(alpha: Alpha, chosen: tuple[int, ...]) -> Alpha:
+    """Return the chosen experts' rows with the sum of all: by their own shares, or by equal ones if they have none."""
+    own = alpha[list(chosen)]
+    own = np.where(own.sum(0) > 0, own, 1.0)
+    return own * (alpha.sum(0) / own.sum(0))
 
 
 def minimise(
