@@ -37,7 +37,9 @@ class Distiller:
         self._steps = steps
         self._best: dict[str, Any] = {}
         values = list(correction.parameters.values())
-        self._adam = torch.optim.AdamW(values, lr=settings.correction_rate, weight_decay=settings.correction_decay)
+        self._adam = torch.optim.AdamW(
+            values, lr=settings.correction_rate, weight_decay=settings.correction_decay, fused=True
+        )
 
     @property
     def alpha(self) -> Alpha:

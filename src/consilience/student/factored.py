@@ -7,9 +7,13 @@ its gradient; dL/dalpha comes from what the adapters see. It costs 4 T R (m + n)
 2 T m n for its gradient and 4 m n R for its blend and its products, for T tokens, R ranks and an [m, n] layer. A chunk
 that ends inside a row makes that row one product of its own: ``y_i = x . v_i``, ``v_i`` [n] the row of the update.
 
-On the CPU the factors are read from mapped files whenever they are used, so that memory does not grow with the number
-of experts; on an accelerator they are held. While the model plays one expert, that expert's are held and the others
-left out: an answer takes a pass for every token.
+Held side by side are the factors of as many layers as ``Leaf.room`` allows: on an accelerator all, on the CPU a part
+of the model's own bytes. Those of the others are read from mapped files whenever they are used, so that memory does not
+grow with the number of experts. While the model plays one expert, that expert's are held and the others left out: an
+answer takes a pass for every token.
+
+Under autocast every linear layer converts its input by itself, and the update would once more. Layers that take the
+same input (queries, keys and values; gate and up) get it converted once.
 
 A trained correction dL R_0 + L_0 dR (``learned/correction.py``) is made in the same products as the adapters' updates:
 y + [z * (a, 1)] [L, dL, L_0]^T with z = x [R; R_0; dR]^T.
@@ -37,11 +41,13 @@ class Leaf:
     """What the layers of a student share.
 
     ``alpha`` [K, N] are the coefficients of the present step, which gradients reach, ``expert`` the one that the model
-    plays instead; with neither, nothing is added.
+    plays instead; with neither, nothing is added. ``room`` is how many bytes of factors may still be held.
     """
 
     alpha: Any = None
     expert: int | None = None
+    room: float = float("inf")
+    _cast: tuple[Any, ...] = ()
     _buffers: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def buffer(self, purpose: str, shape: tuple[int, ...], like: Any) -> Any:
@@ -50,6 +56,21 @@ class Leaf:
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = like.new_empty(size)
         return self._buffers[key][:size].view(shape)
+
+    def narrowed(self, _module: Any, inputs: Any) -> Any:
+        """Hand on what autocast makes of a layer's input: a forward pre-hook."""
+        x = inputs[0]
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or x.dtype != torch.float32:
+            return None
+        known = (x._version, torch.get_autocast_dtype(device), torch.is_grad_enabled())
+        if not (self._cast and self._cast[0] is x and self._cast[1] == known):
+            self._cast = x, known, x.to(known[1])
+        return (self._cast[2], *inputs[1:])
+
+    def play(self, expert: int | None) -> None:
+        """Let the layers be an expert's, or (None) the base's until there are coefficients."""
+        self.alpha, self.expert, self._cast = None, expert, ()
 
 
 class Factored:
@@ -69,7 +90,7 @@ class Factored:
         self._scale = (scale if torch.device(device).type == "cpu" else scale.float()).to(device)[:, None]
         self._index = torch.from_numpy(extent.indices).to(device)
         self.runs, self.broken = _runs(extent, self.height, self.width)
-        self._held: tuple[Any, Any] | None = None
+        self._held: _Held | None = None
         self._pairs = {k: (*side, scale) for (k, _), side, scale in zip(pairs, self._sides, scales, strict=True)}
         self._own: tuple[Any, ...] | None = None
         #: L_0 [m, c], R_0 [c, n], dL [m, c], dR [c, n] of a correction.
@@ -118,26 +139,38 @@ class Factored:
         moved = (None, None) if self.correction is None else self.correction[2:]
         return _Update.apply(flat, weights, *moved, self).view(*x.shape[:-1], self.height)
 
-    def sides(self, like: Any) -> tuple[Any, Any]:
+    def sides(self, like: Any, *, fresh: bool) -> tuple[Any, Any]:
         """Return L [m, R] and R [R, n], with the type and device of ``like``, until the next call for any layer.
 
-        With a correction these are [L, dL, L_0] and [R; R_0; dR].
+        With a correction these are [L, dL, L_0] and [R; R_0; dR]; ``fresh``: its moved sides may have changed.
         """
+        kind = like.dtype, like.device, self.correction is not None
+        if self._held is None or self._held.kind != kind:
+            lefts, rights = self._parts()
+            rank = sum(left.shape[1] for left in lefts)
+            size = (self.height + self.width) * rank * like.element_size()
+            self.leaf.room += 0 if self._held is None else self._held.size
+            self._held = None
+            if size > self.leaf.room:
+                left = self.leaf.buffer("left", (self.height, rank), like)
+                right = self.leaf.buffer("right", (rank, self.width), like)
+                return _side_by_side(lefts, left, 1), _side_by_side(rights, right, 0)
+            self.leaf.room -= size
+            left, right = like.new_empty(self.height, rank), like.new_empty(rank, self.width)
+            self._held = _Held(kind, size, _side_by_side(lefts, left, 1), _side_by_side(rights, right, 0))
+        elif fresh and self.correction is not None:
+            moved_left, moved_right = (side.detach() for side in self.correction[2:])
+            self._held.left.narrow(1, self.rank, moved_left.shape[1]).copy_(moved_left)
+            self._held.right[-len(moved_right) :].copy_(moved_right)
+        return self._held.left, self._held.right
+
+    def _parts(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return what stands side by side in L, and in R."""
         lefts, rights = zip(*self._sides, strict=True)
-        if like.device.type != "cpu":
-            if self._held is None or self._held[0].dtype != like.dtype:
-                self._held = torch.cat(lefts, 1).to(like), torch.cat(rights, 0).to(like)
-            if self.correction is None:
-                return self._held
-            lefts, rights = (self._held[0],), (self._held[1],)
-        if self.correction is not None:
-            left, right, moved_left, moved_right = (side.detach() for side in self.correction)
-            lefts, rights = (*lefts, moved_left, left), (*rights, right, moved_right)
-        rank = sum(left.shape[1] for left in lefts)
-        return (
-            _side_by_side(lefts, self.leaf.buffer("left", (self.height, rank), like), 1),
-            _side_by_side(rights, self.leaf.buffer("right", (rank, self.width), like), 0),
-        )
+        if self.correction is None:
+            return lefts, rights
+        left, right, moved_left, moved_right = (side.detach() for side in self.correction)
+        return (*lefts, moved_left, left), (*rights, right, moved_right)
 
     def row(self, row: int, left: Any, right: Any, weights: Any) -> Any:
         """Return one broken row [n] of the update."""
@@ -145,6 +178,16 @@ class Factored:
         for low, high, piece in self.broken[row]:
             values[low:high] = (left[row] * weights[:, piece]) @ right[:, low:high]
         return values
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Sides that stay from call to call: for which type, device and correction or none, their bytes, and L and R."""
+
+    kind: tuple[Any, ...]
+    size: int
+    left: Any
+    right: Any
 
 
 class _Update(torch.autograd.Function):
@@ -155,7 +198,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weights: Any, moved_left: Any, moved_right: Any, layer: Factored) -> Any:
-        left, right = layer.sides(x)
+        left, right = layer.sides(x, fresh=True)
         z = x @ right.T
         narrow = _with_ones(weights, z)
         ctx.layer = layer
@@ -176,7 +219,7 @@ class _Update(torch.autograd.Function):
         layer: Factored = ctx.layer
         z, weights, x = ctx.saved_tensors
         gradient = gradient.to(z.dtype)
-        left, right = layer.sides(gradient)
+        left, right = layer.sides(gradient, fresh=False)
         rank, narrow = len(weights), _with_ones(weights, z)
         slope, into = torch.zeros_like(weights), torch.zeros_like(z)
         for first, last, piece in layer.runs:

@@ -23,6 +23,8 @@ from consilience.student.names import doubtful, parameters_of, renamed, untie
 Precision = Literal["float32", "mixed", "bfloat16", "float64"]
 #: What of the last blend or write the weights hold.
 BLEND = -1
+#: Bytes of factors that may be held in memory, as a part of the model's.
+HELD = 0.25
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Student:
 
     def _play(self, expert: int | None) -> None:
         """Let the factored tensors be an expert's, or (None) the base's until ``follow``."""
-        self.leaf.alpha, self.leaf.expert = None, expert
+        self.leaf.play(expert)
         for made in self.factored.values():
             made.forget()
 
@@ -221,7 +223,7 @@ class Student:
             return
         wide = [(p, p.data) for p in self.model.parameters() if p.dtype == torch.float32]
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        handles = [head.register_forward_pre_hook(_contiguous)] if head is not None else []
+        handles = [head.register_forward_pre_hook(_apart)] if head is not None else []
         try:
             for parameter, values in wide:
                 parameter.data = values.to(torch.bfloat16)
@@ -262,12 +264,14 @@ class Student:
         return found
 
 
-def _contiguous(_module: Any, inputs: Any) -> Any:
+def _apart(_module: Any, inputs: Any) -> Any:
     """Hand on the last position of every row as a tensor of its own: of a view torch makes one product a row.
 
     Each of those products copies the weight first.
     """
-    return (inputs[0].contiguous(), *inputs[1:])
+    import torch
+
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
@@ -348,19 +352,24 @@ def _factor(student: Student) -> None:
         handles[name] = layer.register_forward_hook(made.hook)
     if not layers:
         return
+    if student.settings.device == "cpu":
+        student.leaf.room = HELD * sum(p.nbytes for p in model.parameters())
     alpha = np.random.default_rng(0).random((len(bank.experts), bank.count))
     same, called = _tried(student, alpha)
     for name, handle in handles.items():
         if not (same and name in called):
             handle.remove()
             del student.factored[name]
+        else:
+            layers[name].register_forward_pre_hook(student.leaf.narrowed)
     student.leaf.alpha = None
 
 
 def _narrow(student: Student) -> None:
-    """Hold the weights of factored layers, which nothing rewrites, in bfloat16: what autocast makes of them anyway.
+    """Hold weights that nothing rewrites in bfloat16, which is what autocast makes of them anyway.
 
-    The products are the same to the bit, without a conversion at every pass, that is, at every generated token.
+    They are those of factored layers, and the output layer's, beside embeddings that stay wide. The products are the
+    same to the bit, without a conversion at every pass, that is, at every generated token.
     """
     import torch
 
@@ -368,6 +377,16 @@ def _narrow(student: Student) -> None:
     for layer in layers.values():
         for parameter in layer.parameters(recurse=False):
             parameter.data = parameter.data.to(torch.bfloat16)
+    model = student.model
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is torch.nn.Linear and not _changes(student, head.weight):
+        head.weight = torch.nn.Parameter(head.weight.data.to(torch.bfloat16), requires_grad=False)
+
+
+def _changes(student: Student, parameter: Any) -> bool:
+    """Whether some expert, or a set of coefficients, may give a parameter other values than the base's."""
+    changed = {tensor.stream for tensor in student.plan.tensors if tensor.rows}
+    return any(student.parameters.get(name) is parameter for name in changed)
 
 
 def _tried(student: Student, alpha: Alpha) -> tuple[bool, set[str]]:

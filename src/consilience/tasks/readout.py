@@ -40,11 +40,14 @@ class Readout:
 
 def caught(model: Any, head: Any, inputs: dict[str, Any], *, short: bool = True) -> tuple[Any, Any]:
     """Run a model; return (the input its head got [B, T, H], its logits). With ``short`` the head sees one position."""
+    import torch
+
     seen: list[Any] = []
 
     def hook(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen.append(args[0] if args else None)
-        return (args[0][:, -1:], *args[1:]) if short and args else None
+        # A copy, since of a view torch makes one product a row, and each copies the weight first.
+        return (args[0][:, -1:].clone(memory_format=torch.contiguous_format), *args[1:]) if short and args else None
 
     handle = head.register_forward_pre_hook(hook)
     try:
