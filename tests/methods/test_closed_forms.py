@@ -198,7 +198,7 @@ def ace(vectors: list[Array], ridge: float, gate: float) -> Array:
     traces = [np.trace(one) if flag else 1.0 for one in s]
     s = [one / t for one, t in zip(s, traces, strict=True)]
     r = [one + ridge / t * np.eye(n) for one, t in zip(s, traces, strict=True)]
-    row = sum(s).mean(0) / (np.mean(sizes) if flag else 1.0)
+    row = np.sum(s, 0).mean(0) / (np.mean(sizes) if flag else 1.0)
     w = sum(centring @ v @ one for v, one in zip(vectors, r, strict=True)) @ np.linalg.inv(
         sum(r) + np.outer(np.ones(n), row)
     )

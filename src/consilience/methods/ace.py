@@ -53,7 +53,7 @@ def ace(
         ridges.append(ridge / scale if scale else ridge)
     total = np.sum(covariances, 0)
     prior = total.mean(0) / (sizes.mean() if opened else 1.0)
-    load = sum((c @ s + e * c for c, s, e in zip(centred, covariances, ridges, strict=True)), np.zeros_like(vectors[0]))
+    load = np.sum([c @ s + e * c for c, s, e in zip(centred, covariances, ridges, strict=True)], 0)
     merged = _over(load, total + sum(ridges) * np.eye(size) + prior)
     return merged + _lift(vectors, covariances, sum(ridges), merged) if opened else merged
 
@@ -78,7 +78,7 @@ def _over(load: Floats, total: Floats) -> Floats:
 def _lift(vectors: Floats, covariances: list[Floats], ridges: float, merged: Floats) -> Floats:
     """Return what the spectral refinement adds."""
     mean = (np.sum(covariances, 0) + ridges * np.eye(vectors.shape[2])) / len(vectors)
-    rest = sum((v @ (s - mean) for v, s in zip(vectors, covariances, strict=True)), merged)
+    rest = merged + np.sum([v @ (s - mean) for v, s in zip(vectors, covariances, strict=True)], 0)
     u, s, v = np.linalg.svd(rest, full_matrices=False)
     count = int(LIFTED * len(s))
     return s[:count].mean() * u[:, :count] @ v[:count] if count else np.zeros_like(merged)

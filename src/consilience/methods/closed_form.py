@@ -78,7 +78,7 @@ def nearest(
         found = divided(load if rest is None else load - rest @ rows.T, gram, keep) @ rows
     else:
         gram = rows.T @ rows
-        load = sum((_pulled(t, a) for t, a in zip(wanted, used, strict=True)), np.zeros_like(wanted[0]))
+        load = np.sum([_pulled(t, a) for t, a in zip(wanted, used, strict=True)], 0)
         found = divided(load if rest is None else load - rest @ gram, gram, keep)
     return found if rest is None else rest + found
 
