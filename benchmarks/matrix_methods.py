@@ -105,7 +105,7 @@ def decompose(vectors: list[Array]) -> Array:
 
 
 def bare(method: str, vectors: list[Array]) -> Callable[[], object]:
-    """Return what a method cannot do without: its products, eliminations and decompositions on arrays that are there."""
+    """Return what a method cannot do without: products, eliminations and decompositions on arrays that are there."""
     if method in ("tsv_m", "iso_c"):
         return lambda: [np.linalg.eigh(one @ one.T) for one in (vectors if method == "tsv_m" else [sum(vectors)])]
     wide = [vector.astype(np.float64) for vector in vectors]

@@ -8,7 +8,7 @@ other studies of the language suite.
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from studies.answers_tables import FRESH, FRESH_GIVEN, RANDOM, SWEPT, mean_loss,
 from studies.cells import Study
 from studies.expert_merging import experts, facts, loadable, losses
 from studies.language import in_scratch
-from suites.language import DOMAINS, adapter_path, calibration_path
+from suites.language import DOMAINS, MORE_DOMAINS, adapter_path, calibration_path
 from suites.language.base import base_path
 from suites.language.train_mixture import LORA_PATH
 
@@ -65,12 +65,19 @@ PLAN: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     ("LoraHub's search by the same loss", "lora", (0,), PROMPTS),
     ("merge + distil", "full", (0,), PROMPTS),
     ("expert_merging", "random", (0,), PROMPTS),
+    ("expert_merging", "further", (0,), PROMPTS),
+    ("merge + distil", "further", (0,), PROMPTS),
 )
 #: Strengths of Task Arithmetic, of which validation rows choose one.
 STRENGTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 #: One fresh LoRA on the rows that the merge generated: rank, alpha, step size of the suite's own adapters, batch of 8.
 FRESH_LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 1e-3, "batch_size": 8}
 FRESH_STEPS = 150
+
+
+def domains_of(setting: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the domains that a cell is about: the core four, or the further ones."""
+    return MORE_DOMAINS if setting.get("experts") == "further" else DOMAINS
 
 
 def identity(label: str) -> str:
@@ -85,7 +92,13 @@ def _cells() -> list[tuple[str, dict[str, Any]]]:
     ]
     for domain in DOMAINS:
         cells.append((f"expert-{domain}", {"kind": "expert", "domain": domain, "seed": 0}))
-    cells.append(("task_arithmetic", {"kind": "swept", "label": SWEPT, "strengths": list(STRENGTHS), "seed": 0}))
+    for domain in MORE_DOMAINS:
+        cells.append(
+            (f"further-expert-{domain}", {"kind": "expert", "domain": domain, "experts": "further", "seed": 0})
+        )
+    cells.append(("further-base", {"kind": "model", "model": "base", "experts": "further", "seed": 0}))
+    swept: dict[str, Any] = {"kind": "swept", "label": SWEPT, "strengths": list(STRENGTHS), "seed": 0}
+    cells += [("task_arithmetic", swept), ("further-task_arithmetic", swept | {"experts": "further"})]
     for label, kind, draws, prompts in PLAN:
         method, parameters = LEARNED[label]
         for number in draws:
@@ -102,11 +115,11 @@ def _cells() -> list[tuple[str, dict[str, Any]]]:
     return cells
 
 
-def draw(number: int, prompts: int, folder: Path) -> dict[str, str]:
+def draw(number: int, prompts: int, folder: Path, domains: Sequence[str] = DOMAINS) -> dict[str, str]:
     """Write the prompts of one draw and return the files by expert; draws of ten or fewer are disjoint."""
     out: dict[str, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for domain in DOMAINS:
+    for domain in domains:
         lines = calibration_path(domain).read_text(encoding="utf-8").splitlines()
         chosen = [lines[(number * PROMPTS + i) % _HELD] for i in range(prompts)]
         (folder / f"{domain}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
@@ -150,19 +163,19 @@ def run(setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
+    domains, kind = domains_of(setting), setting.get("experts", "lora")
     if setting["kind"] == "model":
-        return {
-            "losses": losses(str(base_path()) if setting["model"] == "base" else f"{base_path()}+{LORA_PATH}", "test")
-        }
+        model = str(base_path()) if setting["model"] == "base" else f"{base_path()}+{LORA_PATH}"
+        return {"losses": losses(model, "test", domains)}
     if setting["kind"] == "expert":
-        return {"losses": losses(loadable("lora", setting["domain"]), "test")}
+        return {"losses": losses(loadable(kind, setting["domain"]), "test", domains)}
+    if setting["kind"] == "swept":
+        return _swept(kind, setting["strengths"], out, domains)
     prompts = setting.get("prompts", PROMPTS)
-    files = draw(setting["draw"], prompts, out.parent / "prompts") if prompts else {}
+    files = draw(setting["draw"], prompts, out.parent / "prompts", domains) if prompts else {}
     if setting["kind"] == "fresh":
         return _fresh(setting, files, out)
-    if setting["kind"] == "swept":
-        return _swept(setting["strengths"], out)
-    models = random_experts(out.parent / "random") if setting["experts"] == "random" else experts(setting["experts"])
+    models = random_experts(out.parent / "random") if kind == "random" else experts(kind)
     recipe = build_recipe(
         setting["method"], str(base_path()), models, setting["parameters"],
         data={name: {"calibration": path} for name, path in files.items()},
@@ -171,25 +184,29 @@ def _run(setting: dict[str, Any], out: Path) -> dict[str, Any]:
     cs.merge_recipe(recipe, out)
     took = _since(begun)
     found = load_coefficients(out)
-    result = {"losses": losses(str(out), "test"), "learned": facts(found)} | took
+    result = {"losses": losses(str(out), "test", domains), "learned": facts(found)} | took
     result |= {"compared": found.facts.get("compared"), "tokens": _tokens(found)}
     return result
 
 
-def _swept(strengths: list[float], out: Path) -> dict[str, Any]:
+def _swept(kind: str, strengths: list[float], out: Path, domains: Sequence[str]) -> dict[str, Any]:
     """Measure Task Arithmetic of the adapters at the strength with the least mean loss on validation rows."""
     means: dict[float, float] = {}
 
     def merge_at(strength: float) -> None:
         chosen: dict[str, Any] = {"lambda": strength}
-        cs.merge(base_path(), experts("lora"), out, method="task_arithmetic", force=True, **chosen)
+        cs.merge(base_path(), experts(kind), out, method="task_arithmetic", force=True, **chosen)
 
     for strength in strengths:
         merge_at(strength)
-        means[strength] = mean_loss(losses(str(out), "validation"))
+        means[strength] = mean_loss(losses(str(out), "validation", domains))
     best = min(means, key=means.__getitem__)
     merge_at(best)
-    return {"losses": losses(str(out), "test"), "strength": best, "validation": {str(k): v for k, v in means.items()}}
+    return {
+        "losses": losses(str(out), "test", domains),
+        "strength": best,
+        "validation": {str(k): v for k, v in means.items()},
+    }
 
 
 def _clock() -> tuple[float, float]:

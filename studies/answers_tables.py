@@ -8,7 +8,7 @@ import numpy as np
 
 from studies.cells import Cell, Tables
 from studies.expert_merging_tables import bootstrap, spread
-from suites.language import DOMAINS
+from suites.language import DOMAINS, MORE_DOMAINS
 
 Losses = Mapping[str, Mapping[str, Any]]
 MIXTURE = "joint training (supervised)"
@@ -35,12 +35,12 @@ INTRODUCTION = (
 
 def mean_loss(losses: Losses) -> float:
     """Return the mean over domains of the loss per response token."""
-    return float(np.mean([losses[d]["loss"] for d in DOMAINS]))
+    return float(np.mean([one["loss"] for one in losses.values()]))
 
 
 def gains(losses: Losses, base: Losses, own: Mapping[str, float]) -> list[float]:
     """Return (base - merge) / (base - own expert) of every domain."""
-    return [(base[d]["loss"] - losses[d]["loss"]) / (base[d]["loss"] - own[d]) for d in DOMAINS]
+    return [(base[d]["loss"] - losses[d]["loss"]) / (base[d]["loss"] - own[d]) for d in own]
 
 
 def _runs(cells: Sequence[Cell], kind: str) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
@@ -48,9 +48,9 @@ def _runs(cells: Sequence[Cell], kind: str) -> dict[tuple[str, int], list[Mappin
     found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for cell in cells:
         setting, result = cell.setting, cell.result
-        own = setting.get("experts", "lora")  # what is neither full nor of adapters stands beside the adapters
-        of_kind = kind == ("full" if own == "full" else "lora")
-        if setting["kind"] == "model":
+        own = setting.get("experts", "lora")
+        of_kind = kind == (own if own in ("full", "further") else "lora")  # all else stands beside the adapters
+        if setting["kind"] == "model" and (own == "further") == (kind == "further"):
             found.setdefault(({"mixture": MIXTURE, "base": "base"}[setting["model"]], 0), []).append(result)
         elif setting["kind"] in ("fresh", "learned", "swept") and of_kind:
             found.setdefault((setting["label"], setting.get("prompts", 0)), []).append(result)
@@ -67,40 +67,45 @@ def _alone(result: Mapping[str, Any]) -> bool:
 
 
 def _table(cells: Sequence[Cell], kind: str, title: str) -> list[str]:
+    domains = MORE_DOMAINS if kind == "further" else DOMAINS
     runs = _runs(cells, kind)
     mixture = runs.get((MIXTURE, 0), [{}])[0].get("losses")
     base = runs.get(("base", 0), [{}])[0].get("losses")
     own = {
         c.setting["domain"]: c.result["losses"][c.setting["domain"]]["loss"]
         for c in cells
-        if c.setting["kind"] == "expert"
+        if c.setting["kind"] == "expert" and c.setting["domain"] in domains
     }
-    if base is None or mixture is None or len(own) < len(DOMAINS) or len(runs) < 3:
+    if base is None or len(own) < len(domains) or len(runs) < 3:
         return []
     lines = [
         f"## {title}", "",
         "| method | prompts | draws | test loss | less joint training's | gain kept (least) | seconds | "
-        + " | ".join(DOMAINS) + " |",
-        "|---|---|---|---|---|---|---|" + "---|" * len(DOMAINS),
+        + " | ".join(domains) + " |",
+        "|---|---|---|---|---|---|---|" + "---|" * len(domains),
     ]  # fmt: skip
     for (label, prompts), results in sorted(
         runs.items(), key=lambda item: np.mean([mean_loss(r["losses"]) for r in item[1]])
     ):
         losses = [result["losses"] for result in results]
         shares = np.mean([gains(one, base, own) for one in losses], 0)
-        value, low, high = bootstrap(losses, [mixture])
         seconds = [result["seconds"] for result in results if "seconds" in result and _alone(result)]
         cells_of_row = [
             label, prompts or "", len(results), spread([mean_loss(one) for one in losses]),
-            "" if label == MIXTURE else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]",
+            "" if mixture is None or label == MIXTURE else _difference(losses, mixture),
             f"{100 * np.mean(shares):.1f}% ({100 * min(shares):.1f}%)", f"{np.mean(seconds):.0f}" if seconds else "",
-            *(f"{np.mean([one[d]['loss'] for one in losses]):.3f}" for d in DOMAINS),
+            *(f"{np.mean([one[d]['loss'] for one in losses]):.3f}" for d in domains),
         ]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells_of_row)) + " |")
-    mean = np.mean([own[d] for d in DOMAINS])
+    mean = np.mean([own[d] for d in domains])
     lines += ["", f"The experts themselves, each on its own domain: {mean:.3f} ("
-              + ", ".join(f"{d} {own[d]:.3f}" for d in DOMAINS) + ")."]  # fmt: skip
+              + ", ".join(f"{d} {own[d]:.3f}" for d in domains) + ")."]  # fmt: skip
     return [*lines, ""]
+
+
+def _difference(losses: Sequence[Losses], mixture: Losses) -> str:
+    value, low, high = bootstrap(losses, [mixture])
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def tables(cells: Sequence[Cell]) -> Tables:
@@ -113,4 +118,5 @@ def tables(cells: Sequence[Cell]) -> Tables:
     ]
     lines += _table(cells, "lora", "Four LoRA adapters (rank 8)")
     lines += _table(cells, "full", "Two full fine-tunes (pronounce, sentiment) and two adapters (translate, code)")
+    lines += _table(cells, "further", "Four adapters of further domains, settings as they were")
     return Tables("\n".join(lines))

@@ -6,7 +6,7 @@ prompts of each domain, disjoint between draws. Measured on held-out rows: KL(ex
 which is what Expert Merging minimises (on others), and the loss per response token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from consilience.tasks import Task, evaluate, load_task
 from studies.cells import Study
 from studies.expert_merging_tables import tables
 from studies.language import TOKENS, in_scratch, measure, scores
-from suites.language import CACHE, DOMAINS, adapter_path, calibration_path, heldout_path
+from suites.language import CACHE, DOMAINS, MORE_DOMAINS, adapter_path, calibration_path, heldout_path
 from suites.language.base import base_path
+from suites.language.train import further_path
 from suites.language.train_full import full_path
 from suites.language.train_mixture import LORA_PATH
 
@@ -68,8 +69,10 @@ FIXED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def experts(kind: str) -> dict[str, str]:
-    """Return expert name -> model of one of the two sets."""
+    """Return expert name -> model of a set: adapters ("lora"), full fine-tunes, or the further domains' adapters."""
     own = {domain: str(adapter_path(domain)) for domain in DOMAINS}
+    if kind == "further":
+        return {domain: str(further_path(domain)) for domain in MORE_DOMAINS}
     if kind == "full":
         own |= {domain: str(full_path(domain)) for domain in ("pronounce", "sentiment")}
     return own
@@ -124,9 +127,9 @@ def divergences(model: str, kind: str, split: str) -> dict[str, Any]:
     return out
 
 
-def losses(model: str, split: str) -> dict[str, Any]:
+def losses(model: str, split: str, domains: Sequence[str] = DOMAINS) -> dict[str, Any]:
     """Measure the loss per response token on every domain; per row too, for paired comparisons."""
-    found = measure(model, split)
+    found = measure(model, split, domains=domains)
     out = scores(found)
     for result in found.results:
         assert result.loss is not None

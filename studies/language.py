@@ -25,9 +25,15 @@ def experts(domains: Sequence[str] = DOMAINS) -> dict[str, str]:
     return {domain: str(adapter_path(domain)) for domain in domains}
 
 
-def measure(model: str, split: str, name: str | None = None, progress: ProgressOption = False) -> Evaluation:
+def measure(
+    model: str,
+    split: str,
+    name: str | None = None,
+    progress: ProgressOption = False,
+    domains: Sequence[str] = DOMAINS,
+) -> Evaluation:
     """Measure a model (``PATH`` or ``PATH+ADAPTER``) on every domain's ``split``."""
-    tasks = [load_task(f"{d}={heldout_path(d, 'validation' if split == 'validation' else 'test')}") for d in DOMAINS]
+    tasks = [load_task(f"{d}={heldout_path(d, 'validation' if split == 'validation' else 'test')}") for d in domains]
     return evaluate(
         model,
         tasks,

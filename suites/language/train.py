@@ -33,6 +33,7 @@ TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v
 WARMUP = 0.06
 WEIGHT_DECAY = 0.0
 CLIP = 1.0
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,14 @@ def batches(n: int, size: int, seed: int) -> Iterator[list[int]]:
         generator.shuffle(order)
         for start in range(0, n - size + 1, size):
             yield order[start : start + size]
+
+
+def further_path(domain: str) -> Path:
+    """The folder of a further domain's adapter, trained on first use."""
+    out = adapter_path(domain)
+    if not (out / "training.json").is_file():
+        train(domain, steps=RECIPES[domain].steps, batch_size=BATCH, seed=0, learning_rate=None, out=out)
+    return out
 
 
 def train(
@@ -306,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train one expert of the language suite.")
     parser.add_argument("domain", choices=ALL_DOMAINS)
     parser.add_argument("--steps", type=int, help="default: the recipe's own")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

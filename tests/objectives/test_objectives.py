@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from consilience.errors import InputError
 from consilience.learned.expert_merging import ExpertMerging, expert_merging
 from consilience.methods.signature import Range, parameters_of, settings_of
+from consilience.objectives import over_logits as module
 from consilience.objectives import registry
 from consilience.objectives.alignment import (
     Hidden,
@@ -26,7 +27,6 @@ from consilience.objectives.entropy import Entropy, prediction_entropy
 from consilience.objectives.objective import Objective
 from consilience.objectives.target import Target, target_loss
 from consilience.objectives.term import Compared, Term
-from consilience.student import outputs as module
 from consilience.student.outputs import Head, Outputs, token_blocks
 
 Array = Any
@@ -195,6 +195,46 @@ def test_blocks_of_tokens_make_no_difference(monkeypatch: pytest.MonkeyPatch) ->
     for one in found[1:]:
         for a, b in zip(one, found[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("limits", [(1 << 20, 1 << 20), (4 * VOCABULARY * 3, 4 * VOCABULARY * 2), (1, 1)])
+def test_slopes_at_a_frozen_head_are_taken_at_once(monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int]) -> None:
+    """Each position goes through each head once, and values and slopes are those of the whole made by autograd."""
+    weights, targets = made(9, POSITIONS).abs(), torch.arange(POSITIONS) % VOCABULARY
+    seen: list[int] = []
+
+    class Counted(Head):
+        def __call__(self, states: Any) -> Any:
+            seen.append(len(states))
+            return super().__call__(states)
+
+    head = Counted(made(3, VOCABULARY, WIDTH), made(4, VOCABULARY))
+    expert = outputs(1, Counted(made(5, VOCABULARY, WIDTH), made(6, VOCABULARY)))
+    monkeypatch.setattr(module, "token_blocks", lambda n, v, own=limits[0]: token_blocks(n, v, own))
+    monkeypatch.setattr(module, "PART_BYTES", limits[1])
+    for term in (Logits(1.0, 2.0), Logits(1.0, 1.0, "cross_entropy"), Target(1.0), Entropy(1.0)):
+        ours = outputs(0, head, leaf=True)
+        seen.clear()
+        total = term.loss(Compared(ours, expert, targets, weights, {}, VOCABULARY))
+        (slope,) = torch.autograd.grad(3 * total, ours.states)
+        assert sum(seen) == POSITIONS * (2 if isinstance(term, Logits) else 1)
+        leaf = ours.states.detach().clone().requires_grad_()
+        p, q = Head.__call__(head, leaf), Head.__call__(expert.head, expert.states)
+        half_p, half_q = (p / 2).log_softmax(-1), (q / 2).softmax(-1)
+        p = p.log_softmax(-1)
+        apart = 4 * (half_q * (half_q.log() - half_p)).sum(-1)
+        plain = {
+            "logit": apart if term == Logits(1.0, 2.0) else -(q.softmax(-1) * p).sum(-1),
+            "target": -p[torch.arange(POSITIONS), targets],
+            "entropy": -(p.exp() * p).sum(-1),
+        }[term.name]
+        expected = (plain * weights).sum()
+        (right,) = torch.autograd.grad(3 * expected, leaf)
+        torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(slope, right, rtol=1e-10, atol=1e-10)
+        with torch.no_grad():
+            again = term.loss(Compared(ours, expert, targets, weights, {}, VOCABULARY))
+        torch.testing.assert_close(again, total.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_a_block_of_tokens_is_never_empty_and_covers_all() -> None:

@@ -31,7 +31,7 @@ class CorrectionSettings:
     changed={
         "alphabar": {"default": 0.4},
         "learning_rate": {"default": 0.01},
-        "steps": {"default": 240, "help": "optimizer steps, of coefficients and correction together"},
+        "steps": {"default": 280, "help": "optimizer steps, of coefficients and correction together"},
         "written_prompts": {"default": 128},
     },
 )

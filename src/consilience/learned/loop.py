@@ -18,8 +18,8 @@ from consilience.optimizers.gradient import Loss, Optimizer, Terms
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import write_file
 
-#: Seconds between two states written to disk, for each second that writing one takes and at least for one.
-SAVE_EVERY = 20.0
+#: Seconds between two states written to disk, and how many times that for each second that writing one takes.
+SAVE_EVERY, SAVE_COST = 20.0, 2.5
 #: Numbers of a state up to which every step keeps a copy of it, to be written if the step is interrupted.
 SMALL = 1_000_000
 #: Change when the meaning of a stored state changes.
@@ -141,7 +141,7 @@ def descend(
             begun = time.monotonic()
             run.save(number + 1)
             saved = time.monotonic()
-            pause = SAVE_EVERY * max(1.0, saved - begun)
+            pause = SAVE_EVERY * max(1.0, SAVE_COST * (saved - begun))
     best = run.best if run.best is not None else optimizer.alpha
     return Learned(best, run.history, run.best_step if run.best is not None else len(run.history.terms))
 

@@ -29,8 +29,7 @@ def logit_divergence(logits: "Tensor", expert: "Tensor", temperature: float = 1.
     """``T^2 KL(softmax(expert/T) || softmax(logits/T))`` in nats, per position: [n, V], [n, V] -> [n]."""
     import torch
 
-    ours = torch.log_softmax(logits / temperature, -1)
-    theirs = torch.log_softmax(expert / temperature, -1)
+    ours, theirs = (torch.log_softmax(_cooled(one, temperature), -1) for one in (logits, expert))
     return temperature**2 * (theirs.exp() * (theirs - ours)).sum(-1)
 
 
@@ -41,8 +40,12 @@ def soft_cross_entropy(logits: "Tensor", expert: "Tensor", temperature: float = 
     """
     import torch
 
-    ours = torch.log_softmax(logits / temperature, -1)
-    return -(temperature**2) * (torch.softmax(expert / temperature, -1) * ours).sum(-1)
+    ours = torch.log_softmax(_cooled(logits, temperature), -1)
+    return -(temperature**2) * (torch.softmax(_cooled(expert, temperature), -1) * ours).sum(-1)
+
+
+def _cooled(logits: "Tensor", temperature: float) -> "Tensor":
+    return logits if temperature == 1 else logits / temperature
 
 
 def hidden_distance(ours: "Tensor", expert: "Tensor", distance: Distance, variance: "Tensor | None" = None) -> "Tensor":
@@ -82,9 +85,12 @@ class Logits(Term):
 
     def loss(self, compared: Compared) -> "Tensor":
         """See ``Term``."""
-        loss, expert = logit_loss(self.divergence), compared.expert
-        assert expert is not None
-        return compared.over_logits(lambda z, at: loss(z, expert.head(expert.states[at]).to(z.dtype), self.temperature))
+        from consilience.objectives.over_logits import over_logits
+
+        loss = logit_loss(self.divergence)
+        return over_logits(
+            compared, lambda z, at, others: loss(z, others.to(z.dtype), self.temperature), compared.expert
+        )
 
 
 @dataclass(frozen=True)

@@ -32,4 +32,6 @@ class Entropy(Term):
 
     def loss(self, compared: Compared) -> "Tensor":
         """See ``Term``."""
-        return compared.over_logits(lambda z, at: prediction_entropy(z))
+        from consilience.objectives.over_logits import over_logits
+
+        return over_logits(compared, lambda z, at, others: prediction_entropy(z))

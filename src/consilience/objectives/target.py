@@ -29,4 +29,6 @@ class Target(Term):
 
     def loss(self, compared: Compared) -> "Tensor":
         """See ``Term``."""
-        return compared.over_logits(lambda z, at: target_loss(z, compared.targets[at]))
+        from consilience.objectives.over_logits import over_logits
+
+        return over_logits(compared, lambda z, at, others: target_loss(z, compared.targets[at]))

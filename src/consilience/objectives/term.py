@@ -5,9 +5,9 @@ and errors, see ``methods.signature``), one of which is its weight, ``NAME_weigh
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,30 +34,6 @@ class Compared:
     weights: "Tensor"
     variances: "dict[int, Tensor]"
     vocabulary: int
-
-    def over_logits(self, loss: "Callable[[Tensor, slice], Tensor]") -> "Tensor":
-        """Return ``sum_n weights[n] loss(logits[n])`` without keeping the logits of more than one block of positions.
-
-        ``loss`` gets logits [n, V] and where its positions lie, and returns [n]. Logits are recomputed in the backward
-        pass instead of kept.
-        """
-        import torch
-        from torch.utils.checkpoint import checkpoint
-
-        from consilience.student.outputs import token_blocks
-
-        def block(states: Any, at: slice) -> Any:
-            logits = self.student.head(states)
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            return (loss(logits, at) * self.weights[at].to(logits.dtype)).sum()
-
-        total: Any = self.weights.new_zeros((), dtype=torch.float32)
-        parts = list(token_blocks(len(self.weights), self.vocabulary))
-        again = torch.is_grad_enabled() and len(parts) > 1  # a single block is no more than is held at a time anyway
-        for at in parts:
-            states = self.student.states[at]
-            total = total + (checkpoint(block, states, at, use_reentrant=False) if again else block(states, at))
-        return total
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""SVC: another method, whose singular values are then calibrated by how much of each expert they hold."""
+
+from typing import Annotated
+
+import numpy as np
+
+from consilience.experts.stack import Stack
+from consilience.methods.closed_form import back, task_matrices
+from consilience.methods.inner import Inner, merged
+from consilience.methods.program import Floats, Update
+from consilience.methods.signature import Default, Others, Range, matrix
+from consilience.methods.svd import leading
+
+
+@matrix(source="SVC 2026, ICML, arXiv:2602.05536", copies=9)
+def svc(
+    stack: Stack,
+    *,
+    lambda_: Annotated[float, Default(1.0), "multiplier of the calibrated task vector"],
+    inner: Annotated[Inner, Default("task_arithmetic"), "the method whose result is calibrated"],
+    density: Annotated[float, Default(0.2), Range(0, 1), "share of each task vector that survives the inner trim"],
+    alpha: Annotated[float, Default(0.1), Range(1e-6), "least share that a singular value is divided by"],
+    others: Others,
+) -> Floats | Update:
+    """Divide each singular value of a merged task vector by the share of the experts that it holds.
+
+    D = M(tau_1 ... tau_K) = sum_r s_r u_r v_r^T;   a_r = u_r^T D,  a_rk = u_r^T tau_k
+    s_rk = <a_r, a_rk> / ||a_rk||^2,   eta_r = mean_k max(s_rk, alpha)
+    theta = theta_0 + lambda sum_r (s_r / eta_r) u_r v_r^T
+
+    Directions that experts share are counted once per expert by a sum, and are cut; the multiplier of M does not matter
+    while all s_rk stay above alpha. **Where norms differ it suppresses the largest expert**: rows that belong to one
+    expert alone are divided by the mean of s_rk, the others' being alpha.
+
+    Known disagreements: alpha is 1 / K in the code's script (1 on TSV-M), 0.1 in its README and in FusionBench; before
+    March 2026 the code divided only where all s_rk were positive.
+    """
+    del lambda_, others  # the engine's
+    vectors, q = task_matrices(stack)
+    found = merged(vectors, stack.row_names, inner, {"density": density})
+    u, s, v = leading(found, None, min(found.shape))
+    held = s[:, None] * v  # a_r
+    shares = np.zeros_like(s)
+    for vector in vectors:
+        own = u.T @ vector
+        shares += np.maximum((held * own).sum(1) / np.maximum(np.square(own).sum(1), 1e-12), alpha)
+    return back((u * (s * len(vectors) / shares)) @ v, q)
