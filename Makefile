@@ -48,6 +48,7 @@ bench: setup
 	$(PY) -m benchmarks.glue_step
 	$(PY) -m benchmarks.routed_forward
 	$(PY) -m benchmarks.doctor
+	$(PY) -m benchmarks.matrix_methods
 
 results: setup
 	$(PY) -m studies.cells

@@ -21,14 +21,30 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ties, density 0.2 over the model": ("ties", "weights", {"density": 0.2, "trim": "model"}),
     "dare_linear, density 0.5": ("dare_linear", "weights", {"density": 0.5}),
     "dare_ties, density 0.5": ("dare_ties", "weights", {"density": 0.5}),
+    "tsv_m": ("tsv_m", "weights", {}),
+    "iso_c": ("iso_c", "weights", {}),
+    "iso_cts": ("iso_cts", "weights", {}),
+    "wudi": ("wudi", "weights", {}),
+    "wudi_v2": ("wudi_v2", "weights", {}),
+    "swudi_a": ("swudi_a", "weights", {}),
+    "actmat": ("actmat", "weights", {}),
+    "svc": ("svc", "weights", {}),
+    "knots": ("knots", "weights", {}),
+    "core_space, ties": ("core_space", "weights", {"inner": "ties"}),
+    "ace": ("ace", "weights", {}),
+    "tact": ("tact", "weights", {}),
 }
 STRENGTHS = (0.25, 0.5, 0.75)
+#: Methods of whole matrices, whose published strength is 1.
+MATRIX_STRENGTHS = (0.5, 1.0, 1.5)
 #: A disjoint mean is about a fourth of the sum of four task vectors, so it is tried at larger strengths.
 MEAN_STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
 
 def _strengths(label: str) -> Sequence[float]:
     method, _, parameters = METHODS[label]
+    if list(METHODS).index(label) >= list(METHODS).index("tsv_m"):
+        return MATRIX_STRENGTHS
     return MEAN_STRENGTHS if method == "ties" and parameters.get("normalize", True) else STRENGTHS
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from consilience.checkpoints import open_checkpoint
     from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
     from consilience.errors import ConsilienceError, InputError, MachineError
+    from consilience.learned.statistics import collect_statistics
     from consilience.mixing import distill, mix
     from consilience.recipe import Recipe, read_recipe
     from consilience.routing import build_routed, load_routed
@@ -26,6 +27,7 @@ _HOME = {
     "build_routed": "consilience.routing",
     "load_routed": "consilience.routing",
     "Coefficients": "consilience.coefficients",
+    "collect_statistics": "consilience.learned.statistics",
     "distill": "consilience.mixing",
     "fine_tune": "consilience.training",
     "align": "consilience.api",
@@ -54,6 +56,7 @@ __all__ = [
     "Recipe",
     "align",
     "build_routed",
+    "collect_statistics",
     "diagnose",
     "distill",
     "evaluate",

@@ -98,7 +98,7 @@ def build_recipe(
 ) -> "Recipe":
     """Return a recipe from plain arguments; a parameter given as a mapping holds one value per expert name.
 
-    ``data`` maps expert names to their files (``{"calibration": ...}``).
+    ``data`` maps expert names to their files (``{"calibration": ..., "statistics": ...}``).
 
     Raises:
         InputError: a parameter or expert name is unknown, or a value has the wrong form.
@@ -116,10 +116,13 @@ def build_recipe(
                 own[name][key] = each
         else:
             shared[key] = list(cast(Sequence[Any], value)) if isinstance(value, tuple) else value
-    for name in data or {}:
-        if name not in own:
-            raise InputError(f"calibration: there is no expert {name!r}{nearest(name, list(own))}")
-    _check_read(method, {"calibration": bool(data), "target": "target" in extra})
+    given = {
+        key: [name for name, files in (data or {}).items() if key in files] for key in ("calibration", "statistics")
+    }
+    for key, named in given.items():
+        for name in (name for name in named if name not in own):
+            raise InputError(f"{key}: there is no expert {name!r}{nearest(name, list(own))}")
+    _check_read(method, {key: bool(named) for key, named in given.items()} | {"target": "target" in extra})
     models: list[dict[str, Any]] = [
         {"model": path, "name": name, "parameters": own[name]} for name, path in experts.items()
     ]
@@ -141,8 +144,10 @@ def _check_read(method: str, given: Mapping[str, bool]) -> None:
         return
     known = load(method)
     read = {"calibration": known.reads_calibration, "target": known.reads_target}
+    read["statistics"] = known.statistics is not None
     for name in (name for name, there in given.items() if there and not read[name]):
-        raise InputError(f"{option(name, 'FILE')}: method {method!r} reads no {name} rows; leave it out")
+        what = name if name == "statistics" else f"{name} rows"
+        raise InputError(f"{option(name, 'FILE')}: method {method!r} reads no {what}; leave it out")
 
 
 def merge(
@@ -161,6 +166,7 @@ def merge(
     stochastic_rounding: bool = False,
     allow_nonfinite: bool = False,
     calibration: Mapping[str, PathLike] | None = None,
+    statistics: Mapping[str, PathLike] | None = None,
     target: Mapping[str, PathLike] | None = None,
     coefficients: PathLike | None = None,
     device: str = "cpu",
@@ -192,6 +198,7 @@ def merge(
         stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
         allow_nonfinite: let NaN, Inf and overflow through.
         calibration: for learned methods, each expert's JSONL file of (unlabelled) rows.
+        statistics: for regmean and fisher, each expert's folder of statistics (``collect_statistics``).
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
@@ -217,7 +224,7 @@ def merge(
         if value is not None or name != "base":
             _check_model(value, name)
     in_memory = isinstance(base, Mapping) or any(isinstance(value, Mapping) for value in named.values())
-    for name, value in {"calibration": calibration, "target": target}.items():
+    for name, value in {"calibration": calibration, "statistics": statistics, "target": target}.items():
         if value is not None and not isinstance(cast(Any, value), Mapping):
             raise InputError(f"{name}: is a {type(value).__name__}; give files by name, as a mapping")
     filters = list(private) if isinstance(cast(Any, private), Sequence) and not isinstance(private, str) else private
@@ -235,7 +242,10 @@ def merge(
         raise InputError("out: name the folder to write")
     path_of(out, "out")
     paths = {name: str(value) for name, value in named.items()}
-    data = {name: {"calibration": str(path)} for name, path in (calibration or {}).items()}
+    data: dict[str, dict[str, str]] = {}
+    for key, files in (("calibration", calibration), ("statistics", statistics)):
+        for name, path in (files or {}).items():
+            data.setdefault(name, {})[key] = str(path)
     recipe = build_recipe(method, None if base is None else str(base), paths, parameters, data=data, **extra)
     return merge_recipe(
         recipe,

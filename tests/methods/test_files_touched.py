@@ -10,8 +10,8 @@ SOURCE = ROOT / "src" / "consilience"
 #: What was added -> a pattern that finds it in code, and the most files it may take.
 ADDED: dict[str, tuple[str, int]] = {
     "an element-wise method (`nearswap`)": (r"\bnearswap\b", 2),
-    "a method with ranks (`breadcrumbs`)": (r"\bbreadcrumbs\b(?!_)", 2),
-    "a matrix method (`tsv_m`)": (r"def tsv_m\b|methods\.tsv_m\b", 2),
+    "a method with ranks (`breadcrumbs`)": (r"def breadcrumbs\b|methods\.breadcrumbs\b", 2),
+    "a matrix method (`core_space`)": (r"\bcore_space\b", 2),
     "an objective's term (`Entropy`)": (r"class Entropy\b|entropy:Entropy", 2),
     "a storage format (FP8 with scales)": (r"class ScaledFloats\b|import ScaledFloats\b", 2),
 }

@@ -15,6 +15,8 @@ from consilience.cli.align import align
 from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
 from consilience.cli.doctor import doctor
 from consilience.cli.route import route
+from consilience.cli.stats import EPILOG as STATS_EPILOG
+from consilience.cli.stats import JOIN_EPILOG, stats, stats_join
 from consilience.errors import InputError, printable
 
 app = typer.Typer(
@@ -30,6 +32,8 @@ app.add_typer(route, name="route")
 app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command(epilog=ADVISE_EPILOG)(advise)
 app.command(epilog=ALIGN_EPILOG)(align)
+app.command(epilog=STATS_EPILOG)(stats)
+app.command("stats-join", epilog=JOIN_EPILOG)(stats_join)
 
 MERGE_EPILOG = """Examples:
 
@@ -62,6 +66,12 @@ Set = Annotated[
 Calibration = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=FILE", help="An expert's calibration rows, for learned methods (repeatable)."),
+]
+StatisticsFolders = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--statistics", metavar="NAME=FOLDER", help="An expert's statistics, for regmean and fisher (repeatable)."
+    ),
 ]
 TargetFiles = Annotated[
     list[str] | None,
@@ -156,6 +166,7 @@ def read_input(
     extra: dict[str, Any],
     calibration: list[str] | None = None,
     target: list[str] | None = None,
+    statistics: list[str] | None = None,
 ) -> Any:
     """Return what the user asked to merge: a recipe file's path, or a recipe made of a base and ``-e`` options."""
     from consilience.api import build_recipe
@@ -165,7 +176,7 @@ def read_input(
         if path.is_dir():
             raise InputError(f"{recipe}: is a folder; name experts with -e NAME=PATH, or pass a recipe file")
         options = (("--method", method), ("--set", settings), ("--calibration", calibration), ("--target", target))
-        options = (*options, *extra.items())
+        options = (*options, ("--statistics", statistics), *extra.items())
         given = [name for name, value in options if value is not None and value != []]
         if given:
             raise InputError(f"{given[0]}: only goes with -e; write it in the recipe {recipe}")
@@ -190,11 +201,12 @@ def read_input(
     base = None if recipe in ("none", "-") else recipe
     default = "coefficients" if "coefficients" in chosen else "task_arithmetic"
     data: dict[str, dict[str, str]] = {}
-    for text in calibration or []:
-        name, path = parse_assignment(text, "--calibration")
-        if name in data:
-            raise InputError(f"--calibration {text!r}: expert {name!r} has a file already; give one file per expert")
-        data[name] = {"calibration": path}
+    for key, texts in (("calibration", calibration), ("statistics", statistics)):
+        for text in texts or []:
+            name, path = parse_assignment(text, f"--{key}")
+            if key in data.get(name, {}):
+                raise InputError(f"--{key} {text!r}: expert {name!r} has a file already; give one file per expert")
+            data.setdefault(name, {})[key] = path
     if target:
         chosen["target"] = dict(parse_assignment(text, "--target") for text in target)
     return build_recipe(method or default, base, named, parse_settings(settings or [], named), data=data, **chosen)
@@ -208,6 +220,7 @@ def merge(
     method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
     set_: Set = None,
     calibration: Calibration = None,
+    statistics: StatisticsFolders = None,
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
     dtype: Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")] = None,
@@ -240,7 +253,7 @@ def merge(
 
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
     extra |= choices(config, tokenizer, chat_template, private)
-    source = read_input(recipe, expert, method, set_, extra, calibration, target)
+    source = read_input(recipe, expert, method, set_, extra, calibration, target, statistics)
     settings = {
         "shard_size": None if shard_size is None else parse_size(shard_size),
         "stochastic_rounding": stochastic_rounding,
@@ -289,6 +302,7 @@ def check(
     method: Annotated[str | None, typer.Option(help="Merge method (default: task_arithmetic).")] = None,
     set_: Set = None,
     calibration: Calibration = None,
+    statistics: StatisticsFolders = None,
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
     config: ConfigChoice = None,
@@ -307,7 +321,9 @@ def check(
     try:
         extra: dict[str, Any] = {"--coefficients": None if coefficients is None else str(coefficients)}
         extra |= choices(config, tokenizer, chat_template, private)
-        plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration, target), strict=strict)
+        plan = plan_recipe(
+            read_input(recipe, expert, method, set_, extra, calibration, target, statistics), strict=strict
+        )
     except InputError as error:
         if as_json:
             typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))

@@ -20,6 +20,7 @@ from consilience.experts.align import Alignment, align
 from consilience.experts.expert_set import comparable, expert_names
 from consilience.experts.model import Model, Source, open_model
 from consilience.experts.stack import Stack
+from consilience.experts.statistics import Statistics, check_of, open_statistics
 from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program, Ranks, Step
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
@@ -150,6 +151,7 @@ class Plan:
     single: str = "model.safetensors"
     defaults: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
+    statistics: tuple[Statistics, ...] = ()
 
     @property
     def unlearned(self) -> bool:
@@ -193,14 +195,16 @@ class Plan:
             "tensors": [_facts(tensor) for tensor in self.tensors],
             "files": [(file.name, file.size, hashlib.blake2b(file.header).hexdigest()) for file in self.layout.files],
         }
+        if self.statistics:
+            facts["statistics"] = [one.identity() for one in self.statistics]
         if self.coefficients is not None:  # the same values, cut elsewhere or on trimmed task vectors, are other bytes
             facts["coefficients"] = [repr(self.coefficients.groups), repr(self.coefficients.trimmed)]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def close(self) -> None:
         """Release the inputs."""
-        for model in self.models:
-            model.close()
+        for part in (*self.models, *self.statistics):
+            part.close()
 
 
 def _facts(tensor: TensorPlan) -> list[Any]:
@@ -212,7 +216,7 @@ def _facts(tensor: TensorPlan) -> list[Any]:
 
 
 def resolve_file(path: str, root: Path | None) -> Path:
-    """Return a recipe's file: as written from the current folder if it exists there, else from the recipe's folder."""
+    """Return a recipe's file or folder: as written from the current folder if it is there, else from the recipe's."""
     plain = Path(path).expanduser()
     return root / plain if root is not None and not plain.exists() and not plain.is_absolute() else plain
 
@@ -307,7 +311,7 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     if merged:
         stack = ([donor] if context.method.counts_base else []) + context.experts
         rows = tuple(alignment.source(model, target) for model in stack)
-        spec = TensorSpec(target, info.shape, info.numel, tuple(model.name for model in stack))
+        spec = TensorSpec(target, info.shape, info.numel, tuple(m.name for m in stack), context.statistics)
         parameters = context.settings.at(target, context.depths.get(target, 0.0))
         running = name.endswith(_RUNNING)
         program, parameters = _program(context, spec, parameters, running)
@@ -336,6 +340,7 @@ class _Context:
     out_dtype: DType | None
     coefficients: Coefficients | None
     where: str
+    statistics: tuple[Statistics, ...] = ()
 
 
 def make_plan(
@@ -409,11 +414,15 @@ def make_plan(
         coefficients = fit(coefficients, [m.name for m in experts], sizes, named, frozen=private)
     elif method.name == "coefficients":
         raise InputError(f"{where}: method 'coefficients' needs a coefficients file; name one as coefficients: PATH")
-    context = _Context(method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where)
+    statistics = _statistics(recipe, method, numbered, where, root)
+    context = _Context(
+        method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where, statistics
+    )
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
     merged = [t.name for t in planned if t.parameters or t.program is not None]
     notes = [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
+    notes += _without_statistics(method, planned, where)
     metadata = {"format": "pt"} | {
         k: v
         for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()
@@ -429,8 +438,52 @@ def make_plan(
     return Plan(
         settings.spelled_out(recipe), method, base, tuple(experts), alignment, placed, layout, stochastic,
         allow_nonfinite, coefficients, learning, where, root, tuple(number for _, number in numbered), shard_size,
-        single, settings.used_defaults, tuple(notes),
+        single, settings.used_defaults, tuple(notes), statistics,
     )  # fmt: skip
+
+
+def _statistics(
+    recipe: Recipe, method: Method, experts: list[tuple[Model, int]], where: str, root: Path | None
+) -> tuple[Statistics, ...]:
+    """Open every expert's statistics, if the method reads any.
+
+    Raises:
+        InputError: an expert has none, or those of another model.
+    """
+    if method.statistics is None:
+        return ()
+    found: list[Statistics] = []
+    for model, number in experts:
+        data = recipe.models[number].data
+        if data is None or data.statistics is None:
+            raise InputError(
+                f"{where}: {model.name}: method {method.name!r} reads statistics; make them with consilience stats "
+                f"--kind {method.statistics}, and give the expert data: {{statistics: FOLDER}}"
+            )
+        found.append(open_statistics(resolve_file(data.statistics, root)))
+        check_of(found[-1], model, method.statistics)
+    return tuple(found)
+
+
+def _without_statistics(method: Method, planned: list[TensorPlan], where: str) -> list[str]:
+    """Say which merged matrices have no statistics and are treated as other tensors.
+
+    Raises:
+        InputError: that is all of them.
+    """
+    if method.statistics is None:
+        return []
+    matrices = [t for t in planned if t.rows and len(t.shape) == 2]
+    without = [t.name for t in matrices if not isinstance(t.program, Matrix)]
+    if matrices and len(without) == len(matrices):
+        raise InputError(
+            f"{where}: the statistics hold none of the matrices that method {method.name!r} merges ({without[0]!r} for "
+            "one); were they made of models whose tensors have other names?"
+        )
+    if not without:
+        return []
+    how = next(t.parameters.get("others", "mean") for t in planned if t.name == without[0])
+    return [f"{len(without)} of {len(matrices)} matrices have no statistics ({without[0]!r} for one): others={how}"]
 
 
 def _unread(recipe: Recipe, method: Method, where: str) -> list[str]:

@@ -219,7 +219,7 @@ class Worker:
         update = program.function(tensor.stack, **program.parameters)
         sides = update if isinstance(update, Update) else (update,)
         *left, right = (np.ascontiguousarray(side, real) for side in sides)
-        shape = (len((left or [right])[0]), right.shape[1])
+        shape = (len(left[0]), right.shape[1]) if left else right.shape
         if shape != tensor.shape:
             raise InputError(
                 f"tensor {tensor.name!r}: method {self.plan.method.name!r} returned an update of shape {shape}, not "

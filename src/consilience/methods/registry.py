@@ -32,6 +32,8 @@ BUILT_IN: dict[str, str] = {
     "knots": "consilience.methods.knots",
     "core_space": "consilience.methods.core_space",
     "svc": "consilience.methods.svc",
+    "regmean": "consilience.methods.regmean",
+    "fisher": "consilience.methods.fisher",
     "slerp": "consilience.methods.slerp",
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",

@@ -24,10 +24,13 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import wraps
-from typing import Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from consilience.methods.program import Elementwise, Floats, Matrix, Program, Update
 from consilience.methods.weighted_sum import weighted
+
+if TYPE_CHECKING:
+    from consilience.experts.statistics import Kind, Statistics
 
 PerExpert = tuple[float, ...]
 T = TypeVar("T")
@@ -62,12 +65,13 @@ class NoEffect:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a method may know of a tensor without its data."""
+    """What a method may know of a tensor without its data; ``statistics``: every expert's, if it reads any."""
 
     name: str
     shape: tuple[int, ...]
     numel: int
     experts: tuple[str, ...]
+    statistics: "tuple[Statistics, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,8 @@ class Method:
     """A merge method: its name, what it needs, its parameters and the function that plans a tensor.
 
     ``learn`` is set for learned methods: it finds the coefficients that ``plan`` alone would take from the anchor.
-    ``mergekit`` has the defaults of mergekit's method of this name that differ from ours.
+    ``mergekit`` has the defaults of mergekit's method of this name that differ from ours; ``statistics`` is the kind
+    that it reads of every expert.
     """
 
     name: str
@@ -149,6 +154,7 @@ class Method:
     learn: Callable[..., Any] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     mergekit: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    statistics: "Kind | None" = None
 
     @property
     def reads_target(self) -> bool:
@@ -297,9 +303,17 @@ Others = Annotated[
 
 
 def matrix(
-    *, source: str, copies: float, experts: tuple[int, int | None] = (1, None), name: str | None = None
+    *,
+    source: str,
+    copies: float,
+    experts: tuple[int, int | None] = (1, None),
+    name: str | None = None,
+    reads: "Kind | None" = None,
 ) -> Callable[[Callable[..., Floats | Update]], Method]:
     """Make a method of a function of one matrix, ``function(stack, **parameters)``: its merged task vector.
+
+    With ``reads`` it is ``function(stack, statistics, **parameters)``, an iterator over every expert's of the kind, and
+    tensors that lack them are treated as those that are no matrices. Fisher information is of tensors of any shape.
 
     Tensors of one or of more than two dimensions are treated as the function's parameter ``others: Others`` says. A
     parameter ``lambda_`` multiplies every merged task vector; the function need not look at either.
@@ -309,6 +323,7 @@ def matrix(
         copies: how many times the stack, [K, m, n] in the compute type, the function holds at its peak.
         experts: least and greatest number of experts.
         name: of the method, where it is not the function's.
+        reads: the kind of statistics it reads.
     """
 
     def decorate(function: Callable[..., Floats | Update]) -> Method:
@@ -319,17 +334,30 @@ def matrix(
         @wraps(function)
         def plan(tensor: TensorSpec, **values: Any) -> Program:
             count, scale = len(tensor.experts), values.get("lambda_", 1.0)
-            if len(tensor.shape) == 2:
+            held = tensor.statistics
+            if reads is not None and all(one.has(reads, tensor.name) for one in held):
+                own = _with_statistics(function, held, reads, tensor.name)
+                return Matrix(own, values, (1.0,) * count, copies, scale)
+            if reads is None and len(tensor.shape) == 2:
                 return Matrix(function, values, (1.0,) * count, copies, scale)
             share = {"mean": 1.0 / count, "sum": 1.0, "base": 0.0}[values["others"]]
             return Elementwise("task_vectors", weighted((share,) * count), scale=scale)
 
         return Method(
-            name or function.__name__, cast(MethodFunction, plan), parameters, "required", *experts, "none", source,
-            counts_base=False,
+            name or function.__name__, cast(MethodFunction, plan), parameters, "required", *experts,
+            "none" if reads is None else f"statistics: {reads} of every expert", source, counts_base=False,
+            statistics=reads,
         )  # fmt: skip
 
     return decorate
+
+
+def _with_statistics(
+    function: Callable[..., Floats | Update], parts: "tuple[Statistics, ...]", kind: "Kind", tensor: str
+) -> Callable[..., Floats | Update]:
+    from consilience.experts.statistics import read_all
+
+    return lambda stack, **values: function(stack, read_all(parts, kind, tensor), **values)
 
 
 def _anchor(tensor: TensorSpec, *, alphabar: PerExpert, **rest: Any) -> Program:

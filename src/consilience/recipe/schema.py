@@ -202,6 +202,7 @@ class DataPaths(Closed):
     validation: PathText | None = None
     probe: PathText | None = None
     logs: PathText | None = None
+    statistics: PathText | None = None
 
 
 class Target(Closed):

@@ -1,0 +1,341 @@
+"""One pass over rows for a model's statistics: Gram matrices and means of what layers are given, Fisher information.
+
+Gram matrices are made a part of the layers at a time, so that those in memory stay bounded; Fisher information needs a
+second set of weights. See ``experts/statistics.py`` for what is written.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from consilience.checkpoints.open import open_checkpoint
+from consilience.checkpoints.reference import Reference, resolve
+from consilience.errors import InputError
+from consilience.experts.model import open_model
+from consilience.experts.statistics import KINDS, Facts, Fisher, Kind, Writer, mark_of
+from consilience.learned.gram import tokens_of
+from consilience.progress import Progress, ProgressOption, open_progress
+from consilience.student.factored import layers_of
+from consilience.student.names import parameters_of, renamed
+from consilience.tasks.encoding import Encoded, encode, vocabulary_of
+from consilience.tasks.load import check_folder, load_model, load_own_tokenizer, require_transformers
+from consilience.tasks.readout import decoder_start, padded
+from consilience.tasks.rows import Task, load_task
+
+#: Bytes of Gram matrices of one pass.
+BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """How statistics are made: which, of how many rows and tokens, and how Fisher information takes its labels."""
+
+    kinds: tuple[Kind, ...] = ("gram",)
+    fisher: Fisher = "sampled"
+    rows: int | None = None
+    batch_size: int = 16
+    dtype: str = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def collect_statistics(
+    model: str | Path,
+    data: Task | Path | str,
+    out: Path | str,
+    *,
+    settings: Collecting | None = None,
+    force: bool = False,
+    progress: ProgressOption = True,
+) -> Facts:
+    """Read rows once with a model, and write its statistics on them to a folder.
+
+    Args:
+        model: ``PATH`` or ``PATH+ADAPTER``.
+        data: a JSONL file of rows, or a task.
+        out: the folder to make.
+        settings: see ``Collecting``.
+        force: replace statistics that are there.
+        progress: show it.
+
+    Raises:
+        InputError: a row does not suit the model, there is no layer to look at, or activations are not finite.
+    """
+    require_transformers("collecting statistics")
+    settings = Collecting() if settings is None else settings
+    _check(settings)
+    place = resolve(str(model))
+    check_folder(place.model)
+    writer = Writer(Path(out), force=force)
+    try:
+        with open_progress(progress) as bar:
+            task = data if isinstance(data, Task) else load_task(data)
+            facts = _collect(str(model), place, task, writer, settings, bar)
+        writer.finish(facts)
+    except BaseException:
+        writer.abandon()
+        raise
+    return facts
+
+
+def _check(settings: Collecting) -> None:
+    wrong = next((kind for kind in settings.kinds if kind not in KINDS), None)
+    if wrong is not None or not settings.kinds:
+        raise InputError(f"kind: {wrong!r} is none of {', '.join(KINDS)}")
+    if settings.fisher not in ("sampled", "empirical", "exact"):
+        raise InputError(f"fisher: {settings.fisher!r} is none of sampled, empirical, exact")
+
+
+def _collect(name: str, place: Reference, task: Task, writer: Writer, settings: Collecting, bar: Progress) -> Facts:
+    opened = open_model("model", name, None)
+    try:
+        mark = mark_of(opened)
+    finally:
+        opened.close()
+    bar.phase("loading the model")
+    trust = settings.trust_remote_code
+    model = load_model(place.model, adapter=place.adapter, device=settings.device, trust_remote_code=trust)
+    model.requires_grad_(False)
+    tokenizer = load_own_tokenizer(place.model, place.adapter, trust_remote_code=trust)
+    parameters = _parameters(model, place, name)
+    rows = _encoded(model, tokenizer, task, settings)
+    alias: dict[str, str] = {}
+    norm = 0.0
+    tokens = sum(len(one.inputs) + len(one.source) for one in rows)
+    if "gram" in settings.kinds or "mean" in settings.kinds:
+        alias = _activations(model, parameters, rows, writer, settings, bar, name)
+    if "fisher" in settings.kinds:
+        norm = _fisher(model, parameters, task, rows, writer, settings, bar)
+    digest = blake2b(repr([(one.source, one.inputs) for one in rows]).encode(), digest_size=16).hexdigest()
+    fisher = settings.fisher if "fisher" in settings.kinds else None
+    count = len({one.row for one in rows})
+    return Facts(name, mark, settings.kinds, count, tokens, (digest,), fisher, settings.seed, norm, alias)
+
+
+def _parameters(model: Any, place: Reference, where: str) -> dict[str, Any]:
+    """Return stored name -> parameter; of tensors that the library renamed only where values prove the place."""
+    checkpoint = open_checkpoint(place.model)
+    try:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items() if info.dtype.mergeable}
+        found = parameters_of(model, shapes, (), where)
+        doubted = renamed(model, found)
+        if place.adapter is not None:  # whose update is in the values
+            return {name: value for name, value in found.items() if name not in doubted}
+        for name in doubted:
+            stored = torch.from_numpy(checkpoint.read(name).copy()).view(_kind(checkpoint.tensors[name].dtype.name))
+            if not torch.equal(stored.view(shapes[name]).to(found[name]), found[name].cpu()):
+                del found[name]
+        return found
+    finally:
+        checkpoint.storage.close()
+
+
+def _kind(name: str) -> torch.dtype:
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+def _encoded(model: Any, tokenizer: Any, task: Task, settings: Collecting) -> list[Encoded]:
+    text = model.config.get_text_config()
+    start = decoder_start(model) if getattr(model.config, "is_encoder_decoder", False) else None
+    rows = encode(
+        task, tokenizer, decoder_start=start, max_examples=settings.rows, vocabulary=vocabulary_of(model),
+        context=getattr(text, "max_position_embeddings", None),
+    )  # fmt: skip
+    return list(rows)
+
+
+@contextlib.contextmanager
+def _computing(settings: Collecting) -> Generator[None]:
+    device = torch.device(settings.device).type
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------- activations
+
+
+class _Listener:
+    """Sums of what layers are given, over the tokens of passes."""
+
+    def __init__(self, layers: Mapping[str, Any], wanted: Sequence[str], kinds: Sequence[Kind]) -> None:
+        self.layers, self.wanted, self.kinds = layers, wanted, kinds
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+        self.mask: Any = None
+
+    def __enter__(self) -> "_Listener":
+        self._handles = [
+            self.layers[name].register_forward_pre_hook(lambda _module, args, name=name: self._take(name, args[0]))
+            for name in self.wanted
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _take(self, name: str, x: Any) -> None:
+        rows = tokens_of(x, self.mask)
+        if self.mask is not None and len(rows) == x.shape[:-1].numel() != int(self.mask.sum()):
+            raise InputError(f"layer {name!r} is given what a router chose, with padding in it; use batch_size=1")
+        with torch.autocast(x.device.type, enabled=False):
+            rows = rows.float()
+            self.counts[name] = self.counts.get(name, 0) + len(rows)
+            if "gram" in self.kinds:
+                self._add(f"gram/{name}", rows.T @ rows)
+            if "mean" in self.kinds:
+                self._add(f"mean/{name}", rows.sum(0))
+
+    def _add(self, key: str, value: Any) -> None:
+        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
+
+
+def _activations(
+    model: Any, parameters: dict[str, Any], rows: Sequence[Encoded], writer: Writer, settings: Collecting,
+    bar: Progress, where: str,
+) -> dict[str, str]:  # fmt: skip
+    """Write Gram matrices and means, and return which layers share them."""
+    matrices = [name for name, value in parameters.items() if value.ndim == 2]
+    layers = layers_of(model, parameters, matrices)
+    if not layers:
+        raise InputError(f"{where}: has no linear layer of its own, so there are no activations to look at")
+    leader = _leaders(model, layers, rows[:1], settings)
+    kinds = [kind for kind in settings.kinds if kind != "fisher"]
+    parts = list(_passes(layers, list(dict.fromkeys(leader.values()))))
+    bar.phase("activations", len(parts) * len(rows), "rows")
+    for wanted in parts:
+        with _Listener(layers, wanted, kinds) as heard:
+            for batch, mask, inputs in _batches(model, rows, settings):
+                heard.mask = mask
+                with torch.no_grad(), _computing(settings):
+                    model(**inputs, use_cache=False)
+                bar.advance(len(batch))
+        for key, total in heard.sums.items():
+            total /= heard.counts[key.partition("/")[2]]
+            if not bool(total.isfinite().all()):
+                raise InputError(f"{where}: activations at {key.partition('/')[2]!r} are not finite; use float32")
+        writer.add({key: total.cpu().numpy() for key, total in heard.sums.items()})
+    return {f"{kind}/{name}": f"{kind}/{lead}" for kind in kinds for name, lead in leader.items() if name != lead}
+
+
+def _batches(
+    model: Any, rows: Sequence[Encoded], settings: Collecting
+) -> Iterator[tuple[Sequence[Encoded], Any, dict[str, Any]]]:
+    """Yield rows of like lengths with their mask of tokens (None: all) and inputs; those with two sides one by one."""
+    order = sorted(rows, key=lambda one: len(one.inputs))
+    size = 1 if any(one.source for one in rows) else settings.batch_size
+    for at in range(0, len(order), size):
+        batch = order[at : at + size]
+        inputs = padded(batch, model)[0]
+        yield batch, (inputs["attention_mask"].bool() if len(batch) > 1 else None), inputs
+
+
+def _leaders(model: Any, layers: Mapping[str, Any], rows: Sequence[Encoded], settings: Collecting) -> dict[str, str]:
+    """Return every called layer's first that got the very same tensor."""
+    last: list[Any] = [None, ""]
+    leader: dict[str, str] = {}
+
+    def hook(name: str, x: Any) -> None:
+        if x is not last[0]:
+            last[:] = [x, name]
+        leader.setdefault(name, last[1])
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _module, args, name=name: hook(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad(), _computing(settings):
+            for _, _, inputs in _batches(model, rows, settings):
+                model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return leader
+
+
+def _passes(layers: Mapping[str, Any], names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield layers whose Gram matrices fit together."""
+    taken, held = 0, list[str]()
+    for name in names:
+        size = 4 * layers[name].in_features ** 2
+        if held and taken + size > BYTES:
+            yield held
+            taken, held = 0, []
+        taken, held = taken + size, [*held, name]
+    if held:
+        yield held
+
+
+# --------------------------------------------------------------------------------------------------- Fisher information
+
+
+def _fisher(
+    model: Any, parameters: dict[str, Any], task: Task, rows: Sequence[Encoded], writer: Writer, settings: Collecting,
+    bar: Progress,
+) -> float:  # fmt: skip
+    """Write the diagonal of the Fisher information, and return its norm."""
+    held = {id(value): name for name, value in parameters.items() if value.is_floating_point()}
+    own = {name: value for name, value in parameters.items() if held.get(id(value)) == name}
+    totals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in own.items()}
+    by_row: dict[int, list[Encoded]] = {}
+    for one in rows:
+        by_row.setdefault(one.row, []).append(one)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for value in own.values():
+        value.requires_grad_(True)
+    bar.phase(f"Fisher information ({settings.fisher})", len(by_row), "rows")
+    try:
+        for number, sequences in by_row.items():
+            found = _slopes(model, list(own.values()), sequences, task.where(number), settings, generator)
+            for weight, slopes in found:
+                for name, slope in zip(own, slopes, strict=True):
+                    if slope is not None:
+                        totals[name].addcmul_(slope.float(), slope.float(), value=weight / len(by_row))
+            bar.advance(1)
+    finally:
+        model.requires_grad_(False)
+    writer.add({f"fisher/{name}": total.cpu().numpy() for name, total in totals.items()})
+    return float(np.sqrt(sum(float(total.double().square().sum()) for total in totals.values())))
+
+
+def _slopes(
+    model: Any, values: Sequence[Any], sequences: Sequence[Encoded], where: str, settings: Collecting, generator: Any
+) -> Iterator[tuple[float, Sequence[Any]]]:
+    """Yield (probability, slope of the log-likelihood) of the labels that a row's Fisher information is over."""
+    if settings.fisher == "exact":
+        if len(sequences) < 2:
+            raise InputError(f"{where}: exact Fisher information is over a row's choices, and it has none; use sampled")
+        logs = torch.stack([_log_likelihood(model, one, one.targets, settings) for one in sequences]).log_softmax(0)
+        for log in logs:
+            slopes = torch.autograd.grad(log, values, retain_graph=True, allow_unused=True)
+            yield float(log.detach().exp()), slopes
+        return
+    one = sequences[0]
+    if settings.fisher == "empirical" and (len(sequences) > 1 or not one.targets):
+        raise InputError(f"{where}: empirical Fisher information needs a response; add one, or use sampled")
+    targets = one.targets if settings.fisher == "empirical" else None
+    log = _log_likelihood(model, one, targets, settings, generator)
+    yield 1.0, torch.autograd.grad(log, values, allow_unused=True)
+
+
+def _log_likelihood(
+    model: Any, one: Encoded, targets: Sequence[int] | None, settings: Collecting, generator: Any = None
+) -> Any:
+    """Return the log-likelihood of tokens at a row's scored positions; without any, of tokens that it draws itself."""
+    inputs, where, _ = padded([one], model)
+    with _computing(settings):
+        logits = model(**inputs, use_cache=False).logits[where].float()
+    logs = logits.log_softmax(-1)
+    if targets is None:
+        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)[:, 0]
+    else:
+        drawn = torch.tensor(list(targets))
+    return logs[torch.arange(len(logs), device=logs.device), drawn.to(logs.device)].sum()
