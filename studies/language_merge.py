@@ -36,6 +36,9 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 STRENGTHS = (0.25, 0.5, 0.75)
 #: Methods of whole matrices, whose published strength is 1.
+MATRIX = frozenset({
+    "tsv_m", "iso_c", "iso_cts", "wudi", "wudi_v2", "swudi_a", "actmat", "svc", "knots", "core_space", "ace", "tact",
+})  # fmt: skip
 MATRIX_STRENGTHS = (0.5, 1.0, 1.5)
 #: A disjoint mean is about a fourth of the sum of four task vectors, so it is tried at larger strengths.
 MEAN_STRENGTHS = (0.75, 1.0, 1.5, 2.0)
@@ -43,7 +46,7 @@ MEAN_STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
 def _strengths(label: str) -> Sequence[float]:
     method, _, parameters = METHODS[label]
-    if list(METHODS).index(label) >= list(METHODS).index("tsv_m"):
+    if method in MATRIX:
         return MATRIX_STRENGTHS
     return MEAN_STRENGTHS if method == "ties" and parameters.get("normalize", True) else STRENGTHS
 

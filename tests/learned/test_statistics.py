@@ -299,6 +299,8 @@ def test_what_is_wrong_is_named_and_nothing_is_left(place: Path, tmp_path: Path)
         name: made(tmp_path / f"empty-{name}", place / name, {"x.weight": spread(4, 1)}, "gram") for name in experts
     }
     refused("hold none of the matrices", statistics=empty)
+    odd = {name: made(tmp_path / f"odd-{name}", place / name, {DOWN: spread(5, 1)}, "gram") for name in experts}
+    refused(r"has shape \[5, 5\]", statistics=odd)
 
 
 def test_the_command_line(place: Path, tmp_path: Path) -> None:

@@ -66,9 +66,23 @@ class Statistics:
     facts: Facts
     files: tuple[Checkpoint, ...]
 
-    def has(self, kind: Kind, name: str) -> bool:
-        """Whether there are statistics of a kind for a weight."""
-        return self._file(self._stored(kind, name)) is not None
+    def has(self, kind: Kind, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether there are statistics of a kind for a weight of this shape.
+
+        Raises:
+            InputError: there are, for another shape.
+        """
+        key = self._stored(kind, name)
+        file = self._file(key)
+        if file is None:
+            return False
+        held, due = file.tensors[key].shape, shape if kind == "fisher" else shape[-1:] * (2 if kind == "gram" else 1)
+        if held != due:
+            raise InputError(
+                f"{self.path}: its {kind} of {name!r} has shape {list(held)}, and the tensor of shape {list(shape)} needs "
+                f"{list(due)}; make the statistics of this model"
+            )
+        return True
 
     def names(self, kind: Kind) -> list[str]:
         """Return the weights that have statistics of a kind."""
@@ -144,6 +158,8 @@ def open_statistics(path: str | Path) -> Statistics:
         names = [safe_name(name, str(place)) for name in said["files"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{place}: is damaged ({error}); make the statistics again") from None
+    if facts.rows < 1 or facts.tokens < 1:
+        raise InputError(f"{place}: is damaged (of no rows, or of no tokens); make the statistics again")
     files = tuple(open_checkpoint(folder / name) for name in names)
     for file, name in zip(files, names, strict=True):
         odd = next((key for key, info in file.tensors.items() if info.dtype.name != "F32"), None)

@@ -335,7 +335,7 @@ def matrix(
         def plan(tensor: TensorSpec, **values: Any) -> Program:
             count, scale = len(tensor.experts), values.get("lambda_", 1.0)
             held = tensor.statistics
-            if reads is not None and all(one.has(reads, tensor.name) for one in held):
+            if reads is not None and all(one.has(reads, tensor.name, tensor.shape) for one in held):
                 own = _with_statistics(function, held, reads, tensor.name)
                 return Matrix(own, values, (1.0,) * count, copies, scale)
             if reads is None and len(tensor.shape) == 2:
