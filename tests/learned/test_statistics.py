@@ -143,22 +143,23 @@ def test_exact_fisher_information_is_over_a_rows_choices(place: Path, tmp_path: 
 
 
 def test_sampled_labels_are_the_models_own(place: Path, tmp_path: Path) -> None:
-    """Another seed draws others; over many the mean slope of the head's rows goes by the model's own distribution."""
-    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "w1 w2"}) + "\n")
+    """Over many rows the slope of the head goes by the model's own distribution; another seed draws others."""
+    (tmp_path / "alike.jsonl").write_text(400 * (json.dumps({"text": "w1 w2"}) + "\n"))
     found: list[Any] = []
-    for seed in range(300):
+    for seed in range(2):
         settings = Collecting(("fisher",), "sampled", seed=seed)
         collect_statistics(
-            place / "a", tmp_path / "one.jsonl", tmp_path / "s", settings=settings, force=True, progress=False
+            place / "a", tmp_path / "alike.jsonl", tmp_path / f"s{seed}", settings=settings, progress=False
         )
-        found.append(open_statistics(tmp_path / "s").read("fisher", "lm_head.weight"))
-    assert any(not np.array_equal(found[0], other) for other in found[1:])
+        found.append(open_statistics(tmp_path / f"s{seed}").read("fisher", "lm_head.weight"))
+    assert not np.array_equal(*found)
     model = loaded(place / "a")
-    hidden = model.model(torch.tensor([[4, 5]])).last_hidden_state[0, 0].detach()
-    p = model(torch.tensor([[4, 5]])).logits[0, 0].softmax(-1).detach()
+    row = torch.tensor([[4, 5]])  # w1 w2
+    hidden = model.model(row).last_hidden_state[0, 0].detach()
+    p = model(row).logits[0, 0].softmax(-1).detach()
     expected = torch.outer(p * (1 - p), hidden.square()).numpy()  # E (1[y = v] - p_v)^2 h^2
-    error = np.abs(np.mean(found, 0) - expected).sum() / expected.sum()
-    assert error < 0.15
+    for one in found:
+        assert np.abs(one - expected).sum() / expected.sum() < 0.25
 
 
 def test_parts_join_to_the_whole(place: Path, tmp_path: Path) -> None:

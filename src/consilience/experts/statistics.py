@@ -79,7 +79,7 @@ class Statistics:
         held, due = file.tensors[key].shape, shape if kind == "fisher" else shape[-1:] * (2 if kind == "gram" else 1)
         if held != due:
             raise InputError(
-                f"{self.path}: its {kind} of {name!r} has shape {list(held)}, and the tensor of shape {list(shape)} needs "
+                f"{self.path}: its {kind} of {name!r} has shape {list(held)}, and the tensor, {list(shape)}, needs "
                 f"{list(due)}; make the statistics of this model"
             )
         return True
