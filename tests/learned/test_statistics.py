@@ -96,7 +96,7 @@ def test_gram_matrices_do_not_depend_on_how_many_are_made_at_a_time(
 def squared_slopes(model: Any, log: Any) -> dict[str, np.ndarray]:
     slopes = torch.autograd.grad(log, list(model.parameters()), retain_graph=True, allow_unused=True)
     named = zip(dict(model.named_parameters()), slopes, strict=True)
-    return {n: np.zeros(1) if s is None else s.double().square().numpy() for n, s in named}
+    return {n: s.double().square().numpy() for n, s in named}
 
 
 def test_empirical_fisher_information_is_of_the_given_responses(place: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_exact_fisher_information_is_over_a_rows_choices(place: Path, tmp_path: 
             scores.append(sum(logs[i - 1, whole[i]] for i in range(len(prompt), len(whole))))
         for log in torch.stack(scores).log_softmax(0):
             for name, value in squared_slopes(model, log).items():
-                total[name] = total.get(name, 0) + float(log.exp()) * value / 4
+                total[name] = total.get(name, 0) + float(log.detach().exp()) * value / 4
     found = open_statistics(tmp_path / "s")
     for name in (Q, DOWN, "lm_head.weight"):
         np.testing.assert_allclose(found.read("fisher", name), total[name], rtol=2e-3, atol=1e-7)
@@ -158,8 +158,10 @@ def test_sampled_labels_are_the_models_own(place: Path, tmp_path: Path) -> None:
     hidden = model.model(row).last_hidden_state[0, 0].detach()
     p = model(row).logits[0, 0].softmax(-1).detach()
     expected = torch.outer(p * (1 - p), hidden.square()).numpy()  # E (1[y = v] - p_v)^2 h^2
+    likely = np.argsort(-p.numpy())[:4]
     for one in found:
-        assert np.abs(one - expected).sum() / expected.sum() < 0.25
+        assert one.sum() == pytest.approx(expected.sum(), rel=0.05)
+        np.testing.assert_allclose(one[likely], expected[likely], rtol=0.4)
 
 
 def test_parts_join_to_the_whole(place: Path, tmp_path: Path) -> None:
@@ -197,17 +199,15 @@ def test_regmean_is_the_least_squares_of_the_experts_outputs(place: Path, tmp_pa
             stacked.setdefault(name, []).append(x)
             wanted.setdefault(name, []).append(x @ weights[name].astype(np.float64).T)
     experts = {expert: str(place / expert) for expert in statistics}
-    cs.merge(
-        place / "base", experts, tmp_path / "out", method="regmean", statistics=statistics, off_diagonal=1.0, ridge=0.0
-    )
+    plain: dict[str, Any] = {"off_diagonal": 1.0, "ridge": 0.0}
+    summary: Any = cs.merge(place / "base", experts, tmp_path / "out", method="regmean", statistics=statistics, **plain)
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name in names:
         best = np.linalg.lstsq(np.concatenate(stacked[name]), np.concatenate(wanted[name]), rcond=None)[0].T
         np.testing.assert_allclose(found[name], best, atol=2e-3)
     norm = [load_file(place / e / "model.safetensors")["model.norm.weight"] for e in ("a", "b")]
     np.testing.assert_allclose(found["model.norm.weight"], np.mean(norm, 0), atol=1e-6)
-    summary = json.loads((tmp_path / "out" / "consilience" / "summary.json").read_text())
-    assert any("embed_tokens" in note and "no statistics" in note for note in summary["notes"])
+    assert any("2 of 16 matrices have no statistics" in note for note in summary.notes), summary.notes
 
 
 def made(folder: Path, model: Path, tensors: dict[str, Any], kind: str) -> str:
@@ -276,9 +276,10 @@ def test_what_is_wrong_is_named_and_nothing_is_left(place: Path, tmp_path: Path)
     own = {name: made(tmp_path / name, place / name, {DOWN: spread(24, 1)}, "gram") for name in experts}
     before = sorted(tmp_path.rglob("*"))
 
-    def refused(match: str, **arguments: Any) -> None:
+    def refused(match: str, **changed: Any) -> None:
+        arguments: dict[str, Any] = {"method": "regmean"} | changed
         with pytest.raises(InputError, match=match):
-            cs.merge(place / "base", experts, tmp_path / "out", **({"method": "regmean"} | arguments))
+            cs.merge(place / "base", experts, tmp_path / "out", **arguments)
 
     refused("b: method 'regmean' reads statistics", statistics={"a": own["a"]})
     refused("which is not b", statistics={"a": own["a"], "b": own["a"]})

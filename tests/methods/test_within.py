@@ -79,7 +79,7 @@ def calibrated(merged: Array, vectors: list[Array], alpha: float) -> Array:
     out = np.zeros_like(merged)
     for r in range(len(s)):
         a = u[:, r] @ merged
-        shares = [a @ (u[:, r] @ one) / ((u[:, r] @ one) @ (u[:, r] @ one)) for one in vectors]
+        shares = [float(a @ (u[:, r] @ one) / ((u[:, r] @ one) @ (u[:, r] @ one))) for one in vectors]
         out += s[r] / np.mean([max(share, alpha) for share in shares]) * np.outer(u[:, r], v[r])
     return out
 

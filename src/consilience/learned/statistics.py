@@ -207,7 +207,7 @@ def _activations(
     if not layers:
         raise InputError(f"{where}: has no linear layer of its own, so there are no activations to look at")
     leader = _leaders(model, layers, rows[:1], settings)
-    kinds = [kind for kind in settings.kinds if kind != "fisher"]
+    kinds: list[Kind] = [kind for kind in settings.kinds if kind != "fisher"]
     parts = list(_passes(layers, list(dict.fromkeys(leader.values()))))
     bar.phase("activations", len(parts) * len(rows), "rows")
     for wanted in parts:

@@ -87,7 +87,7 @@ def _sum(compared: "Compared", loss: Loss, beside: "Outputs | None", states: Any
             total = total + value.detach()
             if back is not None:
                 back[part] = torch.autograd.grad(value, z)[0]
-        if slope is not None:
+        if slope is not None and back is not None and head.weight is not None:
             slope[at] = back @ head.weight
     return total
 
