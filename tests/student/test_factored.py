@@ -226,3 +226,90 @@ def test_a_played_expert_has_its_own_factors_alone(tmp_path: Path) -> None:
             torch.testing.assert_close(played, expected)
             assert not torch.allclose(played, plain)
     shop.close()
+
+
+def test_factors_that_are_held_are_those_that_are_read(tensor: Any) -> None:
+    """With room and without, before and after a correction moves: outputs and gradients, and what room is left."""
+    plan, _ = tensor
+    generator = torch.Generator().manual_seed(0)
+    extent = Extent((0,), (48 * 96,), np.array([3]))
+    given = torch.randn(5, 96, generator=generator, dtype=torch.float64)
+    fixed = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((48, 2), (2, 96))]
+    found: list[list[torch.Tensor]] = []
+    for room in (float("inf"), 0.0):
+        leaf = Leaf(torch.full((2, 12), 0.7, dtype=torch.float64, requires_grad=True), room=room)
+        made = Factored(plan, extent, leaf, "cpu")
+        moved = [torch.zeros_like(side).requires_grad_() for side in fixed]
+        seen: list[torch.Tensor] = []
+        for step in range(4):
+            made.correction = (*fixed, *moved) if step else None
+            x = given.clone().requires_grad_()
+            made.update(x).sin().sum().backward()
+            assert x.grad is not None
+            seen += [x.grad, leaf.alpha.grad.clone()]
+            for number, side in enumerate(moved):  # as ``data``, which no version counts
+                side.data.add_(0.1 * (step + 1) + number)
+                seen += [] if side.grad is None else [side.grad.clone()]
+        found.append(seen)
+        assert (made._held is not None) == bool(room)
+        if room:
+            assert leaf.room == room
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    leaf = Leaf(torch.full((2, 12), 0.7, dtype=torch.float64), room=8.0 * (48 + 96) * 3)
+    made = Factored(plan, extent, leaf, "cpu")
+    made.update(given)
+    assert leaf.room == 0
+    made.correction = (*fixed, *(torch.zeros_like(side) for side in fixed))  # larger than the room that comes free
+    made.update(given)
+    assert made._held is None
+    assert leaf.room == 8.0 * (48 + 96) * 3
+
+
+def test_layers_of_one_input_get_it_converted_once(tmp_path: Path) -> None:
+    """Under autocast: what each layer is given is one tensor, and the logits are those without it, bit for bit."""
+    zoo = write_zoo(tmp_path, ("a", "b"))
+    for name in ("a", "b"):
+        write_adapter(
+            zoo / f"{name}-wide", zoo / "base", 3, rank=1,
+            modules=[f"model.layers.0.self_attn.{part}_proj" for part in "qkv"],
+        )  # fmt: skip
+        write_rows(zoo / "rows" / f"{name}-wide.jsonl", sentences(1, 3))
+    shop = workshop(zoo, ("a-wide", "b-wide"), precision="mixed")
+    student, given = shop.student, list[torch.Tensor]()
+    assert len(student.factored) == 3
+    layers = [student.model.model.layers[0].self_attn.get_submodule(f"{part}_proj") for part in "qkv"]
+    for layer in layers:
+        layer.register_forward_hook(lambda _m, args, _out: given.append(args[0]))
+    ids = torch.tensor([[5, 9, 40]])
+    with torch.no_grad(), student.compute():
+        student.set(np.full((2, shop.bank.count), 0.7))
+        once = student.model(input_ids=ids).logits
+        assert given[0] is given[1] is given[2]
+        assert given[0].dtype == torch.bfloat16
+        for layer in layers:
+            layer._forward_pre_hooks.clear()
+        each = student.model(input_ids=ids).logits
+    assert given[3] is given[4]
+    assert given[3].dtype == torch.float32
+    assert torch.equal(once, each)
+    shop.close()
+    shop.run.plan.close()
+
+
+def test_a_head_that_nobody_changes_is_held_narrow(tmp_path: Path) -> None:
+    """It gives what autocast gives of the wide one; a head that an expert changes stays as it is."""
+    zoo = write_zoo(tmp_path, ("a", "b"))
+    write_expert(zoo / "head", zoo / "base", 5, only=lambda name: name == "lm_head.weight")
+    write_rows(zoo / "rows" / "head.jsonl", sentences(9, 3))
+    for names, kind in ((("a", "b"), torch.bfloat16), (("a", "head"), torch.float32)):
+        shop = workshop(zoo, names, precision="mixed")
+        head = shop.student.model.lm_head
+        assert head.weight.dtype == kind
+        states = torch.randn(4, 48)
+        wide = read_state(zoo / "base")["lm_head.weight"]
+        with torch.no_grad(), shop.student.compute():
+            shop.student.become_base()
+            assert torch.equal(head(states), torch.nn.functional.linear(states, wide))
+        shop.close()
+        shop.run.plan.close()
