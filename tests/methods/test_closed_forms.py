@@ -239,7 +239,7 @@ def test_ill_conditioned_covariances_are_not_divided_by() -> None:
     """A direction of relative size 1e-9 is none that float64 knows of after squaring."""
     basis = np.linalg.qr(draw(6, 6, seed=1))[0]
     rows = np.diag([1, 1, 1, 1, 1, 1e-9]) @ basis
-    found = nearest([rows], [rows])
+    found = nearest([rows], [rows], [1.0])
     np.testing.assert_allclose(found, rows, atol=1e-8)
 
 

@@ -1,6 +1,6 @@
 """Closed forms: the merged task vector that disturbs every expert least, on the directions that this expert uses.
 
-    argmin_tau sum_k || (tau - T_k) A_k^T ||_F^2 = F + sum_k (T_k - F) A_k^T A_k C^+,     C = sum_k A_k^T A_k
+    argmin_tau sum_k w_k || (tau - T_k) A_k^T ||_F^2 = F + sum_k w_k (T_k - F) A_k^T A_k C^+,    C = sum_k w_k A_k^T A_k
 
 T_k [m, n] is what is wanted of expert k, the rows of A_k [p_k, n] are the directions that it uses, and F is what stays
 where no expert uses a direction: of all minimisers the nearest to F, of least norm for F = 0. C is [n, n]; where the
@@ -49,36 +49,42 @@ def back(merged: Floats, q: Floats | None) -> Floats | Update:
     return merged if q is None else Update(merged, q)
 
 
-def normalised(vectors: Sequence[Floats], power: int) -> list[Floats]:
-    """Return each matrix over ||.||_F^(power / 2), so that its square is over ||.||_F^power; 0 stays."""
+def inverse_norms(vectors: Sequence[Floats], power: int) -> list[float]:
+    """Return each matrix' 1 / ||.||_F^power; 0 for one that is 0."""
     norms = [float(np.linalg.norm(vector)) for vector in vectors]
-    return [vector / norm ** (power / 2) if norm else vector for vector, norm in zip(vectors, norms, strict=True)]
+    return [norm**-power if norm else 0.0 for norm in norms]
 
 
 def nearest(
     wanted: Sequence[Floats],
     used: Sequence[Floats],
+    weights: Sequence[float],
     *,
     rest: Floats | None = None,
     keep: Callable[[Floats], int] | None = None,
 ) -> Floats:
-    """Return the minimiser [m, n] of ``sum_k || (tau - wanted_k) used_k^T ||_F^2`` that is nearest to ``rest``.
+    """Return the minimiser [m, n] of ``sum_k w_k || (tau - wanted_k) used_k^T ||_F^2`` that is nearest to ``rest``.
 
     Args:
         wanted: T_k [m, n].
         used: A_k [p_k, n].
+        weights: w_k.
         rest: F [m, n]; 0 by default.
         keep: how many of C's eigenvalues (ascending, those above rounding) are inverted: the largest. Where the others'
             directions lead, the result is ``rest``. All by default.
     """
-    rows = np.concatenate(used)
-    if len(rows) < rows.shape[1]:
-        gram = rows @ rows.T
-        load = np.concatenate([t @ a.T for t, a in zip(wanted, used, strict=True)], 1)
-        found = divided(load if rest is None else load - rest @ rows.T, gram, keep) @ rows
+    size, parts = used[0].shape[1], list(zip(wanted, used, weights, strict=True))
+    if sum(map(len, used)) < size:
+        rows = np.concatenate([w**0.5 * a for _, a, w in parts])
+        load = np.concatenate([w**0.5 * (t @ a.T) for t, a, w in parts], 1)
+        found = divided(load if rest is None else load - rest @ rows.T, rows @ rows.T, keep) @ rows
     else:
-        gram = rows.T @ rows
-        load = np.sum([_pulled(t, a) for t, a in zip(wanted, used, strict=True)], 0)
+        gram, load = np.zeros((size, size)), np.zeros_like(wanted[0])
+        for t, a, w in parts:
+            own = a.T @ a
+            own *= w
+            gram += own
+            load += w * _pulled(t, a)
         found = divided(load if rest is None else load - rest @ gram, gram, keep)
     return found if rest is None else rest + found
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from consilience.experts.stack import Stack
-from consilience.methods.closed_form import Floats, back, nearest, normalised, participation, task_matrices
+from consilience.methods.closed_form import Floats, back, inverse_norms, nearest, participation, task_matrices
 from consilience.methods.program import Update
 from consilience.methods.signature import Default, Others, matrix
 
@@ -41,5 +41,5 @@ def swudi_a(
     """
     del lambda_, others  # the engine's
     vectors, q = task_matrices(stack)
-    used = normalised(vectors, 2)
-    return back(nearest(vectors, used, rest=rest_of(vectors, rest), keep=participation), q)
+    weights = inverse_norms(vectors, 2)
+    return back(nearest(vectors, vectors, weights, rest=rest_of(vectors, rest), keep=participation), q)

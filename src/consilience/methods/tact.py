@@ -27,7 +27,8 @@ def tact(
     """
     del lambda_, others  # the engine's
     vectors = list(stack.whole().astype(np.float64))
-    return nearest(vectors, [_trimmed(vector, kept(vector.size, density)) for vector in vectors])
+    trimmed = [_trimmed(vector, kept(vector.size, density)) for vector in vectors]
+    return nearest(vectors, trimmed, [1.0] * len(vectors))
 
 
 def _trimmed(vector: Floats, count: int) -> Floats:

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from consilience.experts.stack import Stack
-from consilience.methods.closed_form import Floats, back, nearest, normalised, task_matrices
+from consilience.methods.closed_form import Floats, back, inverse_norms, nearest, task_matrices
 from consilience.methods.program import Update
 from consilience.methods.signature import Default, Others, matrix
 
@@ -33,4 +33,4 @@ def wudi(
     """
     del lambda_, others  # the engine's
     vectors, q = task_matrices(stack)
-    return back(nearest(vectors, normalised(vectors, 2 if divide == "squared" else 1)), q)
+    return back(nearest(vectors, vectors, inverse_norms(vectors, 2 if divide == "squared" else 1)), q)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from consilience.experts.stack import Stack
-from consilience.methods.closed_form import Floats, back, nearest, task_matrices
+from consilience.methods.closed_form import Floats, back, inverse_norms, nearest, task_matrices
 from consilience.methods.program import Update
 from consilience.methods.signature import Default, Others, matrix
 from consilience.methods.svd import leading
@@ -45,8 +45,8 @@ def wudi_v2(
     wanted: list[Floats] = []
     for vector in vectors:
         u, s, v = leading(vector, None, count)
-        used.append(s[:, None] * v / max(float(np.linalg.norm(vector)), np.finfo(np.float64).tiny))
+        used.append(s[:, None] * v)
         if centre == "mean":
             u, s, v = leading(vector - mean, None, count)
         wanted.append((u * s) @ v + mean)
-    return back(nearest(wanted, used, rest=rest_of(vectors, rest)), q)
+    return back(nearest(wanted, used, inverse_norms(vectors, 2), rest=rest_of(vectors, rest)), q)

@@ -1,0 +1,49 @@
+"""Singular triples and polar factors of float32 matrices, read off Gram matrices, against LAPACK's in float64."""
+
+import numpy as np
+import pytest
+
+from consilience.methods.svd import leading, polar
+from tests.methods.matrices import Array, draw
+
+
+def falling(height: int, width: int, ratio: float, seed: int = 0) -> Array:
+    u, _, v = np.linalg.svd(draw(height, width, seed=seed), full_matrices=False)
+    return ((u * ratio ** np.arange(len(v))) @ v).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (90, 25), (25, 90), (7, 1), (1, 7)])
+@pytest.mark.parametrize("ratio", [1.0, 0.9, 0.7])
+@pytest.mark.parametrize("count", [1, 5, 1000])
+def test_triples_are_lapacks(shape: tuple[int, int], ratio: float, count: int) -> None:
+    matrix = falling(*shape, ratio)
+    u, s, v = leading(matrix, None, count)
+    exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    above = int((exact > exact[0] * max(shape) * np.finfo(np.float32).eps).sum())
+    assert len(s) == min(count, above)
+    assert u.dtype == s.dtype == v.dtype == np.float32
+    np.testing.assert_allclose(s, exact[: len(s)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(u.T @ u, np.eye(len(s)), atol=2e-5)
+    np.testing.assert_allclose(v @ v.T, np.eye(len(s)), atol=2e-5)
+    rest = np.linalg.norm(matrix - (u * s) @ v, 2)
+    assert rest <= (exact[len(s)] if len(s) < len(exact) else 0) + 1e-5
+
+
+def test_what_is_zero_has_no_triples() -> None:
+    u, s, v = leading(np.zeros((4, 6), np.float32), None, 3)
+    assert (u.shape, s.shape, v.shape) == ((4, 0), (0,), (0, 6))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6, 0.0])
+def test_polar_factors_are_lapacks(spread: float) -> None:
+    """Columns that nearly or wholly depend on each other, too: there the Gram matrix is not asked."""
+    columns = draw(30, 6, seed=3).astype(np.float32)
+    columns[:, 5] = columns[:, 4] + np.float32(spread) * columns[:, 5]
+    found = polar(columns)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found.T @ found, np.eye(6), atol=1e-4)
+    if spread >= 1e-3:
+        u, _, v = np.linalg.svd(columns.astype(np.float64), full_matrices=False)
+        np.testing.assert_allclose(found, u @ v, atol=1e-4)
+    # it makes the most of the columns, which every polar factor does: tr(P^T A) is the sum of the singular values
+    assert np.trace(found.T @ columns) == pytest.approx(np.linalg.svd(columns, compute_uv=False).sum(), rel=1e-5)
