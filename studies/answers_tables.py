@@ -63,7 +63,7 @@ def _alone(result: Mapping[str, Any]) -> bool:
     busy = result.get("busy", threads * result["seconds"])
     if result.get("suspended", False):
         return False
-    return threads == 2 and result.get("load", 0.0) < 2.5 and busy > 0.7 * threads * result["seconds"]
+    return threads == 2 and result.get("load", 0.0) < 2.5 and busy > 0.85 * threads * result["seconds"]
 
 
 def _table(cells: Sequence[Cell], kind: str, title: str) -> list[str]:
