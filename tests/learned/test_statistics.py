@@ -292,6 +292,11 @@ def test_what_is_wrong_is_named_and_nothing_is_left(place: Path, tmp_path: Path)
         collect_statistics(
             place / "a", rows, tmp_path / "s", settings=Collecting(("fisher",), "empirical"), progress=False
         )
+    for match, odd in (("dtype: 'fp16'", {"dtype": "fp16"}), ("kind: 'grams'", {"kinds": ("grams",)}),
+                       ("fisher: 'all'", {"fisher": "all"}), ("rows: 0", {"rows": 0})):  # fmt: skip
+        settings: Any = Collecting(**odd)
+        with pytest.raises(InputError, match=match):
+            collect_statistics(place / "a", rows, tmp_path / "s", settings=settings, progress=False)
     with pytest.raises(InputError, match="not empty"):
         collect_statistics(place / "a", place / "labelled.jsonl", tmp_path / "a", progress=False)
     assert sorted(tmp_path.rglob("*")) == before

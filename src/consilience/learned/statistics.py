@@ -20,6 +20,7 @@ from consilience.errors import InputError
 from consilience.experts.model import open_model
 from consilience.experts.statistics import KINDS, Facts, Fisher, Kind, Writer, mark_of
 from consilience.learned.gram import tokens_of
+from consilience.numbers import is_count
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.student.factored import layers_of
 from consilience.student.names import parameters_of, renamed
@@ -91,6 +92,12 @@ def _check(settings: Collecting) -> None:
         raise InputError(f"kind: {wrong!r} is none of {', '.join(KINDS)}")
     if settings.fisher not in ("sampled", "empirical", "exact"):
         raise InputError(f"fisher: {settings.fisher!r} is none of sampled, empirical, exact")
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype: {settings.dtype!r} is neither float32 nor bfloat16")
+    for name in ("rows", "batch_size"):
+        count = getattr(settings, name)
+        if not (is_count(count) or (name == "rows" and count is None)):
+            raise InputError(f"{name}: {count!r} is no positive whole number")
 
 
 def _collect(name: str, place: Reference, task: Task, writer: Writer, settings: Collecting, bar: Progress) -> Facts:
