@@ -1,5 +1,6 @@
 """One segment of one tensor: load, transform, combine, round, fingerprint, write."""
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -220,6 +221,8 @@ class Worker:
         sides = update if isinstance(update, Update) else (update,)
         *left, right = (np.ascontiguousarray(side, real) for side in sides)
         shape = (len(left[0]), right.shape[1]) if left else right.shape
+        if left and len(right) * sum(shape) > math.prod(shape):  # no smaller in factors, and slower block by block
+            right, left = left[0] @ right, []
         if shape != tensor.shape:
             raise InputError(
                 f"tensor {tensor.name!r}: method {self.plan.method.name!r} returned an update of shape {shape}, not "

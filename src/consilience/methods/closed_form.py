@@ -20,10 +20,10 @@ from consilience.experts.stack import Stack
 from consilience.methods.program import Update
 
 Floats = npt.NDArray[Any]
-#: A matrix of this condition or less is solved by elimination: half of float64's digits are left.
-CONDITION = 1e8
-#: Random right-hand sides by whose growth the condition is estimated.
-PROBES = 8
+#: A matrix of this condition or less is solved by elimination: float64 leaves five digits of its weakest direction.
+CONDITION = 1e11
+#: Random right-hand sides by whose growth the condition is estimated, and products for the largest eigenvalue.
+PROBES, POWERS = 8, 6
 
 
 def task_matrices(stack: Stack) -> tuple[list[Floats], Floats | None]:
@@ -123,7 +123,9 @@ def _eliminated(load: Floats, gram: Floats) -> Floats | None:
     except np.linalg.LinAlgError:
         return None
     growth = np.linalg.norm(found[-PROBES:], axis=1) / np.linalg.norm(probes, axis=1)
-    condition = float(growth.max()) * size**0.5 * float(np.abs(gram).sum(0).max())
+    for _ in range(POWERS):
+        probes = probes / np.linalg.norm(probes, axis=1, keepdims=True) @ gram
+    condition = float(growth.max()) * size**0.5 * float(np.linalg.norm(probes, axis=1).max())
     return found[:-PROBES] if condition <= CONDITION else None
 
 
