@@ -292,9 +292,14 @@ def test_what_is_wrong_is_named_and_nothing_is_left(place: Path, tmp_path: Path)
         collect_statistics(
             place / "a", rows, tmp_path / "s", settings=Collecting(("fisher",), "empirical"), progress=False
         )
-    for match, odd in (("dtype: 'fp16'", {"dtype": "fp16"}), ("kind: 'grams'", {"kinds": ("grams",)}),
-                       ("fisher: 'all'", {"fisher": "all"}), ("rows: 0", {"rows": 0})):  # fmt: skip
-        settings: Any = Collecting(**odd)
+    wrong: list[tuple[str, Any]] = [
+        ("dtype: 'fp16'", {"dtype": "fp16"}),
+        ("kind: 'grams'", {"kinds": ("grams",)}),
+        ("fisher: 'all'", {"fisher": "all"}),
+        ("rows: 0", {"rows": 0}),
+    ]
+    for match, odd in wrong:
+        settings = Collecting(**odd)
         with pytest.raises(InputError, match=match):
             collect_statistics(place / "a", rows, tmp_path / "s", settings=settings, progress=False)
     with pytest.raises(InputError, match="not empty"):

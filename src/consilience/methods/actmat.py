@@ -8,7 +8,7 @@ from consilience.methods.program import Update
 from consilience.methods.signature import Default, Others, matrix
 
 
-@matrix(source="ACTMat 2026, arXiv:2604.01329", copies=7)
+@matrix(source="ACTMat 2026, arXiv:2604.01329", copies=8)
 def actmat(
     stack: Stack,
     *,

@@ -17,7 +17,7 @@ def triples_of(stack: Stack, count: int) -> list[Triples]:
     return [leading(vector, None, count) for vector in stack.whole()]
 
 
-@matrix(source="Gargiulo et al. 2025, Task Singular Vectors, CVPR, arXiv:2412.00081", copies=4)
+@matrix(source="Gargiulo et al. 2025, Task Singular Vectors, CVPR, arXiv:2412.00081", copies=5)
 def tsv_m(
     stack: Stack,
     *,
