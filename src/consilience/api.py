@@ -237,6 +237,7 @@ def merge(
     if in_memory:
         if out is not None:
             raise InputError("out: state dicts are merged in memory; save the result yourself, or pass paths")
+        _check_read(method, {"calibration": bool(calibration), "statistics": bool(statistics)})
         return _merge_state_dicts(base, named, method, parameters, extra, threads, stochastic_rounding, allow_nonfinite)
     if out is None:
         raise InputError("out: name the folder to write")
@@ -285,6 +286,8 @@ def _merge_state_dicts(
 
     if load(method).learn is not None:
         raise InputError(f"method {method!r} runs the model, so it needs folders, not state dicts; pass paths")
+    if load(method).statistics is not None:
+        raise InputError(f"method {method!r} reads statistics of models in files, not of state dicts; pass paths")
     opened = [(from_state_dict(name, state), i) for i, (name, state) in enumerate(experts.items())]
     models = (None if base is None else from_state_dict("base", base), opened)
     plan = make_plan(recipe, where="arguments", stochastic=stochastic, allow_nonfinite=allow_nonfinite, models=models)

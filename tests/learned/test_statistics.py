@@ -205,6 +205,8 @@ def test_regmean_is_the_least_squares_of_the_experts_outputs(place: Path, tmp_pa
     for name in names:
         best = np.linalg.lstsq(np.concatenate(stacked[name]), np.concatenate(wanted[name]), rcond=None)[0].T
         np.testing.assert_allclose(found[name], best, atol=2e-3)
+    lineage = json.loads((tmp_path / "out" / "consilience" / "lineage.json").read_text())
+    assert [one["rows"] for one in lineage["statistics"]] == [30, 30]
     norm = [load_file(place / e / "model.safetensors")["model.norm.weight"] for e in ("a", "b")]
     np.testing.assert_allclose(found["model.norm.weight"], np.mean(norm, 0), atol=1e-6)
     assert any("2 of 16 matrices have no statistics" in note for note in summary.notes), summary.notes
@@ -213,6 +215,7 @@ def test_regmean_is_the_least_squares_of_the_experts_outputs(place: Path, tmp_pa
 def made(folder: Path, model: Path, tensors: dict[str, Any], kind: str) -> str:
     """Statistics with given values, of a model."""
     opened = open_model("m", str(model))
+    folder.mkdir()
     writer = Writer(folder)
     writer.add({f"{kind}/{name}": np.asarray(value, np.float32) for name, value in tensors.items()})
     writer.finish(Facts(str(model), mark_of(opened), (kind,), 1, 1, (folder.name,), "empirical"))
@@ -305,6 +308,11 @@ def test_what_is_wrong_is_named_and_nothing_is_left(place: Path, tmp_path: Path)
     with pytest.raises(InputError, match="not empty"):
         collect_statistics(place / "a", place / "labelled.jsonl", tmp_path / "a", progress=False)
     assert sorted(tmp_path.rglob("*")) == before
+    held = {"w": np.ones((2, 2))}
+    with pytest.raises(InputError, match="of models in files"):
+        cs.merge(held, {"a": held}, method="regmean")
+    with pytest.raises(InputError, match="reads no statistics"):
+        cs.merge(held, {"a": held}, method="ties", statistics={"a": own["a"]})
     (tmp_path / "a" / "statistics.json").write_text('{"version": 1, "model": "a"}')
     refused("is damaged", statistics=own)
     empty = {

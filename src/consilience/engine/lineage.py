@@ -106,6 +106,11 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         "differences": [asdict(one) for one in plan.differences],
         "output": {"fingerprint": whole, "tensors": output},
     }
+    if plan.statistics:
+        document["statistics"] = [
+            {"folder": str(one.path)} | {key: value for key, value in asdict(one.facts).items() if key != "alias"}
+            for one in plan.statistics
+        ]
     if plan.alignment.untied:
         document["untied"] = plan.alignment.untied
     return document, whole

@@ -494,6 +494,8 @@ def _unread(recipe: Recipe, method: Method, where: str) -> list[str]:
     entries = [entry for entry in recipe.models if entry.data is not None and entry.data.calibration is not None]
     if entries and not method.reads_calibration:
         notes.append(f"{where}: data.calibration: has no effect, since method {method.name!r} reads none")
+    if method.statistics is None and any(entry.data and entry.data.statistics for entry in recipe.models):
+        notes.append(f"{where}: data.statistics: has no effect, since method {method.name!r} reads none")
     notes += [
         f"{where}: models.{number}.parameters: has no effect, since {entry.model} is the base"
         for number, entry in enumerate(recipe.models)

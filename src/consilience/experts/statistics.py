@@ -10,10 +10,8 @@ of one model are joined by their counts of tokens and rows.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,9 +22,9 @@ import numpy.typing as npt
 from consilience.checkpoints.checkpoint import Checkpoint, raw
 from consilience.checkpoints.json_files import parse_object
 from consilience.checkpoints.open import open_checkpoint, safe_name
-from consilience.errors import InputError, option
+from consilience.errors import InputError
 from consilience.experts.model import Model
-from consilience.workdir import json_text
+from consilience.workdir import digest_of, workdir, write_json
 
 Kind = Literal["gram", "mean", "fisher"]
 KINDS: tuple[Kind, ...] = ("gram", "mean", "fisher")
@@ -169,17 +167,11 @@ def open_statistics(path: str | Path) -> Statistics:
 
 
 class Writer:
-    """Writes a folder of statistics file by file; it appears under its name when it is complete."""
+    """Writes statistics into an empty folder, file by file, and last what they are of."""
 
-    def __init__(self, out: Path, *, force: bool = False) -> None:
-        if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out}: exists and is not empty; choose another OUT, or pass {option('force')}")
-        if out.exists() and force and not (out / FACTS).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out}: is no folder of statistics, and is not replaced; choose another OUT")
-        self.out, self.folder = out, out.with_name(f".{out.name}.new")
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._names: list[str] = []
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
 
     def add(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Write one more file."""
@@ -192,16 +184,8 @@ class Writer:
         self._names.append(name)
 
     def finish(self, facts: Facts) -> None:
-        """Write what they are of, and let the folder appear."""
-        said = {"version": VERSION, **facts.__dict__, "alias": dict(facts.alias), "files": self._names}
-        (self.folder / FACTS).write_text(json_text(said), encoding="utf-8")
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        os.replace(self.folder, self.out)
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Write what they are of."""
+        write_json(self.folder / FACTS, {"version": VERSION, **asdict(facts), "files": self._names})
 
 
 def join(parts: Sequence[Path | str], out: Path | str, *, force: bool = False) -> None:
@@ -213,23 +197,26 @@ def join(parts: Sequence[Path | str], out: Path | str, *, force: bool = False) -
     opened = [open_statistics(part) for part in parts]
     try:
         _check_alike(opened)
-        writer = Writer(Path(out), force=force)
-        try:
-            squares = 0.0
-            for file in opened[0].files:
-                held = {key: _joined(opened, key) for key in file.tensors}
-                squares += sum(_square(value) for key, value in held.items() if _kind(key) == "fisher")
-                writer.add(held)
-            first = opened[0].facts
-            data = tuple(digest for one in opened for digest in one.facts.data)
-            rows, tokens = (sum(getattr(one.facts, key) for one in opened) for key in ("rows", "tokens"))
-            writer.finish(replace(first, rows=rows, tokens=tokens, data=data, norm=squares**0.5))
-        except BaseException:
-            writer.abandon()
-            raise
+        facts = [one.facts for one in opened]
+        digest = digest_of({"join": [asdict(one) for one in facts]})
+        with workdir(Path(out), digest, force=force, inputs=map(Path, parts)) as work:
+            if work.delivered is None:
+                _join(opened, Writer(work.new_result()))
+                work.deliver({})
     finally:
         for one in opened:
             one.close()
+
+
+def _join(parts: Sequence[Statistics], writer: Writer) -> None:
+    squares = 0.0
+    for file in parts[0].files:
+        held = {key: _joined(parts, key) for key in file.tensors}
+        squares += sum(_square(value) for key, value in held.items() if _kind(key) == "fisher")
+        writer.add(held)
+    data = tuple(digest for one in parts for digest in one.facts.data)
+    rows, tokens = (sum(getattr(one.facts, key) for one in parts) for key in ("rows", "tokens"))
+    writer.finish(replace(parts[0].facts, rows=rows, tokens=tokens, data=data, norm=squares**0.5))
 
 
 def _square(values: npt.NDArray[Any]) -> float:

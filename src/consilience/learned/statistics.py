@@ -6,7 +6,7 @@ second set of weights. See ``experts/statistics.py`` for what is written.
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from consilience.checkpoints.open import open_checkpoint
 from consilience.checkpoints.reference import Reference, resolve
 from consilience.errors import InputError
 from consilience.experts.model import open_model
-from consilience.experts.statistics import KINDS, Facts, Fisher, Kind, Writer, mark_of
+from consilience.experts.statistics import KINDS, Facts, Fisher, Kind, Writer, mark_of, open_statistics
 from consilience.learned.gram import tokens_of
 from consilience.numbers import is_count
 from consilience.progress import Progress, ProgressOption, open_progress
@@ -28,6 +28,7 @@ from consilience.tasks.encoding import Encoded, encode, vocabulary_of
 from consilience.tasks.load import check_folder, load_model, load_own_tokenizer, require_transformers
 from consilience.tasks.readout import decoder_start, padded
 from consilience.tasks.rows import Task, load_task
+from consilience.workdir import digest_of, workdir
 
 #: Bytes of Gram matrices of one pass.
 BYTES = 2 << 30
@@ -74,16 +75,26 @@ def collect_statistics(
     _check(settings)
     place = resolve(str(model))
     check_folder(place.model)
-    writer = Writer(Path(out), force=force)
-    try:
-        with open_progress(progress) as bar:
-            task = data if isinstance(data, Task) else load_task(data)
-            facts = _collect(str(model), place, task, writer, settings, bar)
+    task = data if isinstance(data, Task) else load_task(data)
+    mark = _mark(str(model))
+    digest = digest_of({"statistics": [mark, task.digest, asdict(settings)]})
+    inputs = [place.model, *(part for part in (place.adapter, task.path) if part is not None)]
+    with workdir(Path(out), digest, force=force, inputs=inputs) as work, open_progress(progress) as bar:
+        if work.delivered is not None:
+            return open_statistics(out).facts
+        writer = Writer(work.new_result())
+        facts = _collect(str(model), place, mark, task, writer, settings, bar)
         writer.finish(facts)
-    except BaseException:
-        writer.abandon()
-        raise
+        work.deliver({})
     return facts
+
+
+def _mark(model: str) -> str:
+    opened = open_model("model", model)
+    try:
+        return mark_of(opened)
+    finally:
+        opened.close()
 
 
 def _check(settings: Collecting) -> None:
@@ -100,12 +111,9 @@ def _check(settings: Collecting) -> None:
             raise InputError(f"{name}: {count!r} is no positive whole number")
 
 
-def _collect(name: str, place: Reference, task: Task, writer: Writer, settings: Collecting, bar: Progress) -> Facts:
-    opened = open_model("model", name, None)
-    try:
-        mark = mark_of(opened)
-    finally:
-        opened.close()
+def _collect(
+    name: str, place: Reference, mark: str, task: Task, writer: Writer, settings: Collecting, bar: Progress
+) -> Facts:
     bar.phase("loading the model")
     trust = settings.trust_remote_code
     model = load_model(place.model, adapter=place.adapter, device=settings.device, trust_remote_code=trust)

@@ -11,15 +11,12 @@ All in float64: C squares the condition of A.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from consilience.experts.stack import Stack
-from consilience.methods.program import Update
+from consilience.methods.program import Floats, Update
 
-Floats = npt.NDArray[Any]
 #: A matrix of this condition or less is solved by elimination: float64 leaves five digits of its weakest direction.
 CONDITION = 1e11
 #: Random right-hand sides by whose growth the condition is estimated, and products for the largest eigenvalue.
@@ -103,11 +100,17 @@ def divided(load: Floats, gram: Floats, keep: Callable[[Floats], int] | None = N
     found = _eliminated(load, gram) if keep is None else None
     if found is not None:
         return found
-    values, vectors = np.linalg.eigh(gram)
-    held = int((values > values[-1] * len(values) * np.finfo(np.float64).eps).sum())
-    first = len(values) - (held if keep is None else min(held, keep(values[len(values) - held :])))
+    values, vectors = spectrum(gram)
+    first = 0 if keep is None else max(0, len(values) - keep(values))
     vectors = vectors[:, first:]
     return ((load @ vectors) / values[first:]) @ vectors.T
+
+
+def spectrum(gram: Floats) -> tuple[Floats, Floats]:
+    """Return the eigenvalues above rounding (ascending, [r]) and their vectors [n, r] of a Gram matrix [n, n]."""
+    values, vectors = np.linalg.eigh(gram)
+    held = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    return values[held], vectors[:, held]
 
 
 def _eliminated(load: Floats, gram: Floats) -> Floats | None:

@@ -5,10 +5,11 @@ from typing import Annotated
 import numpy as np
 
 from consilience.experts.stack import Stack
-from consilience.methods.closed_form import Floats
+from consilience.methods.closed_form import Floats, spectrum
 from consilience.methods.inner import Inner, merged
 from consilience.methods.program import Update
 from consilience.methods.signature import Default, Others, Range, matrix
+from consilience.methods.svd import nothing
 
 
 def cores(stack: Stack) -> tuple[list[Floats], Floats, Floats]:
@@ -32,8 +33,7 @@ def cores(stack: Stack) -> tuple[list[Floats], Floats, Floats]:
 def _left(columns: Floats) -> Floats:
     """Return the left singular vectors of the singular values above rounding."""
     if columns.shape[1] > len(columns):  # full task vectors side by side: of [m, m]
-        values, vectors = np.linalg.eigh(columns @ columns.T)
-        return vectors[:, values > values[-1] * len(values) * np.finfo(np.float64).eps][:, ::-1]
+        return spectrum(columns @ columns.T)[1][:, ::-1]
     u, s, _ = np.linalg.svd(columns, full_matrices=False)
     return u[:, s > s[0] * max(columns.shape) * np.finfo(np.float64).eps] if s.size and s[0] > 0 else u[:, :0]
 
@@ -61,5 +61,5 @@ def core_space(
     del lambda_, others  # the engine's
     found, u, v = cores(stack)
     if not u.shape[1]:
-        return Update(np.zeros((stack.shape[0], 1)), np.zeros((1, stack.shape[1])))
+        return nothing(stack.shape, found[0])
     return Update(u @ merged(found, stack.row_names, inner, {"density": density}), v)

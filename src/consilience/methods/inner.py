@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from consilience.methods.program import Floats
 from consilience.methods.registry import load
 
-Floats = npt.NDArray[Any]
 #: Methods that draw no random numbers and take nothing but task vectors.
 Inner = Literal[
     "task_arithmetic", "ties", "breadcrumbs", "tsv_m", "iso_c", "iso_cts", "wudi", "wudi_v2", "swudi_a", "actmat",

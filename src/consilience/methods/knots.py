@@ -5,10 +5,11 @@ from typing import Annotated
 import numpy as np
 
 from consilience.experts.stack import Stack
-from consilience.methods.closed_form import Floats
+from consilience.methods.closed_form import Floats, spectrum
 from consilience.methods.inner import Inner, merged
 from consilience.methods.program import Update
 from consilience.methods.signature import Default, Others, Range, matrix
+from consilience.methods.svd import nothing
 
 
 def coordinates(stack: Stack) -> tuple[list[Floats], Floats]:
@@ -27,8 +28,7 @@ def coordinates(stack: Stack) -> tuple[list[Floats], Floats]:
             at = stop
     else:
         found, p = list(stack.whole().astype(np.float64)), None
-    values, vectors = np.linalg.eigh(np.sum([one @ one.T for one in found], 0))
-    kept = vectors[:, values > values[-1] * len(values) * np.finfo(np.float64).eps][:, ::-1]
+    kept = spectrum(np.sum([one @ one.T for one in found], 0))[1][:, ::-1]
     return [kept.T @ one for one in found], kept if p is None else p @ kept
 
 
@@ -54,5 +54,5 @@ def knots(
     del lambda_, others  # the engine's
     found, basis = coordinates(stack)
     if not basis.shape[1]:
-        return Update(np.zeros((stack.shape[0], 1)), np.zeros((1, stack.shape[1])))
+        return nothing(stack.shape, found[0])
     return Update(basis, merged(found, stack.row_names, inner, {"density": density}))

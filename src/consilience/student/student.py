@@ -217,13 +217,19 @@ class Student:
         """
         import torch
 
+        from consilience.tasks.readout import apart
+
         if self.settings.precision != "mixed":
             with self.compute():
                 yield
             return
         wide = [(p, p.data) for p in self.model.parameters() if p.dtype == torch.float32]
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        handles = [head.register_forward_pre_hook(_apart)] if head is not None else []
+        handles = (
+            [head.register_forward_pre_hook(lambda _module, args: (apart(args[0]), *args[1:]))]
+            if head is not None
+            else []
+        )
         try:
             for parameter, values in wide:
                 parameter.data = values.to(torch.bfloat16)
@@ -262,16 +268,6 @@ class Student:
                 found[name] = parameter.grad.reshape(-1)
                 parameter.grad = None
         return found
-
-
-def _apart(_module: Any, inputs: Any) -> Any:
-    """Hand on the last position of every row as a tensor of its own: of a view torch makes one product a row.
-
-    Each of those products copies the weight first.
-    """
-    import torch
-
-    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:

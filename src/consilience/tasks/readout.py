@@ -40,14 +40,11 @@ class Readout:
 
 def caught(model: Any, head: Any, inputs: dict[str, Any], *, short: bool = True) -> tuple[Any, Any]:
     """Run a model; return (the input its head got [B, T, H], its logits). With ``short`` the head sees one position."""
-    import torch
-
     seen: list[Any] = []
 
     def hook(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         seen.append(args[0] if args else None)
-        # A copy, since of a view torch makes one product a row, and each copies the weight first.
-        return (args[0][:, -1:].clone(memory_format=torch.contiguous_format), *args[1:]) if short and args else None
+        return (apart(args[0][:, -1:]), *args[1:]) if short and args else None
 
     handle = head.register_forward_pre_hook(hook)
     try:
@@ -55,6 +52,16 @@ def caught(model: Any, head: Any, inputs: dict[str, Any], *, short: bool = True)
     finally:
         handle.remove()
     return (seen[0] if len(seen) == 1 else None), logits
+
+
+def apart(states: Any) -> Any:
+    """Return states in memory of their own: of a view torch makes one product a row, and each copies the weight first.
+
+    Asked for contiguous memory, torch leaves a view of one row a view.
+    """
+    import torch
+
+    return states.clone(memory_format=torch.contiguous_format)
 
 
 def transforms_logits(config: Any) -> bool:
