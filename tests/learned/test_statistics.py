@@ -69,6 +69,7 @@ def test_gram_matrices_and_means_are_of_what_layers_are_given(place: Path, tmp_p
     )
     found, seen = open_statistics(tmp_path / "s"), inputs_of(place / "a", rows, [Q, K, DOWN])
     assert facts.rows == 5
+    assert len({file.stat().st_mode for file in (tmp_path / "s").iterdir() if file.is_file()}) == 1
     assert facts.tokens == len(seen[Q])
     for name, x in seen.items():
         np.testing.assert_allclose(found.read("gram", name), x.T @ x / len(x), rtol=1e-4, atol=1e-5)

@@ -186,6 +186,8 @@ class Writer:
     def finish(self, facts: Facts) -> None:
         """Write what they are of."""
         write_json(self.folder / FACTS, {"version": VERSION, **asdict(facts), "files": self._names})
+        for name in self._names:  # safetensors lets nobody else read what it writes
+            (self.folder / name).chmod((self.folder / FACTS).stat().st_mode)
 
 
 def join(parts: Sequence[Path | str], out: Path | str, *, force: bool = False) -> None:
