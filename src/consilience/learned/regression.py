@@ -9,8 +9,8 @@ Whatever the weights, W lies in the columns of the experts' updates, so it is a 
 dL = 0. No gradient is needed; of the experts one forward pass is.
 """
 
-import contextlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from consilience.coefficients.coefficients import Alpha
 from consilience.errors import InputError
 from consilience.learned.gram import pass_tokens, tokens_of
+from consilience.learned.inputs import leaders, passes, watched
 from consilience.student.calibration import batches, each_expert
 from consilience.student.student import Student
 
@@ -45,20 +46,6 @@ class _Inputs:
     count: int = 0
     now: dict[str, Any] = field(default_factory=dict[str, Any])
     total: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    @contextlib.contextmanager
-    def watched(self, hook: Any, names: Sequence[str]) -> Generator[None]:
-        """Within the context ``hook(name, x)`` gets the inputs of layers."""
-        handles = [
-            self.layers[name].register_forward_pre_hook(lambda _module, args, name=name: hook(name, args[0]))
-            for name in names
-        ]
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def add(self, name: str, x: Any) -> None:
         """Add the tokens of a batch to a leader's sums."""
@@ -133,36 +120,19 @@ def _run(shop: "Workshop", inputs: _Inputs, chosen: Sequence[int]) -> Iterator[N
 
 
 def _find_leaders(shop: "Workshop", inputs: _Inputs, rows: Mapping[int, Sequence[int]]) -> None:
-    last: list[Any] = [None, ""]
-
-    def hook(name: str, x: Any) -> None:
-        if x is not last[0]:
-            last[:] = [x, name]
-        inputs.leader.setdefault(name, last[1])
-
     first = next(iter(rows.values()))[:1]
-    with inputs.watched(hook, list(inputs.layers)):
-        for _ in _run(shop, inputs, first):
-            pass
+    inputs.leader = leaders(inputs.layers, lambda: deque(_run(shop, inputs, first), maxlen=0).clear())
     inputs.count = 0
 
 
 def _passes(inputs: _Inputs) -> Iterator[list[str]]:
-    """Yield leaders whose Gram matrices fit together: of one expert and of all, in float32."""
-    taken, held = 0, list[str]()
-    for name in dict.fromkeys(inputs.leader.values()):
-        size = 8 * inputs.layers[name].in_features ** 2
-        if held and taken + size > BYTES:
-            yield held
-            taken, held = 0, []
-        taken, held = taken + size, [*held, name]
-    if held:
-        yield held
+    # Gram matrices of one expert and of all, in float32.
+    return passes({name: 8 * inputs.layers[name].in_features ** 2 for name in inputs.leader.values()}, BYTES)
 
 
 def _read(shop: "Workshop", inputs: _Inputs, expert: int, chosen: Sequence[int], wanted: Sequence[str]) -> None:
     shop.student.become(expert)
-    with inputs.watched(inputs.add, wanted):
+    with watched(inputs.layers, wanted, inputs.add):
         for _ in _run(shop, inputs, chosen):
             shop.run.progress.advance(1)
     for name, gram in inputs.now.items():

@@ -5,7 +5,7 @@ second set of weights. See ``experts/statistics.py`` for what is written.
 """
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +20,7 @@ from consilience.errors import InputError
 from consilience.experts.model import open_model
 from consilience.experts.statistics import KINDS, Facts, Fisher, Kind, Writer, mark_of, open_statistics
 from consilience.learned.gram import tokens_of
+from consilience.learned.inputs import leaders, passes, watched
 from consilience.numbers import is_count
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.student.factored import layers_of
@@ -179,24 +180,14 @@ def _computing(settings: Collecting) -> Generator[None]:
 class _Listener:
     """Sums of what layers are given, over the tokens of passes."""
 
-    def __init__(self, layers: Mapping[str, Any], wanted: Sequence[str], kinds: Sequence[Kind]) -> None:
-        self.layers, self.wanted, self.kinds = layers, wanted, kinds
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        self.kinds = kinds
         self.sums: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
         self.mask: Any = None
 
-    def __enter__(self) -> "_Listener":
-        self._handles = [
-            self.layers[name].register_forward_pre_hook(lambda _module, args, name=name: self._take(name, args[0]))
-            for name in self.wanted
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _take(self, name: str, x: Any) -> None:
+    def take(self, name: str, x: Any) -> None:
+        """Add the tokens of a pass to a layer's sums."""
         rows = tokens_of(x, self.mask)
         if self.mask is not None and len(rows) == x.shape[:-1].numel() != int(self.mask.sum()):
             raise InputError(f"layer {name!r} is given what a router chose, with padding in it; use batch_size=1")
@@ -221,16 +212,21 @@ def _activations(
     layers = layers_of(model, parameters, matrices)
     if not layers:
         raise InputError(f"{where}: has no linear layer of its own, so there are no activations to look at")
-    leader = _leaders(model, layers, rows[:1], settings)
+
+    def first() -> None:
+        with _computing(settings):
+            model(**padded(rows[:1], model)[0], use_cache=False)
+
+    leader = leaders(layers, first)
     kinds: list[Kind] = [kind for kind in settings.kinds if kind != "fisher"]
-    parts = list(_passes(layers, list(dict.fromkeys(leader.values()))))
+    parts = list(passes({name: 4 * layers[name].in_features ** 2 for name in leader.values()}, BYTES))
     bar.phase("activations", len(parts) * len(rows), "rows")
     for wanted in parts:
-        with _Listener(layers, wanted, kinds) as heard:
+        heard = _Listener(kinds)
+        with watched(layers, wanted, heard.take), _computing(settings):
             for batch, mask, inputs in _batches(model, rows, settings):
                 heard.mask = mask
-                with torch.no_grad(), _computing(settings):
-                    model(**inputs, use_cache=False)
+                model(**inputs, use_cache=False)
                 bar.advance(len(batch))
         for key, total in heard.sums.items():
             total /= heard.counts[key.partition("/")[2]]
@@ -250,43 +246,6 @@ def _batches(
         batch = order[at : at + size]
         inputs = padded(batch, model)[0]
         yield batch, (inputs["attention_mask"].bool() if len(batch) > 1 else None), inputs
-
-
-def _leaders(model: Any, layers: Mapping[str, Any], rows: Sequence[Encoded], settings: Collecting) -> dict[str, str]:
-    """Return every called layer's first that got the very same tensor."""
-    last: list[Any] = [None, ""]
-    leader: dict[str, str] = {}
-
-    def hook(name: str, x: Any) -> None:
-        if x is not last[0]:
-            last[:] = [x, name]
-        leader.setdefault(name, last[1])
-
-    handles = [
-        layer.register_forward_pre_hook(lambda _module, args, name=name: hook(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad(), _computing(settings):
-            for _, _, inputs in _batches(model, rows, settings):
-                model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return leader
-
-
-def _passes(layers: Mapping[str, Any], names: Sequence[str]) -> Iterator[list[str]]:
-    """Yield layers whose Gram matrices fit together."""
-    taken, held = 0, list[str]()
-    for name in names:
-        size = 4 * layers[name].in_features ** 2
-        if held and taken + size > BYTES:
-            yield held
-            taken, held = 0, []
-        taken, held = taken + size, [*held, name]
-    if held:
-        yield held
 
 
 # --------------------------------------------------------------------------------------------------- Fisher information
