@@ -15,7 +15,7 @@ from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
 from consilience.engine.layout import Layout, plan_layout
-from consilience.errors import InputError
+from consilience.errors import InputError, option
 from consilience.experts.align import Alignment, align
 from consilience.experts.expert_set import comparable, expert_names
 from consilience.experts.model import Model, Source, open_model
@@ -458,7 +458,8 @@ def _statistics(
         if data is None or data.statistics is None:
             raise InputError(
                 f"{where}: {model.name}: method {method.name!r} reads statistics; make them with consilience stats "
-                f"--kind {method.statistics}, and give the expert data: {{statistics: FOLDER}}"
+                f"--kind {method.statistics}, and give the expert data: {{statistics: FOLDER}} "
+                f"({option('statistics', f'{model.name}=FOLDER')})"
             )
         found.append(open_statistics(resolve_file(data.statistics, root)))
         check_of(found[-1], model, method.statistics)
