@@ -38,14 +38,15 @@ def _model_type(name: str, of_class: dict[str, str]) -> str | None:
 
 
 def _rules(transforms: list[Any]) -> tuple[list[list[str]], list[list[list[str]]]]:
-    """Return the renamings as [pattern, replacement], and the names of what is joined or split as [stored, loaded]."""
+    """Return the renamings as [pattern, replacement], and what changes its form as [stored, loaded, operations]."""
     renamings: list[list[str]] = []
     conversions: list[list[list[str]]] = []
     for transform in transforms:
         if type(transform).__name__ in _STATEFUL:
             continue
         if hasattr(transform, "operations"):
-            conversions.append([list(transform.source_patterns), list(transform.target_patterns)])
+            operations = [type(operation).__name__ for operation in transform.operations]
+            conversions.append([list(transform.source_patterns), list(transform.target_patterns), operations])
             continue
         for source in re.split(r"\|(?=\(\?P<g\d+>)", transform.compiled_sources.pattern):
             renamings.append([re.sub(r"^\(\?P<g\d+>(.*)\)$", r"\1", source), transform.target_patterns[0]])

@@ -306,17 +306,6 @@ def test_an_adapter_on_half_a_stored_tensor(tmp_path: Path) -> None:
 
 
 @real_file(
-    8, family="Mixtral", option="full model with fused experts beside one with experts apart", expected="the message",
-    before="wrong cause named", now="refused, true cause",
-)  # fmt: skip
-def test_fused_experts_beside_experts_apart(tmp_path: Path) -> None:
-    more: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
-    tiny("Mixtral", **more).save_pretrained(tmp_path / "base")
-    tiny("Mixtral", seed=1, **more).save_pretrained(tmp_path / "e", save_original_format=False)
-    refused(merged(tmp_path / "base", tmp_path / "out", x=tmp_path / "e"), "transformers converts", "experts", "w1")
-
-
-@real_file(
     8, family="two towers", option="adapter name that fits two tensors alike", expected="the message",
     before="wrong cause named", now="refused, true cause",
 )  # fmt: skip

@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from consilience.checkpoints.adapter_files import locate_adapter
+from consilience.checkpoints.adapter_parameters import (
+    ParameterFactors,
+    by_parameter,
+    parameter_factors,
+    parameter_keys,
+    parameters_of,
+)
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
 from consilience.checkpoints.json_files import read_object
-from consilience.checkpoints.lora_scale import check_config, is_mlx, read_alpha, scales_of
+from consilience.checkpoints.lora_scale import PeftScales, check_config, is_mlx, read_alpha, scales_of
 from consilience.checkpoints.open import EMPTY, open_checkpoint
 from consilience.checkpoints.peft_names import sort_tensors
 from consilience.errors import InputError
@@ -28,6 +35,8 @@ class LoraPair:
     ``transposed`` marks targets stored [in, out] (Conv1D) and embeddings, whose update is ``(B @ A).T``; which linear
     targets these are only their base shows (``experts/conv1d.py``). ``swapped``: what stands for A is a B stored
     [r, out], and for B an A stored [in, r], as MLX stores them, so that the update is transposed for any other target.
+    ``experts``: how many updates ``scale * B_e @ A_e`` the factors hold, each of rank r, for a target
+    [experts, out, in] (or, transposed, [experts, in, out]); they are packed as ``adapter_parameters.py`` says.
     """
 
     target: str
@@ -37,21 +46,26 @@ class LoraPair:
     transposed: bool
     embedding: bool = False
     swapped: bool = False
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        """The common inner size of the factors."""
-        return self.a.shape[0]
+        """The common inner size of the factors, of one expert's where they hold several."""
+        return self.a.shape[0] // self.experts
 
     @property
     def delta_shape(self) -> tuple[int, int]:
-        """Rows and columns of the update, as the target stores them."""
+        """Rows and columns of the update, as the target stores them; of several experts, a row is one's."""
         out, into = self.b.shape[0], math.prod(self.a.shape[1:])
+        if self.experts > 1:
+            return self.experts, out * into
         return (into, out) if self.transposed else (out, into)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the update could be of a tensor of this shape, turned as that may need."""
         flat = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+        if self.experts > 1:
+            return self.delta_shape == flat
         return self.delta_shape == flat or (not self.embedding and self.delta_shape[::-1] == flat)
 
 
@@ -69,8 +83,9 @@ class Adapter:
 
     ``path`` is its folder, or its file where it is one alone. A target may have both: PEFT saves an adapted embedding's
     own weight beside its factors, and both count. ``names`` has, for targets that were renamed after the base's files,
-    what the adapter itself calls them; ``tokens`` are rows of a target that were trained alone; ``notes`` are what a
-    user is told of how it was read.
+    what the adapter itself calls them; ``tokens`` are rows of a target that were trained alone; ``parameters`` are
+    factors of parameters that only their base tells apart, and ``assembled`` whether some pairs come of such; ``notes``
+    are what a user is told of how it was read.
     """
 
     path: Path
@@ -80,6 +95,8 @@ class Adapter:
     whole: dict[str, TensorInfo]
     names: dict[str, str] = field(default_factory=dict[str, str])
     tokens: dict[str, Tokens] = field(default_factory=dict[str, Tokens])
+    parameters: tuple[ParameterFactors, ...] = ()
+    assembled: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,7 +122,12 @@ def open_adapter(path: str | Path, label: str | None = None) -> Adapter:
     checkpoint = open_checkpoint(files.weights, label)
     tensors = sort_tensors(checkpoint.tensors, str(files.weights))
     sides = tensors.sides
-    scales = scales_of(checkpoint, config, [module for module, _ in sides], files.weights, files.config)
+    keys = parameter_keys(config, str(files.config))
+    modules = [module for module, _ in sides]
+    named = [name for module in modules for name in parameters_of(module, keys)]
+    scales = scales_of(checkpoint, config, [*modules, *named], files.weights, files.config)
+    rows = {module: side["A"].shape[0] for (module, _), side in sides.items() if "A" in side and side["A"].shape}
+    apart = by_parameter(rows, keys, scales) if keys and isinstance(scales, PeftScales) else set[str]()
     others = [*tensors.whole.values(), *tensors.rows.values()]
     if config is None and others:
         name = others[0].name
@@ -114,9 +136,13 @@ def open_adapter(path: str | Path, label: str | None = None) -> Adapter:
             "with its adapter_config.json"
         )
     pairs: dict[str, LoraPair] = {}
+    parameters: list[ParameterFactors] = []
     for (module, embedding), found in sides.items():
         alpha = found.pop("alpha", None)
         pair = _pair(module, embedding, found, str(files.weights))
+        if module in apart and isinstance(scales, PeftScales):
+            parameters.append(parameter_factors(module, pair.a, pair.b, keys, scales, str(files.weights)))
+            continue
         said = None if alpha is None else read_alpha(checkpoint, alpha, str(files.weights))
         pair = replace(pair, scale=scales.scale(module, pair.rank, said))
         if pair.target in pairs:
@@ -124,7 +150,16 @@ def open_adapter(path: str | Path, label: str | None = None) -> Adapter:
         pairs[pair.target] = pair
     notes = (*files.notes, *scales.notes(module for module, _ in sides))
     tokens = _tokens(config or {}, tensors.rows, str(files.config))
-    return Adapter(files.home, checkpoint, config or {}, pairs, tensors.whole, tokens=tokens, notes=notes)
+    return Adapter(
+        files.home,
+        checkpoint,
+        config or {},
+        pairs,
+        tensors.whole,
+        tokens=tokens,
+        parameters=tuple(parameters),
+        notes=notes,
+    )
 
 
 def _tokens(config: dict[str, Any], found: dict[str, TensorInfo], where: str) -> dict[str, Tokens]:

@@ -28,7 +28,7 @@ _NEUTRAL = frozenset([
     "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
     "ensure_weight_tying", "init_lora_weights", "r", "lora_alpha", "fan_in_fan_out", "bias", "use_rslora",
-    "rank_pattern", "alpha_pattern", "trainable_token_indices", "token_indices", "init_weights",
+    "rank_pattern", "alpha_pattern", "trainable_token_indices", "token_indices", "init_weights", "target_parameters",
 ])  # fmt: skip
 #: Initialisations of the factors alone. Others (pissa, olora, corda, loftq, lora_ga, ...) also edit the base's weights,
 #: so that the adapter only fits the edited base.
@@ -156,6 +156,11 @@ class PeftScales:
                 "config"
             )
         return said / math.sqrt(rank) if self.config.get("use_rslora") else said / rank
+
+    def ranks_of(self, module: str) -> list[int]:
+        """Return the ranks that the config gives a module: one, or one of each key of ``rank_pattern`` that applies."""
+        ranks = [self.config["rank_pattern"][key] for key in self.ranks[module]] or [self.config.get("r")]
+        return [rank for rank in dict.fromkeys(ranks) if isinstance(rank, int) and rank > 0]
 
     def _alphas(self, module: str, by_rank: dict[str, Any], rank: int) -> list[str]:
         """Return a module's alpha keys, a key that also gives its factors' rank before the others."""

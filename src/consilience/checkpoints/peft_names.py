@@ -56,7 +56,7 @@ def sort_tensors(tensors: dict[str, TensorInfo], where: str) -> PeftTensors:
         if other_kind(name) or (factor is None and (first_factor([plain]) or ".lora_" in plain)):
             raise _unknown(name, where)
         if factor is not None and factor.module in modules:
-            key = (_bare(factor.module), factor.embedding)
+            key = (_module(factor.module), factor.embedding)
             _put(found.sides.setdefault(key, {}), factor.part, tensor, where)
         elif rows is not None:
             _put(found.rows, f"{_bare(rows['module'])}.weight", tensor, where)
@@ -110,6 +110,12 @@ def trained_whole(config: Mapping[str, Any], name: str) -> bool:
 def _bare(name: str) -> str:
     """Return a name without the layers that PEFT wraps around the base's."""
     return name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
+
+
+def _module(name: str) -> str:
+    """Return a module's bare name; wrappers at its end stay: they tell apart the parameters that PEFT adapts on one."""
+    module = re.sub(r"(\.base_layer)+$", "", name)
+    return _bare(module) + name[len(module) :]
 
 
 def as_saved(names: Iterable[str]) -> dict[str, str]:

@@ -77,6 +77,7 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
             "scales": scales,
             "whole": sorted(model.adapter.whole),
             "rows": {name: len(tokens.rows) for name, tokens in sorted(model.adapter.tokens.items())},
+            "parameters": sorted({name for one in model.adapter.parameters for name in one.options}),
         }
     packed = packing(model.checkpoint)
     if packed.weights:

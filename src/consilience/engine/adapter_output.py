@@ -99,6 +99,11 @@ def check_low_rank(plan: Plan) -> None:
                 f"{expert.reference}: trains rows of {name!r} alone, which a merged adapter has no place for; leave "
                 f"{option('as_adapter', 'cat')} out"
             )
+        if expert.adapter.assembled:
+            raise InputError(
+                f"{expert.reference}: adapts all experts of a layer at once (target_parameters), which is merged into "
+                f"a model only; leave {option('as_adapter', 'cat')} out"
+            )
         for name in expert.adapter.pairs:
             if name.endswith("in_proj_weight"):
                 raise InputError(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from consilience.checkpoints.checkpoint import raw
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Piece
 from consilience.engine.worker import Record
@@ -88,7 +89,7 @@ def _idle(plan: Plan, expert: Model) -> str:
         pairs = expert.adapter.pairs.values()
         if all(pair.scale == 0 for pair in pairs):
             return "its adapter's scale is 0: lora_alpha"
-        read = expert.adapter.checkpoint.read
-        if not any(np.any(read(pair.a.name)) and np.any(read(pair.b.name)) for pair in pairs):
+        storage = expert.adapter.checkpoint.storage
+        if not any(all(np.any(raw(storage, side, 0, side.numel)) for side in (pair.a, pair.b)) for pair in pairs):
             return "its adapter's factors are 0: it was never trained"
     return ""

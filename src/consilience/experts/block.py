@@ -65,11 +65,19 @@ class Scratch:
 
 
 def read_factors(source: Source, real: Any) -> tuple[Any, Any]:
-    """Return (left [rows, r], right [r, columns]) of a source's LoRA pair, in the type ``real``."""
+    """Return (left [rows, r], right [r, columns]) of a source's LoRA pair, in the type ``real``.
+
+    Of a pair for several experts at once, left is [experts, rows, r] and right [experts, r, columns].
+    """
     pair, storage = source.pair, source.pair_storage
     assert pair is not None
     assert storage is not None
     b, a = (values(storage, side, 0, side.numel, np.empty(side.numel, real)) for side in (pair.b, pair.a))
+    if pair.experts > 1:
+        b = np.moveaxis(b.reshape(pair.b.shape[0], pair.rank, pair.experts), 2, 0)
+        a = a.reshape(pair.experts, pair.rank, -1)
+        left, right = (a.swapaxes(1, 2), b.swapaxes(1, 2)) if pair.transposed else (b, a)
+        return np.ascontiguousarray(left), np.ascontiguousarray(right)
     b, a = b.reshape(-1, pair.rank), a.reshape(pair.rank, -1)
     return (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)) if pair.transposed else (b, a)
 
@@ -159,7 +167,15 @@ class Loader:
         left, right = self.scratch.factors(source, self.real)
         assert source.pair is not None
         part = self.scratch.array("part", (out.size,), self.real)
-        add_product(out, start, left, right, self.real(source.pair.scale), part)
+        scale = self.real(source.pair.scale)
+        if left.ndim == 2:
+            add_product(out, start, left, right, scale, part)
+        else:
+            size = left.shape[1] * right.shape[2]
+            for expert in range(start // size, -(-(start + out.size) // size)):
+                first, last = max(start, expert * size), min(start + out.size, (expert + 1) * size)
+                own = out[first - start : last - start]
+                add_product(own, first - expert * size, left[expert], right[expert], scale, part[: own.size])
         if self.check and count_nonfinite(out, self.real(np.finfo(self.real).max)):
             raise NonFinite(who, self.stack.name, source)
 

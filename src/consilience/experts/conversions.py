@@ -17,11 +17,20 @@ from typing import Any, cast
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What changes its form as it is loaded: patterns of the stored and the loaded names, and by which operations."""
+
+    stored: tuple[str, ...]
+    loaded: tuple[str, ...]
+    operations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Rules:
-    """Renamings in order, as (pattern, replacement), and the (stored, loaded) patterns of what changes its form."""
+    """Renamings in order, as (pattern, replacement), and what changes its form."""
 
     renamings: tuple[tuple[re.Pattern[str], str], ...]
-    conversions: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    conversions: tuple[Conversion, ...] = ()
 
     def __call__(self, name: str) -> str:
         """Return what a stored name is called once loaded."""
@@ -38,15 +47,16 @@ class Rules:
     def converted(self, name: str) -> str | None:
         """Return how a tensor's form changes as it is loaded, in words; None: it keeps it."""
         name = self(name)
-        for stored, loaded in self.conversions:
-            if any(_part(pattern).search(name) for pattern in (*stored, *loaded)):
-                return f"{' + '.join(stored)} -> {' + '.join(loaded)}"
+        for form in self.conversions:
+            if any(name_pattern(pattern).search(name) for pattern in (*form.stored, *form.loaded)):
+                return f"{' + '.join(form.stored)} -> {' + '.join(form.loaded)}"
         return None
 
 
-def _part(pattern: str) -> re.Pattern[str]:
-    """Compile one side of a conversion: ``*.`` stands for the experts' numbers, and a name ends where a word does."""
-    return re.compile(pattern.replace("*.", r"\d+\.") + (r"(?!\w)" if pattern[-1].isalnum() else ""))
+@cache
+def name_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a conversion's pattern: ``*.`` is an expert's number, a group, and a name ends where a word does."""
+    return re.compile(pattern.replace("*.", r"(\d+)\.") + (r"(?!\w)" if pattern[-1].isalnum() else ""))
 
 
 @cache
@@ -66,7 +76,12 @@ def _rules(raw: dict[str, Any], start: str) -> Rules:
         (re.compile(start + pattern[1:] if pattern.startswith("^") else pattern), replacement)
         for pattern, replacement in raw["renamings"]
     )
-    return Rules(renamings, tuple((tuple(stored), tuple(loaded)) for stored, loaded in raw["conversions"]))
+    return Rules(renamings, tuple(Conversion(*map(tuple, conversion)) for conversion in raw["conversions"]))
+
+
+def model_types(config: dict[str, Any] | None) -> set[str]:
+    """Return the model types in a config, those of its parts included."""
+    return {name for name, _ in _types(config or {})}
 
 
 def _types(config: dict[str, Any], nested: bool = False) -> Iterator[tuple[str, bool]]:

@@ -16,6 +16,7 @@ from consilience.experts.align import Alignment, align
 from consilience.experts.conv1d import orient
 from consilience.experts.embeddings import with_own_size, with_trained_rows
 from consilience.experts.flattened import unflatten
+from consilience.experts.fused_experts import in_form_of, place_parameters
 from consilience.experts.model import Model, open_model
 from consilience.experts.names import follow_base
 from consilience.experts.quantised import in_floats, packed_target
@@ -179,8 +180,10 @@ def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> Numbe
     def followed(model: Model) -> Model:
         if model.adapter is not None:
             model = replace(model, adapter=unflatten(model.adapter, donor.tensors))
-        model = follow_base(model, donor)
-        return with_own_size(model if model.adapter is None else replace(model, adapter=orient(model.adapter, donor)))
+        model = follow_base(in_form_of(model, donor), donor)
+        if model.adapter is not None:
+            model = replace(model, adapter=place_parameters(orient(model.adapter, donor), donor))
+        return with_own_size(model)
 
     base, numbered = base and followed(base), [(followed(model), number) for model, number in numbered]
     base = base and with_trained_rows(base, base)

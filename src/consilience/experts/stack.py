@@ -78,8 +78,8 @@ class Stack:
 
     @property
     def low_rank(self) -> bool:
-        """Whether every row that changes the tensor is low-rank."""
-        return all(row.dense is None for row in self.rows)
+        """Whether every row that changes the tensor is low-rank; one with an update for each expert in it is not."""
+        return all(row.dense is None and (row.pair is None or row.pair.experts == 1) for row in self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +163,8 @@ class Stack:
 
         real = np.float64 if self.wide else np.float32
         pairs = [(k, row, row.pair) for k, row in enumerate(self.rows) if row.pair is not None]
+        if any(pair.experts > 1 for _, _, pair in pairs):
+            raise ValueError(f"{self.name!r} has an update for each of its experts, and no two factors")
         found = [Factors(k, *read_factors(row, real), pair.scale) for k, row, pair in pairs]
         for row, left, right, _ in found:
             if not (np.isfinite(left).all() and np.isfinite(right).all()):

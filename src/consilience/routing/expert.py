@@ -110,6 +110,11 @@ def read_factors(path: Path) -> dict[str, StoredFactors]:
             f"{path}: trains rows of {next(iter(adapter.tokens))!r} beside its factors, which cannot be routed; train "
             "the adapter without trainable_token_indices"
         )
+    if adapter.parameters:
+        raise InputError(
+            f"{path}: adapts all experts of {adapter.parameters[0].module} at once (target_parameters); only linear "
+            "layers are routed: merge it, or train the adapter on those alone"
+        )
     found = {module_of(pair): StoredFactors(adapter, pair) for pair in adapter.pairs.values()}
     for module, one in found.items():
         if len(one.pair.a.shape) != 2 or len(one.pair.b.shape) != 2:
