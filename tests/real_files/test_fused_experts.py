@@ -49,7 +49,9 @@ def deepseek(**more: Any) -> Any:
 
 
 def gpt_oss(**more: Any) -> Any:
-    sizes = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size": 24}
+    sizes: dict[str, Any] = {
+        "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size": 24,
+    }  # fmt: skip
     return tiny("GptOss", **sizes | more)
 
 
