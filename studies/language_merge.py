@@ -40,6 +40,10 @@ MATRIX = frozenset({
     "tsv_m", "iso_c", "iso_cts", "wudi", "wudi_v2", "swudi_a", "actmat", "svc", "knots", "core_space", "ace", "tact",
 })  # fmt: skip
 MATRIX_STRENGTHS = (0.5, 1.0, 1.5)
+#: Further strengths of methods whose best was the first or the last of these.
+FURTHER_STRENGTHS = dict.fromkeys(("wudi", "wudi_v2", "actmat", "tact"), (0.35, 0.7)) | dict.fromkeys(
+    ("iso_c", "iso_cts", "svc"), (2.0, 3.0)
+)
 #: A disjoint mean is about a fourth of the sum of four task vectors, so it is tried at larger strengths.
 MEAN_STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
@@ -47,7 +51,7 @@ MEAN_STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 def _strengths(label: str) -> Sequence[float]:
     method, _, parameters = METHODS[label]
     if method in MATRIX:
-        return MATRIX_STRENGTHS
+        return (*MATRIX_STRENGTHS, *FURTHER_STRENGTHS.get(method, ()))
     return MEAN_STRENGTHS if method == "ties" and parameters.get("normalize", True) else STRENGTHS
 
 
@@ -153,17 +157,20 @@ def _picture(cells: Sequence[Cell], base: Cell) -> bytes:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for label in METHODS:
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    colours = plt.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
+    for number, label in enumerate(METHODS):
         points = sorted(
             (c.setting["strength"], mean_loss(c.result["validation"])) for c in cells if c.setting.get("label") == label
         )
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+            style = {"color": colours[number % len(colours)], "marker": "osD^v"[number % 5], "linewidth": 1.2}
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.axhline(mean_loss(base.result["validation"]), color="grey", linestyle="--", label="base")
     axes.set_xlabel("strength (multiplier of the merged task vector)")
     axes.set_ylabel("mean validation loss, nats per token")
-    axes.legend(fontsize=7)
+    axes.set_ylim(top=mean_loss(base.result["validation"]) * 1.03)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": ""})
     plt.close(figure)

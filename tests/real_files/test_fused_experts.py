@@ -29,7 +29,8 @@ MOE: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermed
 
 
 def mixtral(**more: Any) -> Any:
-    return tiny("Mixtral", **{"num_local_experts": 3, "num_experts_per_tok": 2} | more)
+    sizes: dict[str, Any] = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    return tiny("Mixtral", **sizes | more)
 
 
 def qwen3(**more: Any) -> Any:
@@ -37,7 +38,8 @@ def qwen3(**more: Any) -> Any:
 
 
 def qwen2(**more: Any) -> Any:
-    return tiny("Qwen2Moe", **MOE | {"shared_expert_intermediate_size": 24} | more)
+    sizes: dict[str, Any] = MOE | {"shared_expert_intermediate_size": 24}
+    return tiny("Qwen2Moe", **sizes | more)
 
 
 def deepseek(**more: Any) -> Any:
