@@ -80,7 +80,7 @@ def _recipe_of(recipe: Any) -> "tuple[Recipe, str, Path | None]":
     from consilience.recipe.schema import Recipe, parse_recipe, read_recipe
 
     if isinstance(recipe, Recipe):
-        return recipe, recipe.where, None
+        return recipe, recipe.where, None if recipe.file is None else recipe.file.parent
     if isinstance(recipe, Mapping):
         return parse_recipe(dict(cast(Mapping[str, Any], recipe)), "recipe"), "recipe", None
     path = path_of(recipe, "recipe")
@@ -130,6 +130,44 @@ def build_recipe(
         model |= {"data": dict(data[model["name"]])} if data and model["name"] in data else {}
     value = {"method": method, "models": models, "parameters": shared} | extra
     return parse_recipe(value | ({"base_model": base} if base is not None else {}), "arguments")
+
+
+def override_recipe(
+    recipe: "Recipe | Mapping[str, Any] | PathLike",
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    method: str | None = None,
+    data: Mapping[str, Mapping[str, str]] | None = None,
+    **keys: Any,
+) -> "Recipe":
+    """Return a recipe with values replaced; the merge's notes, lineage and resolved recipe say which.
+
+        recipe = cs.override_recipe("recipe.yaml", {"density": 0.3, "math.weight": 0.5}, seed=1)
+        cs.merge_recipe(recipe, "out")
+
+    Args:
+        recipe: a recipe, the same as plain values, or its file.
+        parameters: the method's. ``density`` replaces the recipe's value and every model's own, ``math.density`` (or a
+            mapping ``{"density": {"math": 0.3}}``) one model's.
+        method: another method, with its own defaults; parameters that it does not have are left out.
+        data: files by expert (``{"math": {"calibration": FILE}}``).
+        keys: the recipe's other keys: ``out_dtype``, ``seed``, ``private``, ``config``, ``tokenizer``,
+            ``chat_template``, ``coefficients``, ``target``.
+
+    Raises:
+        InputError: a key or expert is unknown (the nearest is named), or a value is wrong or changes nothing.
+    """
+    from consilience.recipe.overrides import override
+
+    known = ("out_dtype", "seed", "private", "config", "tokenizer", "chat_template", "coefficients", "target")
+    odd = next((key for key in keys if key not in known), None)
+    if odd is not None:
+        raise InputError(f"{odd}: is no key that can be replaced{nearest(odd, known)}; parameters go in a mapping")
+    found, _, _ = _recipe_of(recipe)
+    found = override(found, parameters or {}, method=method, data=data, keys=keys)
+    given = {key: any(key in files for files in (data or {}).values()) for key in ("calibration", "statistics")}
+    _check_read(found.merge_method, given | {"target": "target" in keys})
+    return found
 
 
 def _check_read(method: str, given: Mapping[str, bool]) -> None:
@@ -451,9 +489,9 @@ def plan_recipe(
         raise InputError(f"shard_size: {shard_size!r} must be a number of bytes of at least 1")
     given = recipe
     recipe, where, root = _recipe_of(recipe)
-    place = None if out is None else path_of(out, "out").resolve()
-    if isinstance(given, str | Path) and place in Path(given).resolve().parents:
-        raise InputError(f"{given}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
+    file = Path(given) if isinstance(given, str | Path) else recipe.file
+    if file is not None and out is not None and path_of(out, "out").resolve() in file.resolve().parents:
+        raise InputError(f"{file}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
     single = path_of(out, "out").name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
     plan = make_plan(
         recipe,

@@ -14,6 +14,7 @@ from consilience.cli.align import EPILOG as ALIGN_EPILOG
 from consilience.cli.align import align
 from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
 from consilience.cli.doctor import doctor
+from consilience.cli.inputs import choices, read_input
 from consilience.cli.route import route
 from consilience.cli.stats import EPILOG as STATS_EPILOG
 from consilience.cli.stats import JOIN_EPILOG, stats, stats_join
@@ -58,10 +59,16 @@ A learned method also reads each model's data: {calibration: prompts.jsonl}; the
 """
 
 Expert = Annotated[
-    list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert (repeatable).")
+    list[str] | None,
+    typer.Option(
+        "--expert", "-e", metavar="[NAME=]PATH", help="An expert, by default named after its path (repeatable)."
+    ),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter, or EXPERT.KEY=VALUE (repeatable).")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A parameter, or EXPERT.KEY=VALUE; replaces a recipe's (repeatable)."
+    ),
 ]
 Calibration = Annotated[
     list[str] | None,
@@ -91,125 +98,12 @@ TemplateChoice = Annotated[
 Private = Annotated[
     list[str] | None, typer.Option("--private", metavar="FILTER", help="Tensors that are not merged (repeatable).")
 ]
+Dtype = Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse differences that change what the model computes.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Workers (default: this machine's cores). Never changes the result.")
 ]
-
-
-def parse_assignment(text: str, option: str) -> tuple[str, str]:
-    """Split ``KEY=VALUE``."""
-    key, equals, value = text.partition("=")
-    if not equals or not key or not value:
-        raise InputError(f"{option} {text!r}: write it as {'NAME=PATH' if option == '-e' else 'KEY=VALUE'}")
-    return key, value
-
-
-def parse_values(settings: list[str]) -> dict[str, Any]:
-    """Return the values of ``--set`` options by key.
-
-    Raises:
-        InputError: a key is given twice, or a value is not written as YAML has it.
-    """
-    from consilience.recipe.yaml_file import parse_yaml
-
-    values: dict[str, Any] = {}
-    for text in settings:
-        key, raw = parse_assignment(text, "--set")
-        if key in values:
-            raise InputError(f"--set {key}: is given twice; keep one")
-        values[key] = parse_yaml(raw, f"--set {key}")
-    return values
-
-
-def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, Any]:
-    """Return the method's parameters from ``--set`` options; per-expert ones as mappings by expert name."""
-    shared: dict[str, Any] = {}
-    own: dict[str, dict[str, Any]] = {}
-    for key, value in parse_values(settings).items():
-        name, dot, parameter = key.partition(".")
-        if dot and name not in experts:
-            from consilience.errors import nearest
-
-            raise InputError(f"--set {key}: there is no expert {name!r}{nearest(name, list(experts))}")
-        if dot:
-            own.setdefault(parameter, {})[name] = value
-        else:
-            shared[key] = value
-    for parameter, values in own.items():
-        if parameter in shared:
-            values |= {name: shared[parameter] for name in experts if name not in values}
-        shared[parameter] = values
-    return shared
-
-
-def choices(
-    config: list[str] | None, tokenizer: str | None, chat_template: str | None, private: list[str] | None
-) -> dict[str, Any]:
-    """Return what the options choose beside the weights, by option."""
-    from consilience.recipe.yaml_file import parse_yaml
-
-    chosen: Any = None
-    if config and len(config) == 1 and "=" not in config[0]:
-        chosen = config[0]
-    elif config:
-        pairs = [parse_assignment(text, "--config") for text in config]
-        chosen = {key: parse_yaml(value, f"--config {key}") for key, value in pairs}
-    return {"--config": chosen, "--tokenizer": tokenizer, "--chat-template": chat_template, "--private": private}
-
-
-def read_input(
-    recipe: str,
-    experts: list[str] | None,
-    method: str | None,
-    settings: list[str] | None,
-    extra: dict[str, Any],
-    calibration: list[str] | None = None,
-    target: list[str] | None = None,
-    statistics: list[str] | None = None,
-) -> Any:
-    """Return what the user asked to merge: a recipe file's path, or a recipe made of a base and ``-e`` options."""
-    from consilience.api import build_recipe
-
-    if not experts:
-        path = Path(recipe)
-        if path.is_dir():
-            raise InputError(f"{recipe}: is a folder; name experts with -e NAME=PATH, or pass a recipe file")
-        options = (("--method", method), ("--set", settings), ("--calibration", calibration), ("--target", target))
-        options = (*options, ("--statistics", statistics), *extra.items())
-        given = [name for name, value in options if value is not None and value != []]
-        if given:
-            raise InputError(f"{given[0]}: only goes with -e; write it in the recipe {recipe}")
-        return path
-    if Path(recipe).suffix in (".yaml", ".yml") and not Path(recipe).is_dir():
-        raise InputError(
-            f"{recipe}: is a recipe, which names its experts, and -e names experts of a base; pass the recipe alone, "
-            "or the base with -e"
-        )
-    named: dict[str, str] = {}
-    for text in experts:
-        name, path = parse_assignment(text, "-e")
-        if name in named:
-            raise InputError(f"-e {text!r}: expert {name!r} is named twice; choose another name")
-        named[name] = path
-    keys = {"--dtype": "out_dtype"}
-    chosen = {
-        keys.get(option, option.removeprefix("--").replace("-", "_")): value
-        for option, value in extra.items()
-        if value is not None
-    }
-    base = None if recipe in ("none", "-") else recipe
-    default = "coefficients" if "coefficients" in chosen else "task_arithmetic"
-    data: dict[str, dict[str, str]] = {}
-    for key, texts in (("calibration", calibration), ("statistics", statistics)):
-        for text in texts or []:
-            name, path = parse_assignment(text, f"--{key}")
-            if key in data.get(name, {}):
-                raise InputError(f"--{key} {text!r}: expert {name!r} has a file already; give one file per expert")
-            data.setdefault(name, {})[key] = path
-    if target:
-        chosen["target"] = dict(parse_assignment(text, "--target") for text in target)
-    return build_recipe(method or default, base, named, parse_settings(settings or [], named), data=data, **chosen)
 
 
 @app.command(epilog=MERGE_EPILOG)
@@ -223,13 +117,13 @@ def merge(
     statistics: StatisticsFolders = None,
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
-    dtype: Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")] = None,
+    dtype: Dtype = None,
     config: ConfigChoice = None,
     tokenizer: TokenizerChoice = None,
     chat_template: TemplateChoice = None,
     private: Private = None,
     strict: Strict = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")] = None,
+    seed: Seed = None,
     as_adapter: Annotated[
         str | None, typer.Option(metavar="cat|svd", help="Write a PEFT adapter (all experts must be LoRA).")
     ] = None,
@@ -305,11 +199,13 @@ def check(
     statistics: StatisticsFolders = None,
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
+    dtype: Dtype = None,
     config: ConfigChoice = None,
     tokenizer: TokenizerChoice = None,
     chat_template: TemplateChoice = None,
     private: Private = None,
     strict: Strict = False,
+    seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included.")] = False,
 ) -> None:
     """Check a recipe and its models from headers alone, for CI: exit 0 if the merge can start, 2 if not.
@@ -319,7 +215,8 @@ def check(
     from consilience.api import plan_recipe
 
     try:
-        extra: dict[str, Any] = {"--coefficients": None if coefficients is None else str(coefficients)}
+        extra = {"--dtype": dtype, "--seed": seed}
+        extra |= {"--coefficients": None if coefficients is None else str(coefficients)}
         extra |= choices(config, tokenizer, chat_template, private)
         plan = plan_recipe(
             read_input(recipe, expert, method, set_, extra, calibration, target, statistics), strict=strict

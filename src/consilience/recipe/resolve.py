@@ -138,6 +138,14 @@ def _texts(setting: Setting) -> Setting:
     return [f"{value:g}" for value in cast(list[float], values)]
 
 
+def default_values(recipe: Recipe, method: Method) -> dict[str, Any]:
+    """Return the defaults: the preset's, if the recipe names one, mergekit's in a recipe of its form, else ours."""
+    name = recipe.parameters.get("preset")
+    preset = method.presets.get(name, {}) if isinstance(name, str) else {}
+    ours = {key: parameter.default for key, parameter in method.parameters.items()}
+    return {**ours, **(method.mergekit if recipe.mergekit else {}), **preset}
+
+
 class Settings:
     """The settings of a recipe for one method, resolved tensor by tensor."""
 
@@ -147,7 +155,7 @@ class Settings:
         self.experts = list(experts)
         self._shared = self._group(recipe.parameters, "parameters")
         #: What stands for a parameter where the recipe is silent; and, of those that were needed, their values.
-        self._defaults = self._default_values(recipe)
+        self._defaults = default_values(recipe, method)
         self._flags = {key: each for key, each in method.mergekit.items() if isinstance(each, str)}
         self._flags = self._flags if recipe.mergekit else {}
         self.used_defaults: dict[str, Any] = {}
@@ -170,13 +178,6 @@ class Settings:
                 )
         given = {key: _texts(value) if known[key].kind == "texts" else value for key, value in parameters.items()}
         return {key: _Resolved(value, f"{self.where}: {place}.{key}") for key, value in given.items()}
-
-    def _default_values(self, recipe: Recipe) -> dict[str, Any]:
-        """Return the defaults: the preset's, if the recipe names one, mergekit's in a recipe of its form, else ours."""
-        name = recipe.parameters.get("preset")
-        preset = self.method.presets.get(name, {}) if isinstance(name, str) else {}
-        ours = {key: parameter.default for key, parameter in self.method.parameters.items()}
-        return {**ours, **(self.method.mergekit if recipe.mergekit else {}), **preset}
 
     def _value(self, key: str, expert: str | None, name: str, t: float) -> Any:
         parameter = self.method.parameters[key]
