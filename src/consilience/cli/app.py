@@ -15,6 +15,7 @@ from consilience.cli.align import align
 from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
 from consilience.cli.doctor import doctor
 from consilience.cli.inputs import choices, read_input
+from consilience.cli.printing import print_json
 from consilience.cli.route import route
 from consilience.cli.stats import EPILOG as STATS_EPILOG
 from consilience.cli.stats import JOIN_EPILOG, stats, stats_join
@@ -100,6 +101,7 @@ Private = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included; all else to stderr.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse differences that change what the model computes.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Workers (default: this machine's cores). Never changes the result.")
@@ -140,6 +142,7 @@ def merge(
     check_load: Annotated[
         bool, typer.Option("--check-load", help="Open OUT with its own library, even if nothing but values is new.")
     ] = False,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Merge a base and its experts into one verified checkpoint."""
@@ -157,14 +160,15 @@ def merge(
     learning = {"device": device, "tensorboard": tensorboard, "trust_remote_code": trust_remote_code}
     if dry_run:
         show_plan(
-            source, out, as_adapter, rank, force=force, threads=threads, check_load=check_load, learning=learning,
-            **settings,
+            source, out, as_adapter, rank, force=force, threads=threads, check_load=check_load, as_json=as_json,
+            learning=learning, **settings,
         )  # fmt: skip
         return
     merge_command(
         source,
         out,
         quiet=quiet,
+        as_json=as_json,
         as_adapter=as_adapter,
         rank=rank,
         force=force,
@@ -206,55 +210,31 @@ def check(
     private: Private = None,
     strict: Strict = False,
     seed: Seed = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check a recipe and its models from headers alone, for CI: exit 0 if the merge can start, 2 if not.
 
     Example: consilience check recipe.yaml --json
     """
     from consilience.api import plan_recipe
-
-    try:
-        extra = {"--dtype": dtype, "--seed": seed}
-        extra |= {"--coefficients": None if coefficients is None else str(coefficients)}
-        extra |= choices(config, tokenizer, chat_template, private)
-        plan = plan_recipe(
-            read_input(recipe, expert, method, set_, extra, calibration, target, statistics), strict=strict
-        )
-    except InputError as error:
-        if as_json:
-            typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))
-            raise typer.Exit(2) from None
-        raise
-    from consilience.engine.describe import estimate
-    from consilience.engine.differences import by_level
+    from consilience.engine.describe import plan_facts
     from consilience.engine.stream import thread_count
 
-    cost = estimate(plan, thread_count(None))
-    facts: dict[str, Any] = {
-        "ok": True,
-        "method": plan.method.name,
-        "experts": [e.name for e in plan.experts],
-        "tensors": len(plan.tensors),
-        "merged": sum(t.program is not None for t in plan.tensors),
-        "parameters": sum(t.numel for t in plan.tensors),
-        "bytes_read": cost.read,
-        "bytes_written": cost.written,
-        "warnings": by_level(plan.differences, "warning"),
-        "notes": [*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note")],
-        "differences": [asdict(one) for one in plan.differences],
-    }
+    extra: dict[str, Any] = {"--dtype": dtype, "--seed": seed}
+    extra |= {"--coefficients": None if coefficients is None else str(coefficients)}
+    extra |= choices(config, tokenizer, chat_template, private)
+    plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration, target, statistics), strict=strict)
+    facts: dict[str, Any] = {"ok": True} | plan_facts(plan, thread_count(None))
+    plan.close()
     if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False))
-    else:
-        merged = f"{facts['merged']} of {facts['tensors']} tensors merged"
-        typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
-        lines = [f"  warning: {text}" for text in by_level(plan.differences, "warning")]
-        lines += [
-            f"  note: {text}" for text in (*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note"))
-        ]
-        for line in lines:
-            typer.echo(printable(line))
+        print_json(facts)
+        return
+    typer.echo(
+        f"ok: {facts['method']} of {len(plan.experts)} experts, {facts['merged']} of {facts['tensors']} tensors merged"
+    )
+    lines = [f"  warning: {text}" for text in facts["warnings"]] + [f"  note: {text}" for text in facts["notes"]]
+    for line in lines:
+        typer.echo(printable(line))
 
 
 @app.command()
@@ -276,7 +256,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option(help="List every tensor (of coefficients: every group's values).")] = False,
     fingerprint: Annotated[bool, typer.Option(help="Read all weights and print their fingerprint.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw coefficients into FILE.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a model or adapter is, from its headers, or what learned coefficients are.
 
@@ -289,7 +269,10 @@ def inspect(
     if plot is not None:
         plot_coefficients(path, plot)
     facts = inspect_facts(path, tensors, fingerprint)
-    typer.echo(json.dumps(facts, indent=1, ensure_ascii=False) if as_json else "\n".join(inspect_lines(facts)))
+    if as_json:
+        print_json({"ok": True} | facts)
+    else:
+        typer.echo("\n".join(inspect_lines(facts)))
 
 
 @app.command()
@@ -365,6 +348,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     threads: Threads = None,
     force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Fine-tune a model on one task (an expert), or on several together (mixture training).
@@ -388,7 +372,9 @@ def train(
         force=force,
         progress=not quiet,
     )
-    if not quiet:
+    if as_json:
+        print_json({"ok": True, "out": str(out)} | asdict(record))
+    elif not quiet:
         typer.echo(f"{out}: {record.steps} steps, final loss {record.final_loss:.4f}, {record.seconds:.0f} s")
 
 
