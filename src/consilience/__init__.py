@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from consilience.mixing import distill, mix
     from consilience.recipe import Recipe, read_recipe
     from consilience.routing import build_routed, load_routed
+    from consilience.sweeps import sweep
     from consilience.tasks import evaluate
     from consilience.training import fine_tune
 
@@ -46,6 +47,7 @@ _HOME = {
     "Recipe": "consilience.recipe",
     "read_recipe": "consilience.recipe",
     "evaluate": "consilience.tasks",
+    "sweep": "consilience.sweeps",
     "save_coefficients": "consilience.coefficients",
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "plan_recipe",
     "read_recipe",
     "save_coefficients",
+    "sweep",
 ]
 
 

@@ -142,6 +142,7 @@ def override_recipe(
     *,
     method: str | None = None,
     data: Mapping[str, Mapping[str, str]] | None = None,
+    swept: bool = False,
     **keys: Any,
 ) -> "Recipe":
     """Return a recipe with values replaced; the merge's notes, lineage and resolved recipe say which.
@@ -155,6 +156,7 @@ def override_recipe(
             mapping ``{"density": {"math": 0.3}}``) one model's.
         method: another method, with its own defaults; parameters that it does not have are left out.
         data: files by expert (``{"math": {"calibration": FILE}}``).
+        swept: the values are a sweep's: one that changes nothing is taken instead of refused.
         keys: the recipe's other keys: ``out_dtype``, ``seed``, ``private``, ``config``, ``tokenizer``,
             ``chat_template``, ``coefficients``, ``target``.
 
@@ -168,7 +170,7 @@ def override_recipe(
     if odd is not None:
         raise InputError(f"{odd}: is no key that can be replaced{nearest(odd, known)}; parameters go in a mapping")
     found, _, _ = _recipe_of(recipe)
-    found = override(found, parameters or {}, method=method, data=data, keys=keys)
+    found = override(found, parameters or {}, method=method, data=data, keys=keys, swept=swept)
     given = {key: any(key in files for files in (data or {}).values()) for key in ("calibration", "statistics")}
     _check_read(found.merge_method, given | {"target": "target" in keys})
     return found

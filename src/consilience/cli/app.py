@@ -44,6 +44,8 @@ MERGE_EPILOG = """Examples:
   consilience merge base/ merged/ -e math=adapters/math -e code=adapters/code --method ties --set density=0.2
   consilience merge base/ merged/ -e math=a -e code=b --set weight=0.5 --set math.weight=0.3
   consilience merge recipe.yaml merged/ --dry-run
+  consilience merge recipe.yaml merged/ --method dare_ties --set density=0.3 --dtype float16
+  consilience merge recipe.yaml sweep/ --sweep weight=0.2,0.4,0.6 --tasks code=heldout/code.jsonl
   consilience merge base/ merged/ -e math=a -e code=b --method expert_merging \\
       --calibration math=prompts/math.jsonl --calibration code=prompts/code.jsonl
   consilience merge base/ merged/ -e math=a -e code=b --coefficients merged/consilience
@@ -101,6 +103,14 @@ Private = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", metavar="KEY=V1,V2,...", help="One merge a value, in OUT/01-KEY=V1 (repeat: a grid)."),
+]
+SweepTasks = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", metavar="FILE", help="With --sweep: measure each merge, as evaluate does (repeatable)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included; all else to stderr.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse differences that change what the model computes.")]
 Threads = Annotated[
@@ -142,11 +152,17 @@ def merge(
     check_load: Annotated[
         bool, typer.Option("--check-load", help="Open OUT with its own library, even if nothing but values is new.")
     ] = False,
+    sweep: Sweep = None,
+    tasks: SweepTasks = None,
+    max_examples: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: use the first rows of each task only.")
+    ] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Merge a base and its experts into one verified checkpoint."""
     from consilience.cli.merging import merge_command, show_plan
+    from consilience.cli.sweeping import parse_grid, show_sweep, sweep_command
 
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
     extra |= choices(config, tokenizer, chat_template, private)
@@ -158,6 +174,24 @@ def merge(
         "strict": strict,
     }
     learning = {"device": device, "tensorboard": tensorboard, "trust_remote_code": trust_remote_code}
+    if not sweep and (tasks or max_examples is not None):
+        idle = "--tasks" if tasks else "--max-examples"
+        raise InputError(f"{idle}: only goes with --sweep; measure one merge by consilience evaluate")
+    if sweep:
+        if check_load or tensorboard is not None:
+            raise InputError(
+                f"--{'check-load' if check_load else 'tensorboard'}: goes with one merge, not with --sweep"
+            )
+        grid = parse_grid(sweep, set_ or [])
+        points: dict[str, Any] = {
+            "tasks": tasks or (), "max_examples": max_examples, "as_adapter": as_adapter, "rank": rank, "force": force,
+            "device": device, "trust_remote_code": trust_remote_code, "as_json": as_json, **settings,
+        }  # fmt: skip
+        if dry_run:
+            show_sweep(source, out, grid, **points)
+        else:
+            sweep_command(source, out, grid, quiet=quiet, threads=threads, **points)
+        return
     if dry_run:
         show_plan(
             source, out, as_adapter, rank, force=force, threads=threads, check_load=check_load, as_json=as_json,

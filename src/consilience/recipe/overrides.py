@@ -57,7 +57,7 @@ def override(
     method: str | None = None,
     data: Mapping[str, Mapping[str, str]] | None = None,
     keys: Mapping[str, Any] | None = None,
-    idle_allowed: bool = False,
+    swept: bool = False,
 ) -> Recipe:
     """Return a recipe with values replaced.
 
@@ -67,38 +67,38 @@ def override(
         method: another method, with its own defaults; parameters that it does not have are left out, which a note says.
         data: files by expert and key (``{"math": {"calibration": FILE}}``).
         keys: other keys of the recipe (``out_dtype``, ``seed``, ``private``, ``config``, ...).
-        idle_allowed: take values that change nothing (the points of a sweep) in silence.
+        swept: the values are a sweep's, of which one may be what the recipe has: that is taken in silence.
 
     Raises:
         InputError: a key, expert or value is wrong, or changes nothing.
     """
     if method is not None:
-        recipe = _with_method(recipe, method, idle_allowed)
-    assignments = list(_assignments(parameters))
+        recipe = _with_method(recipe, method, swept)
+    assignments = list(_assignments(parameters, swept))
     for each in sorted(assignments, key=lambda one: one.expert is not None):  # what is for all comes first
-        recipe = _with_parameter(recipe, each, idle_allowed)
+        recipe = _with_parameter(recipe, each, swept)
     for name, files in (data or {}).items():
         for key, path in files.items():
             recipe = _with_file(recipe, name, key, path)
     for key, value in (keys or {}).items():
-        recipe = _with_key(recipe, key, value, idle_allowed)
+        recipe = _with_key(recipe, key, value, swept)
     return recipe
 
 
-def _given(key: str, value: Any = None) -> str:
+def _given(key: str, value: Any = None, *, swept: bool = False) -> str:
     """Return how a user gave a parameter: ``--set density=0.3``, or ``density=0.3`` in Python."""
     text = key if value is None else f"{key}={text_of(value)}"
-    return option("set", text).removeprefix("set=")
+    return option("sweep" if swept else "set", text).removeprefix("set=").removeprefix("sweep=")
 
 
-def _assignments(parameters: Mapping[str, Any]) -> Iterable[_Assignment]:
+def _assignments(parameters: Mapping[str, Any], swept: bool) -> Iterable[_Assignment]:
     for key, value in parameters.items():
         if isinstance(value, Mapping):
             for expert, own in cast(Mapping[str, Any], value).items():
-                yield _Assignment(_given(f"{expert}.{key}", own), str(expert), key.rstrip("_"), own)
+                yield _Assignment(_given(f"{expert}.{key}", own, swept=swept), str(expert), key.rstrip("_"), own)
         else:
             expert, parameter = split_key(key)
-            yield _Assignment(_given(key, value), expert, parameter.rstrip("_"), value)
+            yield _Assignment(_given(key, value, swept=swept), expert, parameter.rstrip("_"), value)
 
 
 def text_of(value: Any) -> str:
@@ -164,9 +164,11 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
-def _with_parameter(recipe: Recipe, each: _Assignment, idle_allowed: bool) -> Recipe:
+def _with_parameter(recipe: Recipe, each: _Assignment, swept: bool) -> Recipe:
     method = load(recipe.merge_method)
     parameter = _parameter(method, each)
+    if not parameter.effective:
+        raise InputError(f"{each.option}: changes nothing, since {each.key} has no effect in method {method.name!r}")
     value = _validated(each.option, "parameters", {each.key: each.value})[each.key]
     texts = parameter.kind == "texts" and isinstance(value, list)
     if not isinstance(value, list) or texts:  # values per tensor are checked as the merge is planned
@@ -204,7 +206,7 @@ def _with_parameter(recipe: Recipe, each: _Assignment, idle_allowed: bool) -> Re
         note = f"{each.option}: replaces {_shared_text(recipe, each.key, default)}"
         note += f", and the models' own: {', '.join(f'{n} {text_of(v)}' for n, v in own.items())}" if own else ""
     if all(_same(value, one) for one in before.values()):
-        if idle_allowed:
+        if swept:
             return recipe.overridden(changes, (), mergekit=recipe.mergekit)
         raise InputError(f"{each.option}: changes nothing, since {recipe.where} has that value already; leave it out")
     return recipe.overridden(
@@ -223,15 +225,15 @@ def _with_own(entry: ModelEntry, key: str, value: Any) -> ModelEntry:
     return entry.model_copy(update={"parameters": parameters | ({} if value is None else {key: value})})
 
 
-def _with_method(recipe: Recipe, name: str, idle_allowed: bool) -> Recipe:
-    given = option("method", name)
+def _with_method(recipe: Recipe, name: str, swept: bool) -> Recipe:
+    given = _given("method", name, swept=True) if swept else option("method", name)
     try:
         method = load(name)
     except InputError as error:
         raise InputError(f"{given}: {error}") from None
     before = recipe.merge_method
     if name == before:
-        if idle_allowed:
+        if swept:
             return recipe
         raise InputError(f"{given}: changes nothing, since it is the method of {recipe.where}; leave it out")
     unknown = [key for part in (recipe, *recipe.models) for key in part.parameters if key not in method.parameters]
@@ -276,13 +278,13 @@ def _with_file(recipe: Recipe, expert: str, key: str, path: str) -> Recipe:
     return recipe.overridden({"models": models}, told, mergekit=recipe.mergekit)
 
 
-def _with_key(recipe: Recipe, key: str, value: Any, idle_allowed: bool) -> Recipe:
-    given = option(_OPTIONS[key], text_of(value))
+def _with_key(recipe: Recipe, key: str, value: Any, swept: bool) -> Recipe:
+    given = _given(_OPTIONS[key], value, swept=True) if swept else option(_OPTIONS[key], text_of(value))
     value = _validated(given, key, value)
     before = recipe.output_dtype if key == "out_dtype" else getattr(recipe, key)
     same = ALIASES[value] == before if key == "out_dtype" and value is not None else _same(value, before)
     if same:
-        if idle_allowed:
+        if swept:
             return recipe
         raise InputError(f"{given}: changes nothing, since {recipe.where} has that value already; leave it out")
     written = (recipe.out_dtype or recipe.dtype) if key == "out_dtype" else before
