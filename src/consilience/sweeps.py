@@ -131,7 +131,7 @@ def sweep(
     """
     folder = path_of(out, "out")
     measured = _tasks(tasks, max_examples)
-    merging = {"as_adapter": as_adapter, "rank": rank, "threads": threads} | settings
+    merging: dict[str, Any] = {"as_adapter": as_adapter, "rank": rank, "threads": threads} | settings
     recipes, points, flat, base = _planned(
         recipe, folder, grid, as_adapter, rank, device if not measured else "cpu", trust_remote_code, settings
     )

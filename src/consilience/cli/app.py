@@ -12,6 +12,8 @@ from consilience.cli.advise import EPILOG as ADVISE_EPILOG
 from consilience.cli.advise import advise
 from consilience.cli.align import EPILOG as ALIGN_EPILOG
 from consilience.cli.align import align
+from consilience.cli.completion import EPILOG as COMPLETION_EPILOG
+from consilience.cli.completion import complete, completion
 from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
 from consilience.cli.doctor import doctor
 from consilience.cli.inputs import choices, read_input
@@ -36,6 +38,8 @@ app.command(epilog=ADVISE_EPILOG)(advise)
 app.command(epilog=ALIGN_EPILOG)(align)
 app.command(epilog=STATS_EPILOG)(stats)
 app.command("stats-join", epilog=JOIN_EPILOG)(stats_join)
+app.command(epilog=COMPLETION_EPILOG)(completion)
+app.command(hidden=True)(complete)
 
 MERGE_EPILOG = """Examples:
 
