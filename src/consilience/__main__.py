@@ -3,6 +3,7 @@
 0 done and verified; 2 the user's input is wrong; 1 the machine failed; 130 interrupted. ``--debug`` shows tracebacks.
 """
 
+import gc
 import json
 import os
 import signal
@@ -107,6 +108,7 @@ def _unforeseen(error: Exception) -> str:
 def main() -> None:
     """Run the command line of this process."""
     signal.signal(signal.SIGTERM, _terminate)
+    gc.set_threshold(200_000, 50, 50)  # a plan of 20,000 tensors is millions of objects, and none of them garbage
     sys.exit(run(sys.argv[1:]))
 
 

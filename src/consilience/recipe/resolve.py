@@ -163,6 +163,9 @@ class Settings:
             name: self._group(recipe.models[index].parameters, f"models.{index}.parameters", own=True)
             for name, index in experts.items()
         }
+        settings = [each for group in (self._shared, *self._own.values()) for each in group.values()]
+        self._filters = [choice for each in settings for choice in each.choices if choice.pattern is not None]
+        self._found: dict[tuple[float | bool, ...], dict[str, Any]] = {}
 
     def _group(self, parameters: dict[str, Setting], place: str, own: bool = False) -> dict[str, _Resolved]:
         known = self.method.parameters
@@ -219,7 +222,13 @@ class Settings:
         return self.at("", 0.0)
 
     def at(self, name: str, t: float) -> dict[str, Any]:
-        """Return the method's keyword arguments for one tensor."""
+        """Return the method's keyword arguments for one tensor: the same for the same depth and matching filters."""
+        key = (t, *(choice.matches(name) for choice in self._filters))
+        if key not in self._found:
+            self._found[key] = self._at(name, t)
+        return self._found[key].copy()
+
+    def _at(self, name: str, t: float) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, parameter in self.method.parameters.items():
             argument = key if key != "lambda" else "lambda_"
