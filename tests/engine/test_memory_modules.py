@@ -1,5 +1,6 @@
 """``cs.merge`` on torch modules and on recipes given as plain values: the breadth of the command line, in memory."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,18 @@ def test_dir_shows_the_api() -> None:
     assert set(cs.__all__) <= set(dir(cs))
     for name in ("merge", "merge_recipe", "override_recipe", "plan_recipe", "learn", "diagnose"):
         assert getattr(cs, name).__doc__
+
+
+def test_the_documentation_s_examples_do_what_they_say() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    base, math, code = (found[name].weight.detach().double() for name in ("base", "math", "code"))
+    torch.testing.assert_close(
+        found["model"].weight.detach().double(), base + 0.7 * (math - base) + 0.3 * (code - base), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(found["total"].weight.detach().double(), 0.7 * math + code, rtol=1e-5, atol=1e-6)
+    assert isinstance(found["state"]["weight"], torch.Tensor)
+    assert found["arrays"]["w"].dtype == np.float16
+    assert found["arrays"]["w"].tolist() == [1.0] * 3
