@@ -225,12 +225,17 @@ def plan_sweep(
 
 def _check_measurable(wanted: bool, flat: bool, unbased: bool) -> None:
     if wanted and (flat or unbased):
-        raise InputError(f"{option('tasks')}: models are measured that are folders, and these are files of tensors")
+        raise InputError(f"{_called('tasks')}: models are measured that are folders, and these are files of tensors")
 
 
 def _learns(recipe: Recipe) -> bool:
     """Whether a recipe's method learns its coefficients, and so runs models."""
     return load(recipe.merge_method).learn is not None and recipe.coefficients is None
+
+
+def _called(name: str) -> str:
+    """Return an option without its value, as a user gives it: ``--sweep``, or ``grid`` in Python."""
+    return option(name) if option(name).startswith("--") else {"sweep": "grid"}.get(name, name)
 
 
 def points_of(recipe: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any], Recipe]]:
@@ -240,17 +245,17 @@ def points_of(recipe: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[str,
         InputError: the grid is empty, too large or has a value twice; or a value is wrong.
     """
     if not grid:
-        raise InputError(f"{option('sweep')}: names no values; give KEY=VALUE,VALUE")
+        raise InputError(f"{_called('sweep')}: names no values; give KEY=VALUE,VALUE")
     for key, values in grid.items():
         if isinstance(values, str) or not isinstance(cast(Any, values), Sequence) or not values:
-            raise InputError(f"{option('sweep', key)}: give a list of values")
+            raise InputError(f"{_called('sweep')} {key}: give a list of values")
         shown = [text_of(value) for value in values]
         twice = next((text for text in shown if shown.count(text) > 1), None)
         if twice is not None:
-            raise InputError(f"{option('sweep', key)}: has {twice} twice; leave one out")
+            raise InputError(f"{_called('sweep')} {key}: has {twice} twice; leave one out")
     combinations = list(product(*grid.values()))
     if len(combinations) > LIMIT:
-        raise InputError(f"{option('sweep')}: {len(combinations)} merges are more than {LIMIT}; leave values out")
+        raise InputError(f"{_called('sweep')}: {len(combinations)} merges are more than {LIMIT}; leave values out")
     width = max(2, len(str(len(combinations))))
     found: list[tuple[str, dict[str, Any], Recipe]] = []
     for number, combination in enumerate(combinations):
@@ -325,7 +330,7 @@ def _planned(
 def _tasks(tasks: "Sequence[Task | Path | str]", max_examples: int | None) -> "list[Task]":
     if not tasks:
         if max_examples is not None:
-            raise InputError(f"{option('max_examples', str(max_examples))}: only goes with {option('tasks', 'FILE')}")
+            raise InputError(f"{option('max_examples', str(max_examples))}: only goes with {_called('tasks')}")
         return []
     from consilience.tasks.load import require_transformers
     from consilience.tasks.rows import load_tasks
@@ -487,6 +492,7 @@ def table(result: SweepResult) -> list[str]:
 def _notes(result: SweepResult) -> list[str]:
     """Return what the merges noted, each note once, less what says what was swept."""
     told = [note for point in result.points for note in dict.fromkeys((point.summary or {}).get("notes", ()))]
-    counts = Counter(note for note in told if not note.startswith(option("sweep")))
+    swept = tuple(f"{start}{key}=" for key in result.points[0].values for start in ("--sweep ", ""))
+    counts = Counter(note for note in told if not note.startswith(swept))
     few = {note: f" ({count} of {len(result.points)} merges)" for note, count in counts.items()}
     return [f"note: {note}{few[note] if count < len(result.points) else ''}" for note, count in counts.items()]

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import consilience as cs
 from consilience.__main__ import run
-from tests.learned.tiny_experts import sentences, write_base, write_expert, write_rows
+from tests.learned.tiny_experts import read_state, sentences, write_adapter, write_base, write_expert, write_rows
 
 Folder = Path
 
@@ -230,3 +230,41 @@ def test_scores_are_those_of_evaluate_and_the_best_is_marked(
     assert results["points"][1]["scores"]["two"]["loss"] == pytest.approx(
         2 * losses["02-weight=0.5"] - results["points"][1]["scores"]["one"]["loss"]
     )
+
+
+def test_adapters_are_swept_as_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = write_base(Path("base"))
+    for seed, name in ((1, "a"), (2, "b")):
+        write_adapter(Path(name), base, seed)
+    result = cs.sweep({"method": "task_arithmetic", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}]},
+                      "sw", {"a.weight": [0.5, 2.0]}, as_adapter="cat")  # fmt: skip
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    a, b = (read_state(Path(name)) for name in ("a", "b"))
+    for point, weight in zip(result.points, (0.5, 2.0), strict=True):
+        config = json.loads((Path("sw") / point.name / "adapter_config.json").read_text())
+        found = read_state(Path("sw") / point.name)
+        scale = config["lora_alpha"] / config["r"]
+        update = scale * found[f"{stem}.lora_B.weight"].double() @ found[f"{stem}.lora_A.weight"].double()
+        one, two = (2 * one[f"{stem}.lora_B.weight"].double() @ one[f"{stem}.lora_A.weight"].double() for one in (a, b))
+        np.testing.assert_allclose(update, weight * one + two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_train_prints_its_record_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_base(Path("base"))
+    write_rows(Path("rows.jsonl"), [{"prompt": text, "response": "w1"} for text in sentences(1, 6)])
+    words = ["train", "base", "out", "rows.jsonl", "--steps", "2", "--learning-rate", "1e-3", "--json"]
+    assert run(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["ok"], record["out"], record["steps"]) == (True, "out", 2)
+    assert record["final_loss"] == json.loads(next(Path("out").rglob("training.json")).read_text())["final_loss"]
+
+
+def test_python_s_errors_name_its_arguments(toy: Folder) -> None:
+    for grid, words in (({}, "grid: names no values"), ({"weight": []}, "grid weight"), ({"wieght": [1]}, "wieght=1")):
+        with pytest.raises(cs.InputError, match=words):
+            cs.sweep("r.yaml", "sw", grid)

@@ -24,6 +24,8 @@ _OPTIONS = {
     "private": "private", "config": "config", "tokenizer": "tokenizer", "chat_template": "chat_template",
     "coefficients": "coefficients", "target": "target",
 }  # fmt: skip
+#: Parts of a recipe that have parameters of their own, which a value for all would have to replace.
+_LAYERED = ("slices", "modules", "stages")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ def override(
     Raises:
         InputError: a key, expert or value is wrong, or changes nothing.
     """
+    layered = next((key for key in _LAYERED if getattr(recipe, key, None)), None)
+    if layered is not None:
+        raise InputError(
+            f"{recipe.where}: {layered}: values of such recipes are not replaced; write them in the recipe"
+        )
     if method is not None:
         recipe = _with_method(recipe, method, swept)
     assignments = list(_assignments(parameters, swept))
