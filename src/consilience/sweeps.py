@@ -10,7 +10,7 @@ import contextlib
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -129,64 +129,60 @@ def sweep(
             that were finished before it was found.
         MachineError: the machine failed; the same call continues.
     """
-    folder = path_of(out, "out")
+    folder, say = path_of(out, "out"), told or (lambda line: None)
     measured = _tasks(tasks, max_examples)
-    merging: dict[str, Any] = {"as_adapter": as_adapter, "rank": rank, "threads": threads} | settings
+    common: dict[str, Any] = {"threads": threads, "trust_remote_code": trust_remote_code, "progress": progress}
     recipes, points, flat, base = _planned(
         recipe, folder, grid, as_adapter, rank, device if not measured else "cpu", trust_remote_code, settings
     )
     _check_measurable(bool(measured), flat, as_adapter is not None and base is None)
     points, done = _resumed(folder, points, force)
     _check_space(folder, sum(point.bytes for point, there in zip(points, done, strict=True) if not there))
-    made = _made(folder)
-    say = told or (lambda line: None)
-    try:
+    with _folder_of(folder, done):
         _write(folder, points)
         for number, each in enumerate(recipes):
-            point = points[number]
+            point, place = points[number], folder / points[number].name
             where = f"{number + 1} of {len(points)}, {point.name}"
+            say(f"{where}: {'is there already' if done[number] else 'merging'}")
             if not done[number]:
-                say(f"{where}: merging")
                 summary = merge_recipe(
                     each,
-                    folder / point.name,
+                    place,
+                    as_adapter=as_adapter,
+                    rank=rank,
                     force=force and point.replaces is not None,
                     device=device if _learns(each) or not measured else "cpu",
-                    trust_remote_code=trust_remote_code,
-                    progress=progress,
                     warned=lambda text: say(f"warning: {text}"),
-                    **merging,
+                    **common,
+                    **settings,
                 )
                 points[number] = point = replace(point, summary=finite(asdict(summary)))
                 done[number] = True
                 _write(folder, points)
-            else:
-                say(f"{where}: is there already")
             if measured:
-                model = folder / point.name if as_adapter is None else f"{base}+{folder / point.name}"
                 say(f"{where}: measuring")
-                scores = _scores(
-                    str(model),
-                    measured,
-                    name=point.name,
-                    max_examples=max_examples,
-                    device=device,
-                    threads=threads,
-                    trust_remote_code=trust_remote_code,
-                    progress=progress,
-                )
-                points[number] = replace(point, scores=scores)
+                model = str(place) if as_adapter is None else f"{base}+{place}"
+                measuring = {"name": point.name, "max_examples": max_examples, "device": device} | common
+                points[number] = replace(point, scores=_scores(model, measured, **measuring))
                 _write(folder, points)
+    result = _result(folder, points)
+    write_json(folder / RESULTS, result.to_dict())
+    return result
+
+
+@contextlib.contextmanager
+def _folder_of(out: Path, done: list[bool]) -> Generator[None]:
+    """Make OUT; where the input turns out to be wrong before anything is done, leave nothing of it behind."""
+    made = _made(out)
+    try:
+        yield
     except InputError:
         if not any(done):
-            (folder / RESULTS).unlink(missing_ok=True)
+            (out / RESULTS).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 for path in made:
                     path.rmdir()
         raise
-    result = _result(folder, points)
-    write_json(folder / RESULTS, result.to_dict())
-    return result
 
 
 def plan_sweep(

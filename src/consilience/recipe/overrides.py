@@ -171,54 +171,84 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
+def _checked(each: _Assignment, parameter: Parameter) -> Any:
+    """Return the value as a recipe's schema reads it; values per tensor are checked as the merge is planned.
+
+    Raises:
+        InputError: it is none that the parameter takes.
+    """
+    value = _validated(each.option, "parameters", {each.key: each.value})[each.key]
+    problem = None if isinstance(value, list) or parameter.kind == "texts" else parameter.check(value)
+    if problem:
+        raise InputError(f"{each.option}: {problem}")
+    return value
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    """What a parameter's new value changes of a recipe: the values that counted before, and those it replaces."""
+
+    changes: dict[str, Any]
+    key: str
+    before: list[Any]
+    replaced: dict[str, Any]
+    what: str
+
+
 def _with_parameter(recipe: Recipe, each: _Assignment, swept: bool) -> Recipe:
     method = load(recipe.merge_method)
     parameter = _parameter(method, each)
     if not parameter.effective:
         raise InputError(f"{each.option}: changes nothing, since {each.key} has no effect in method {method.name!r}")
-    value = _validated(each.option, "parameters", {each.key: each.value})[each.key]
-    texts = parameter.kind == "texts" and isinstance(value, list)
-    if not isinstance(value, list) or texts:  # values per tensor are checked as the merge is planned
-        problem = parameter.check(value)
-        if problem and not (parameter.kind == "choice" and isinstance(value, bool)):
-            raise InputError(f"{each.option}: {problem}")
+    value = _checked(each, parameter)
     default = default_values(recipe, method)[each.key]
-    shared = recipe.parameters.get(each.key, default)
-    names = _names(recipe)
-    own = {name: entry.parameters[each.key] for name, entry in zip(names, recipe.models, strict=True)
-           if each.key in entry.parameters}  # fmt: skip
-    if each.expert is not None:
-        position = _position(recipe, each.expert, each.option)
-        before = {each.expert: own.get(each.expert, shared)}
-        models = list(recipe.models)
-        models[position] = _with_own(models[position], each.key, value)
-        changes: dict[str, Any] = {"models": models}
-        replaced = (
-            {f"models.{each.expert}.parameters.{each.key}": plain(own[each.expert])} if before.keys() & own else {}
-        )
-        note = f"{each.option}: replaces "
-        note += (
-            f"its own {text_of(own[each.expert])}" if each.expert in own else _shared_text(recipe, each.key, default)
-        )
-        key = f"models.{each.expert}.parameters.{each.key}"
+    entries = zip(_names(recipe), recipe.models, strict=True)
+    own = {name: entry.parameters[each.key] for name, entry in entries if each.key in entry.parameters}
+    if each.expert is None:
+        found = _for_all(recipe, each.key, value, default, own, parameter.per_expert)
     else:
-        before = {name: own.get(name, shared) for name in names} if parameter.per_expert else {"": shared}
-        changes = {
-            "parameters": dict(recipe.parameters) | {each.key: value},
-            "models": [_with_own(entry, each.key, None) for entry in recipe.models],
-        }
-        key = f"parameters.{each.key}"
-        replaced = {key: plain(shared)} if each.key in recipe.parameters else {}
-        replaced |= {f"models.{name}.{key}": plain(each_own) for name, each_own in own.items()}
-        note = f"{each.option}: replaces {_shared_text(recipe, each.key, default)}"
-        note += f", and the models' own: {', '.join(f'{n} {text_of(v)}' for n, v in own.items())}" if own else ""
-    if all(_same(value, one) for one in before.values()):
-        if swept:
-            return recipe.overridden(changes, (), mergekit=recipe.mergekit)
+        found = _for_one(recipe, each, each.expert, value, default, own)
+    told: list[Override] = []
+    if not all(_same(value, one) for one in found.before):
+        note = f"{each.option}: replaces {found.what}"
+        told.append(Override(each.option, found.key, plain(value), found.replaced, note))
+    elif not swept:
         raise InputError(f"{each.option}: changes nothing, since {recipe.where} has that value already; leave it out")
-    return recipe.overridden(
-        changes, [Override(each.option, key, plain(value), replaced, note)], mergekit=recipe.mergekit
+    return recipe.overridden(found.changes, told, mergekit=recipe.mergekit)
+
+
+def _for_all(
+    recipe: Recipe, key: str, value: Any, default: Any, own: Mapping[str, Any], per_expert: bool
+) -> _Replacement:
+    shared = recipe.parameters.get(key, default)
+    place = f"parameters.{key}"
+    replaced = {place: plain(shared)} if key in recipe.parameters else {}
+    replaced |= {f"models.{name}.{place}": plain(each) for name, each in own.items()}
+    what = _shared_text(recipe, key, default)
+    what += (
+        f", and the models' own: {', '.join(f'{name} {text_of(each)}' for name, each in own.items())}" if own else ""
     )
+    changes = {
+        "parameters": dict(recipe.parameters) | {key: value},
+        "models": [_with_own(entry, key, None) for entry in recipe.models],
+    }
+    before = [own.get(name, shared) for name in _names(recipe)] if per_expert else [shared]
+    return _Replacement(changes, place, before, replaced, what)
+
+
+def _for_one(
+    recipe: Recipe, each: _Assignment, expert: str, value: Any, default: Any, own: Mapping[str, Any]
+) -> _Replacement:
+    position = _position(recipe, expert, each.option)
+    models = list(recipe.models)
+    models[position] = _with_own(models[position], each.key, value)
+    place = f"models.{expert}.parameters.{each.key}"
+    if expert in own:
+        before, what = own[expert], f"its own {text_of(own[expert])}"
+    else:
+        before, what = recipe.parameters.get(each.key, default), _shared_text(recipe, each.key, default)
+    replaced = {place: plain(before)} if expert in own else {}
+    return _Replacement({"models": models}, place, [before], replaced, what)
 
 
 def _shared_text(recipe: Recipe, key: str, default: Any) -> str:
