@@ -227,7 +227,7 @@ def merge(
     progress: "ProgressOption" = False,
     noted: "Callable[[str], None] | None" = None,
     **parameters: Any,
-) -> "Summary | AdapterSummary | dict[str, Any] | nn.Module":
+) -> "Summary | AdapterSummary | dict[str, Any] | Any":  # Any: a module, of the base's class
     """Merge experts into one model: paths to files, state dicts to a state dict, modules to a module.
 
         theta = theta_0 + method(tau_1 ... tau_K),   tau_k = theta_k - theta_0

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from consilience.checkpoints import lora_names
 from consilience.checkpoints.adapter_files import adapter_files
-from consilience.checkpoints.safetensors_file import _entry, _plain_entry, may_hold_factors
+from consilience.checkpoints.safetensors_file import _entry, _plain_entry, may_hold_factors  # pyright: ignore[reportPrivateUsage]
 from consilience.errors import InputError
 
 SIZES = st.one_of(st.integers(-2, 5), st.sampled_from([1 << 59, 1 << 60, 1 << 64, True, False, 1.0, "1", None]))
@@ -47,7 +47,7 @@ def test_well_formed_entries_are_read_quickly(raw: Any) -> None:
     assert _plain_entry("x", raw, 100) == _entry(Path("f"), "x", raw, 100)
 
 
-KINDS = {"like": lora_names._LIKE, **lora_names._OTHER_KINDS}
+KINDS = {"like": lora_names._LIKE, **lora_names._OTHER_KINDS}  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
