@@ -343,6 +343,8 @@ def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[
         "loader": loader,
         "notes": notes,
     }
+    if plan.recipe.overrides:
+        document["overrides"] = [asdict(one) for one in plan.recipe.overrides]
     write_chosen(result, adapter_files(plan))
     (result / OURS).mkdir()
     write_json(result / OURS / "lineage.json", document)

@@ -106,6 +106,8 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         "differences": [asdict(one) for one in plan.differences],
         "output": {"fingerprint": whole, "tensors": output},
     }
+    if plan.recipe.overrides:
+        document["overrides"] = [asdict(one) for one in plan.recipe.overrides]
     if plan.statistics:
         document["statistics"] = [
             {"folder": str(one.path)} | {key: value for key, value in asdict(one.facts).items() if key != "alias"}

@@ -32,7 +32,7 @@ from consilience.engine.summary import Summary, below_unit, rounding
 from consilience.engine.unchanged import check_files, check_stamps, check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
 from consilience.engine.worker import Record
-from consilience.errors import InputError, MachineError
+from consilience.errors import InputError, MachineError, one_line
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, json_text, workdir, write_file, write_json
 
@@ -53,8 +53,9 @@ def recipe_value(plan: Plan) -> dict[str, Any]:
 
 
 def recipe_text(plan: Plan) -> str:
-    """Return the resolved recipe as YAML."""
-    return yaml.safe_dump(recipe_value(plan), sort_keys=False, allow_unicode=True)
+    """Return the resolved recipe as YAML; comments before it say what of the recipe as it was read was replaced."""
+    told = "".join(f"# {one_line(override.note)}\n" for override in plan.recipe.overrides)
+    return told + yaml.safe_dump(recipe_value(plan), sort_keys=False, allow_unicode=True)
 
 
 def _resume(work: Workdir, plan: Plan) -> dict[Piece, Record]:

@@ -421,7 +421,8 @@ def make_plan(
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
     merged = [t.name for t in planned if t.parameters or t.program is not None]
-    notes = [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
+    notes = [one.note for one in recipe.overrides]
+    notes += [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
     notes += _without_statistics(method, planned, where)
     metadata = {"format": "pt"} | {
         k: v
