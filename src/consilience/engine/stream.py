@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from consilience.checkpoints.checkpoint import same_bytes
-from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.plan import Plan, TensorPlan, segments_of
 from consilience.engine.selection import Piece, Selection
-from consilience.engine.sums import Summation
+from consilience.engine.sums import STRIP, Grams, Magnitudes, Peaks, Summation, out_of_range
 from consilience.engine.worker import Record, Sink, Stopped, Worker
 from consilience.errors import InputError, MachineError, option
 from consilience.experts.block import Loader, Marks, NonFinite, count_tensor
 from consilience.experts.expert_set import Opened
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
-from consilience.methods.program import Elementwise, Matrix, Program
+from consilience.methods.program import Elementwise, Matrix, Program, Sums
 from consilience.methods.ties import kept
 from consilience.numbers import check_threads
 from consilience.progress import NullProgress, Progress
@@ -145,18 +145,36 @@ class Streamer:
         each([lambda s=s: self._finish(tensor, s, program, selection) for s in self._open(tensor)])
 
     def _sums(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Elementwise:
-        assert program.needs != "none"
         assert program.finish is not None
-        summation = Summation(program.needs, len(tensor.rows))
+        rows = len(tensor.rows)
+        if program.needs == "l1":
+            return program.finish(
+                self._added(tensor, Magnitudes(rows, lambda: self._worker().step(tensor, program)), each)
+            )
+        sums = self._added(tensor, Grams(rows, tensor.shape, program.over), each)
+        if tensor.wide and out_of_range(sums):  # rare: magnitudes whose squares float64 cannot hold
+            highest = Peaks(rows)
+            pieces = [tensor.span(segment) for segment in range(tensor.segments)]
+            each([lambda span=span: highest.add(self._worker().loader(tensor, first=False), *span) for span in pieces])
+            if any(highest.exponents):
+                sums = self._added(tensor, Grams(rows, tensor.shape, program.over, highest.exponents), each, again=True)
+        return program.finish(sums)
 
-        def run(segment: int) -> None:
-            worker = self._worker()
-            step = worker.step(tensor, program)
-            summation.add(worker.loader(tensor), *tensor.span(segment), step, self._marks(tensor, segment))
-            self._tick(tensor, segment)
+    def _added(self, tensor: TensorPlan, summation: Summation, each: _Each, again: bool = False) -> Sums:
+        """Return sums over all segments; with ``again`` the pass is one that nobody had planned."""
 
-        each([lambda s=s: run(s) for s in range(tensor.segments)])
-        return program.finish(summation.result())
+        def run(segments: Iterable[int]) -> None:
+            for segment in segments:
+                marks = None if again else self._marks(tensor, segment)
+                loader = self._worker().loader(tensor, first=not again)
+                summation.add(loader, *tensor.span(segment), marks)
+                if not again:
+                    self._tick(tensor, segment)
+
+        together = segments_of(STRIP, tensor.segments) if isinstance(summation, Grams) and summation.over.across else 1
+        numbers = range(tensor.segments)
+        each([lambda at=at: run(numbers[at : at + together]) for at in range(0, tensor.segments, together)])
+        return summation.result()
 
     def _model_trim(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         """A trim that ranks the magnitudes of all tensors together."""
