@@ -322,7 +322,11 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
         running = name.endswith(_RUNNING)
         program, parameters = _program(context, spec, parameters, running)
         alone = stack == [donor] and low_rank_weights(program) == (1.0,)
-        if program is None or (alone and program.space == "weights") or (program.space == "task_vectors" and all(row.untouched for row in rows)):
+        if (
+            program is None
+            or (alone and program.space == "weights")
+            or (program.space == "task_vectors" and all(row.untouched for row in rows))
+        ):
             program, rows = None, ()  # its value is the donor's
     converted = context.out_dtype is not None and info.dtype.mergeable and not packed
     out_dtype = context.out_dtype if converted and context.out_dtype is not None else info.dtype

@@ -1,7 +1,7 @@
 """Inner products of a stack's rows, a tile at a time from stored values: of whole rows, or of vectors within them.
 
 Sums do not depend on blocks or threads. Each *leaf* of at most ``TILE`` elements is summed by halving in float64; what
-adds leaves up has them in a fixed order, or adds exactly. The pair of rows (i, j), j <= i, has number i (i + 1) / 2 + j.
+adds leaves up has them in a fixed order, or adds exactly. The pair of rows (i, j), j <= i, is number i (i + 1) / 2 + j.
 """
 
 from typing import Any
@@ -113,9 +113,9 @@ def gram_stretches(taken: Any, size: int, like: Any, units: Any, start: int, len
 
 @kernel
 def gram_columns(taken: Any, size: int, like: Any, units: Any, first: int, columns: int, out: Any) -> None:
-    """Add the pairs' products to ``out`` [pairs, width]: an element's to its column, whose number counts from ``first``.
+    """Add the pairs' products to ``out`` [pairs, width], each to its element's column.
 
-    Columns are ``columns`` elements apart in their places: element i of the block is of column (first + i) % columns.
+    Element i of the block is of column (first + i) % ``columns``, which is less than the width.
     """
     rows, base = np.empty((like.size, TILE), like.dtype), np.empty(TILE, like.dtype)
     for at in range(0, size, TILE):

@@ -67,7 +67,8 @@ def karcher(
         (valid,) = np.nonzero(norms > 0)
         if valid.size:
             mean = karcher_mean(cosines(sums)[np.ix_(valid, valid)], max_iter, tol)
-            weights[valid] = mean * (float(norms.mean()) / norms[valid])
+            with np.errstate(over="ignore"):  # a model 1e308 times as long as another: what overflows is refused
+                weights[valid] = mean * (float(norms.mean()) / norms[valid])
         return Elementwise("weights", summed(weights, Over(), tensor.shape))
 
     return Elementwise("weights", weighted((1.0 / count,) * count), needs="gram", finish=finish)

@@ -44,6 +44,7 @@ def multislerp(
         if not mean >= eps or mean == 0:
             return weights
         length = float((weights * norms).sum())
-        return np.where(norms > 0, weights * (length / mean) / np.where(norms > 0, norms, 1.0), 0.0)
+        with np.errstate(over="ignore"):  # a model 1e308 times as long as another: what overflows is refused
+            return np.where(norms > 0, weights * (length / mean) / np.where(norms > 0, norms, 1.0), 0.0)
 
     return Elementwise(space, weighted(tuple(map(float, weights))), needs="gram", finish=finish)

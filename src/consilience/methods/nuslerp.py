@@ -54,9 +54,9 @@ def nuslerp(
 
     def finish(sums: Sums) -> Elementwise:
         assert sums.gram is not None
-        products = [np.ascontiguousarray(sums.gram[i, j]).reshape(-1) for i, j in ((0, 0), (0, 1), (1, 1))]
-        factors = np.empty((2, products[0].size))
-        interpolations(*products, t, factors)
+        aa, ab, bb = (np.ascontiguousarray(sums.gram[i, j]).reshape(-1) for i, j in ((0, 0), (0, 1), (1, 1)))
+        factors = np.empty((2, aa.size))
+        interpolations(aa, ab, bb, t, factors)
         return Elementwise(space, summed(factors if sums.gram.ndim > 2 else factors[:, 0], over, tensor.shape))
 
     return Elementwise(space, weighted((1.0 - t, t)), needs="gram", over=over, finish=finish)

@@ -134,10 +134,10 @@ class Ranks:
 class Sums:
     """Whole-tensor sums that ``Elementwise.finish`` receives, in float64, equal for any block size and thread count.
 
-    ``gram`` [K, K] are the inner products of the raw rows, or [K, K, G] those of the G vectors that ``Elementwise.over``
-    names (not of a single one, which is the tensor), with row k times 2^-exponents[k]: all 0, unless float64 could not
-    hold them. ``l1`` [K] and ``l1_stepped`` [K] are the sums of magnitudes before and after the program's step. Only
-    what ``Elementwise.needs`` names is filled.
+    ``gram`` [K, K] are the inner products of the raw rows, or [K, K, G] those of the G vectors that the program is
+    ``over`` (not of a single one, which is the tensor), with row k times 2^-exponents[k]: all 0, unless float64 could
+    not hold them. ``l1`` [K] and ``l1_stepped`` [K] are the sums of magnitudes before and after the program's step.
+    Only what ``Elementwise.needs`` names is filled.
     """
 
     gram: npt.NDArray[np.float64] | None = None
