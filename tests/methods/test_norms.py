@@ -306,6 +306,16 @@ def test_adapters_merge_as_the_models_they_make(tmp_path: Path) -> None:
     for method, arguments in LORA:
         found, expected = (result(method, root, folders[which], arguments) for which in ("adapters", "full"))
         assert np.linalg.norm(found - expected) < 3e-6 * np.linalg.norm(expected)
+        if method != "karcher" and not arguments:
+            cs.merge_recipe(
+                build_recipe(method, root, folders["adapters"], {}), tmp_path / "merged", as_adapter="cat", force=True
+            )
+            parts = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+            update = parts[f"{module}.lora_B.weight"].astype(np.float64) @ parts[f"{module}.lora_A.weight"]
+            assert np.linalg.norm(base + update - expected) < 3e-6 * np.linalg.norm(expected)
+    recipe = build_recipe("passthrough", root, {"e0": folders["adapters"]["e0"]}, {"scale": 2.0})
+    with pytest.raises(cs.InputError, match="of the base by 2"):
+        cs.merge_recipe(recipe, tmp_path / "no", as_adapter="cat")
     one, whole = folders["adapters"]["e0"], load_file(Path(folders["full"]["e0"]) / "model.safetensors")[name]
     for start, model in ((root, one), (None, f"{root}+{one}")):
         np.testing.assert_allclose(result("passthrough", start, {"x": model}, {}), whole, rtol=1e-5, atol=1e-5)
