@@ -121,6 +121,20 @@ def test_nuslerp_has_one_angle_per_tensor_row_or_column(shape: tuple[int, ...], 
     close(first, start + (expected(0) if shape else arc(a, b, t)))
 
 
+@pytest.mark.parametrize("shape", [(40, 1000), (3, 20000), (2, 3, 4097)])
+def test_sums_across_rows_of_many_segments(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns fewer and more than a strip has elements; strips of one segment and of two."""
+    _, (a, b) = models(shape, 2)
+    flat = [x.reshape(shape[0], -1).T for x in (a, b)]
+    expected = np.stack([arc(x, y, 0.5) for x, y in zip(*flat, strict=True)]).T.reshape(shape)
+    monkeypatch.setattr("consilience.engine.sums.STRIP", 8192)
+    monkeypatch.setattr("consilience.engine.stream.STRIP", 8192)
+    for segment in (4096, 8192):
+        monkeypatch.setattr("consilience.engine.plan.SEGMENT", segment)
+        found = merged(None, [a, b], "nuslerp", nuslerp_flatten=False, nuslerp_row_wise=True, threads=2)
+        close(found, expected, 1e-9)  # some columns of two elements are nearly opposite
+
+
 @pytest.mark.parametrize("shape", [(4099,), (31, 17), (4, 3, 2, 5)])
 @pytest.mark.parametrize("based", [True, False])
 def test_multislerp_is_the_published_mean_in_the_tangent_space(shape: tuple[int, ...], based: bool) -> None:
