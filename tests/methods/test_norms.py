@@ -127,7 +127,7 @@ def test_sums_across_rows_of_many_segments(shape: tuple[int, ...], monkeypatch: 
     _, (a, b) = models(shape, 2)
     flat = [x.reshape(shape[0], -1).T for x in (a, b)]
     expected = np.stack([arc(x, y, 0.5) for x, y in zip(*flat, strict=True)]).T.reshape(shape)
-    monkeypatch.setattr("consilience.engine.sums.STRIP", 8192)
+    monkeypatch.setattr("consilience.engine.grams.STRIP", 8192)
     monkeypatch.setattr("consilience.engine.stream.STRIP", 8192)
     for segment in (4096, 8192):
         monkeypatch.setattr("consilience.engine.plan.SEGMENT", segment)

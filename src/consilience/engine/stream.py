@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from consilience.checkpoints.checkpoint import same_bytes
+from consilience.engine.grams import STRIP, Grams, Peaks, out_of_range
 from consilience.engine.plan import Plan, TensorPlan, segments_of
 from consilience.engine.selection import Piece, Selection
-from consilience.engine.sums import STRIP, Grams, Magnitudes, Peaks, Summation, out_of_range
+from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Stopped, Worker
 from consilience.errors import InputError, MachineError, option
 from consilience.experts.block import Loader, Marks, NonFinite, count_tensor
@@ -146,35 +147,44 @@ class Streamer:
 
     def _sums(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Elementwise:
         assert program.finish is not None
-        rows = len(tensor.rows)
-        if program.needs == "l1":
-            return program.finish(
-                self._added(tensor, Magnitudes(rows, lambda: self._worker().step(tensor, program)), each)
-            )
-        sums = self._added(tensor, Grams(rows, tensor.shape, program.over), each)
-        if tensor.wide and out_of_range(sums):  # rare: magnitudes whose squares float64 cannot hold
-            highest = Peaks(rows)
-            pieces = [tensor.span(segment) for segment in range(tensor.segments)]
-            each([lambda span=span: highest.add(self._worker().loader(tensor, first=False), *span) for span in pieces])
-            if any(highest.exponents):
-                sums = self._added(tensor, Grams(rows, tensor.shape, program.over, highest.exponents), each, again=True)
-        return program.finish(sums)
+        if program.needs == "gram":
+            return program.finish(self._inner_products(tensor, program, each))
+        summation = Summation(len(tensor.rows))
 
-    def _added(self, tensor: TensorPlan, summation: Summation, each: _Each, again: bool = False) -> Sums:
-        """Return sums over all segments; with ``again`` the pass is one that nobody had planned."""
+        def run(segment: int) -> None:
+            worker = self._worker()
+            step = worker.step(tensor, program)
+            summation.add(worker.loader(tensor), *tensor.span(segment), step, self._marks(tensor, segment))
+            self._tick(tensor, segment)
+
+        each([lambda s=s: run(s) for s in range(tensor.segments)])
+        return program.finish(summation.result())
+
+    def _inner_products(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Sums:
+        rows, pieces = len(tensor.rows), range(tensor.segments)
+        sums = self._gram(tensor, Grams(rows, tensor.shape, program.over), each)
+        if not (tensor.wide and out_of_range(sums)):
+            return sums
+        highest = Peaks(rows)  # rare: magnitudes whose squares float64 cannot hold
+        each([lambda s=s: highest.add(self._worker().loader(tensor, first=False), *tensor.span(s)) for s in pieces])
+        if not any(highest.exponents):
+            return sums
+        return self._gram(tensor, Grams(rows, tensor.shape, program.over, highest.exponents), each, again=True)
+
+    def _gram(self, tensor: TensorPlan, grams: Grams, each: _Each, *, again: bool = False) -> Sums:
+        """Return the inner products over all segments; with ``again`` by a pass that was not planned."""
 
         def run(segments: Iterable[int]) -> None:
             for segment in segments:
                 marks = None if again else self._marks(tensor, segment)
-                loader = self._worker().loader(tensor, first=not again)
-                summation.add(loader, *tensor.span(segment), marks)
+                grams.add(self._worker().loader(tensor, first=not again), *tensor.span(segment), marks)
                 if not again:
                     self._tick(tensor, segment)
 
-        together = segments_of(STRIP, tensor.segments) if isinstance(summation, Grams) and summation.over.across else 1
-        numbers = range(tensor.segments)
-        each([lambda at=at: run(numbers[at : at + together]) for at in range(0, tensor.segments, together)])
-        return summation.result()
+        pieces = range(tensor.segments)
+        together = max(1, segments_of(STRIP, tensor.segments)) if grams.over.across else 1
+        each([lambda at=at: run(pieces[at : at + together]) for at in range(0, tensor.segments, together)])
+        return grams.result()
 
     def _model_trim(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         """A trim that ranks the magnitudes of all tensors together."""
