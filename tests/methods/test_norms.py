@@ -244,6 +244,16 @@ def test_tensors_of_zeros() -> None:
         np.testing.assert_allclose(found, factor * (rows[0] + rows[1]), rtol=1e-14)
 
 
+def test_nonfinite_values_that_are_let_through_make_no_zeros_of_others() -> None:
+    rows = [np.array([1.0, np.nan, 2.0]), np.array([3.0, 4.0, np.inf]), np.array([5.0, 6.0, 7.0])]
+    for method, count in (("slerp", 2), ("nuslerp", 2), ("multislerp", 3), ("karcher", 3), ("model_stock", 3)):
+        base = np.ones(3) if method in ("slerp", "model_stock") else None
+        found = merged(base, rows[: count - (method == "slerp")], method, allow_nonfinite=True)
+        assert not np.isfinite(found[1]), method
+        linear = {"slerp": 1.0, "nuslerp": 2.0, "multislerp": 3.0}.get(method, np.nan)  # no angle: as for zeros
+        np.testing.assert_allclose(found[0], linear)
+
+
 def test_directions_that_cancel() -> None:
     a = np.arange(1.0, 7.0)
     np.testing.assert_allclose(merged(None, [a, -a], "nuslerp", weight={"e0": 3, "e1": 1}), 0.5 * a, rtol=1e-14)

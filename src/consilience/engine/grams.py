@@ -2,7 +2,6 @@
 
 import math
 import threading
-from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ RANGE = 900
 
 def _pairs(rows: int) -> list[tuple[int, int]]:
     """Return the pairs of rows (i, j), j <= i, in the order of ``kernels.gram``."""
-    return [(i, j) for j, i in sorted(combinations_with_replacement(range(rows), 2), key=lambda pair: pair[::-1])]
+    return [(i, j) for i in range(rows) for j in range(i + 1)]
 
 
 class Grams:

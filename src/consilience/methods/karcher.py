@@ -64,10 +64,12 @@ def karcher(
 
     def finish(sums: Sums) -> Elementwise:
         norms, weights = lengths(sums), np.zeros(count)
-        (valid,) = np.nonzero(norms > 0)
+        (valid,) = np.nonzero(norms)
         if valid.size:
             mean = karcher_mean(cosines(sums)[np.ix_(valid, valid)], max_iter, tol)
-            with np.errstate(over="ignore"):  # a model 1e308 times as long as another: what overflows is refused
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # a model 1e308 times as long as another: what overflows is refused
                 weights[valid] = mean * (float(norms.mean()) / norms[valid])
         return Elementwise("weights", summed(weights, Over(), tensor.shape))
 

@@ -43,7 +43,7 @@ def model_stock(
         for i, j in pairs:
             cosine = cosine + found[i, j] / len(pairs)
         denominator = 1.0 + (count - 1) * cosine
-        t = np.where(denominator > _SINGULAR, count * cosine / np.maximum(denominator, _SINGULAR), 0.0)
+        t = np.where(denominator <= _SINGULAR, 0.0, count * cosine / np.maximum(denominator, _SINGULAR))
         t = np.maximum(t, 0.0) if ratio == "clamped" else t
         factors = np.broadcast_to(t / count, (count, *t.shape))
         return Elementwise("task_vectors", summed(factors, over, tensor.shape))

@@ -1,11 +1,12 @@
 """Multi-SLERP: the weighted mean direction of several models, at their mean length."""
 
+import math
 from typing import Annotated
 
 import numpy as np
 
 from consilience.methods.linear import normalised
-from consilience.methods.program import Elementwise, Over, Sums
+from consilience.methods.program import Elementwise, Floats, Over, Sums
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
 from consilience.methods.vector_sum import cosines, lengths, summed
 from consilience.methods.weighted_sum import weighted
@@ -36,12 +37,11 @@ def multislerp(
     weights = np.array(normalised(tensor, weight) if normalize_weights else weight)
 
     def finish(sums: Sums) -> Elementwise:
-        norms = lengths(sums)
-        mean = float((weights * (cosines(sums) * weights).sum(1)).sum()) ** 0.5 if norms.any() else 0.0
-        return Elementwise(space, summed(_weights(norms, mean), Over(), tensor.shape))
+        mean = math.sqrt(max(0.0, float((weights * (cosines(sums) * weights).sum(1)).sum())))
+        return Elementwise(space, summed(multipliers(lengths(sums), mean), Over(), tensor.shape))
 
-    def _weights(norms: np.ndarray, mean: float) -> np.ndarray:
-        if not mean >= eps or mean == 0:
+    def multipliers(norms: Floats, mean: float) -> Floats:
+        if mean < eps or mean == 0:
             return weights
         length = float((weights * norms).sum())
         with np.errstate(over="ignore"):  # a model 1e308 times as long as another: what overflows is refused

@@ -58,7 +58,7 @@ def lengths(sums: Sums) -> Floats:
     highest = max(sums.exponents, default=0)
     found = np.ldexp(np.sqrt(squares), np.array(sums.exponents) - highest)
     largest = found.max(initial=0.0)
-    return found / largest if largest > 0 else found
+    return found / largest if 0 < largest < np.inf else found
 
 
 def cosines(sums: Sums) -> Floats:
@@ -66,6 +66,6 @@ def cosines(sums: Sums) -> Floats:
     assert sums.gram is not None
     norms = np.sqrt(np.einsum("kk...->k...", sums.gram))
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.where(norms > 0, sums.gram / (norms[:, None] * norms[None]), 0.0)
-    found = np.where((norms > 0)[:, None], found, 0.0)
+        found = sums.gram / (norms[:, None] * norms[None])
+    found[(norms == 0)[:, None] | (norms == 0)[None]] = 0.0  # NaN, which --allow-nonfinite lets through, stays
     return np.clip(found, -1.0, 1.0)
