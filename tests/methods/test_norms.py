@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import consilience as cs
 from consilience.api import build_recipe
+from consilience.engine.summary import Summary
 from consilience.methods.karcher import karcher_mean
 from tests.methods.matrices import CONFIG, draw, write
 
@@ -56,9 +57,9 @@ def arc(a: Array, b: Array, t: float) -> Array:
 def multislerp(rows: list[Array], weights: list[float]) -> Array:
     """As published: the weighted mean in the tangent space at the weighted mean, along the exponential map."""
     units = [row.astype(REAL) / norm(row) for row in rows]
-    total = sum(w * u for w, u in zip(weights, units, strict=True))
+    total = np.sum([w * u for w, u in zip(weights, units, strict=True)], axis=0)
     mean = total / norm(total)
-    tangent = sum(w * (u - (u * mean).sum() * mean) for w, u in zip(weights, units, strict=True))
+    tangent = np.sum([w * (u - (u * mean).sum() * mean) for w, u in zip(weights, units, strict=True)], axis=0)
     step = norm(tangent)
     found = mean * np.cos(step) + (tangent * np.sin(step) / step if step else 0)
     return np.asarray(found * sum(w * norm(row) for w, row in zip(weights, rows, strict=True)))
@@ -299,6 +300,12 @@ def test_the_mean_is_as_long_as_the_models_and_between_them(
         assert found <= max(norm(row) for row in doubles) * (1.5 if method == "nuslerp" else 1 + 2 * tolerance)
 
 
+def merge_files(recipe: Any, out: Path) -> Summary:
+    summary = cs.merge_recipe(recipe, out)
+    assert isinstance(summary, Summary)
+    return summary
+
+
 LORA: list[tuple[str, dict[str, Any]]] = [
     ("nuslerp", {}),
     ("nuslerp", {"nuslerp_flatten": False}),
@@ -351,7 +358,7 @@ def test_passthrough_copies_bytes_or_scales_by_name_and_depth(tmp_path: Path) ->
     tensors = {n: rng.standard_normal((5, 7)).astype(np.float32) for n in names}
     model = write(tmp_path / "model", tensors, "{}")
     (tmp_path / "copy.yaml").write_text(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\ndtype: float32\n")
-    summary = cs.merge_recipe(tmp_path / "copy.yaml", tmp_path / "copy")
+    summary = merge_files(tmp_path / "copy.yaml", tmp_path / "copy")
     assert summary.merged == 0
     assert not any("the result is the base" in note for note in summary.notes)
     for n, value in load_file(tmp_path / "copy" / "model.safetensors").items():
@@ -368,7 +375,7 @@ models:
         - value: [1.0, 2.0]
 """
     )
-    summary = cs.merge_recipe(tmp_path / "scaled.yaml", tmp_path / "scaled")
+    summary = merge_files(tmp_path / "scaled.yaml", tmp_path / "scaled")
     found = load_file(tmp_path / "scaled" / "model.safetensors")
     for n, value in tensors.items():
         scale = 0.0 if "o_proj" in n else 1 + int(n.split(".")[2]) / 2
@@ -439,7 +446,7 @@ def test_model_stock_reports_what_the_dtype_swallows(tmp_path: Path, filter_wise
     recipe = build_recipe(
         "model_stock", str(folders[0]), {"a": str(folders[1]), "b": str(folders[2])}, {"filter_wise": filter_wise}
     )
-    summary = cs.merge_recipe(recipe, tmp_path / "out")
+    summary = merge_files(recipe, tmp_path / "out")
     taus = [x.astype(np.float64) - base.astype(np.float64) for x in experts]
     for loss, tau in zip(summary.below_unit, taus, strict=True):
         if filter_wise:
