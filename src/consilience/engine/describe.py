@@ -9,7 +9,7 @@ from consilience.engine.output import tie_notes
 from consilience.engine.plan import SEGMENT, Plan, TensorPlan
 from consilience.experts.block import LARGEST_BLOCK, block_size
 from consilience.experts.model import Model
-from consilience.methods.program import Matrix
+from consilience.methods.program import Elementwise, Matrix
 
 #: What one core did on the machine the defaults were measured on; a dry run's time is an estimate from these.
 READ_RATE, WRITE_RATE, VALUE_RATE = 3.0e9, 0.8e9, 4.0e8
@@ -42,6 +42,8 @@ def _scratch(tensor: TensorPlan) -> int:
     ranking = rows * SEGMENT // 4 if tensor.ranks is not None else 0
     if isinstance(tensor.program, Matrix):
         ranking = int(tensor.program.copies * rows * tensor.numel * (8 if tensor.wide else 4))
+    if isinstance(tensor.program, Elementwise) and tensor.program.needs == "gram":
+        ranking = 30 * rows * rows * (tensor.numel // max(1, tensor.program.over.length(tensor.shape)))
     factors = max((s.pair.a.numel + s.pair.b.numel for s in tensor.rows if s.pair), default=0) * 8
     return block + ranking + factors + LARGEST_BLOCK * 8
 

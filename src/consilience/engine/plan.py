@@ -25,7 +25,7 @@ from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
 from consilience.methods.ties import elect
-from consilience.methods.weighted_sum import PiecewiseSum, weighted
+from consilience.methods.weighted_sum import PiecewiseSum, low_rank_weights, weighted
 from consilience.name_filter import any_filter, name_filter
 from consilience.recipe.resolve import Settings, depths
 from consilience.recipe.schema import Recipe
@@ -43,6 +43,11 @@ SHARD_SIZE = 5_000_000_000
 def segments(numel: int) -> int:
     """Return how many pieces workers take of a tensor."""
     return -(-numel // SEGMENT)
+
+
+def segments_of(elements: int, count: int) -> int:
+    """Return how many segments make up so many elements; ``count``, that is all of them, if they do not fit."""
+    return elements // SEGMENT if elements % SEGMENT == 0 else count
 
 
 def span(numel: int, segment: int) -> tuple[int, int]:
@@ -241,7 +246,7 @@ def check_count(method: Method, base: Model | None, experts: int, where: str) ->
         raise InputError(
             f"{where}: method {method.name!r} needs a base_model; name the model the experts were tuned from"
         )
-    count = experts + (1 if method.counts_base else 0)
+    count = experts + (1 if method.counts_base and base is not None else 0)
     if count < method.minimum or (method.maximum is not None and count > method.maximum):
         of = "models with the base" if method.counts_base else "expert" if method.maximum == 1 else "models"
         need = f"exactly {method.minimum}" if method.minimum == method.maximum else f"at least {method.minimum}"
@@ -309,14 +314,20 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     program: Program | None = None
     parameters: dict[str, Any] = {}
     if merged:
-        stack = ([donor] if context.method.counts_base else []) + context.experts
+        stack = ([donor] if context.counts_base else []) + context.experts
         rows = tuple(alignment.source(model, target) for model in stack)
-        spec = TensorSpec(target, info.shape, info.numel, tuple(m.name for m in stack), context.statistics)
+        names = tuple(m.name for m in stack)
+        spec = TensorSpec(target, info.shape, info.numel, names, context.statistics, context.base is not None)
         parameters = context.settings.at(target, context.depths.get(target, 0.0))
         running = name.endswith(_RUNNING)
         program, parameters = _program(context, spec, parameters, running)
-        if program is None or (program.space == "task_vectors" and all(row.untouched for row in rows)):
-            program, rows = None, ()
+        alone = stack == [donor] and low_rank_weights(program) == (1.0,)
+        if (
+            program is None
+            or (alone and program.space == "weights")
+            or (program.space == "task_vectors" and all(row.untouched for row in rows))
+        ):
+            program, rows = None, ()  # its value is the donor's
     converted = context.out_dtype is not None and info.dtype.mergeable and not packed
     out_dtype = context.out_dtype if converted and context.out_dtype is not None else info.dtype
     dtypes = [s.dense.dtype for s in (base, *rows) if s.dense is not None]
@@ -324,7 +335,7 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     wide = wide or any(dtype.bits > 32 for dtype in dtypes)
     return TensorPlan(
         index, name, info.shape, info.numel, out_dtype, -1, -1, wide, base, rows,
-        tuple(m.name for m in (([donor] if context.method.counts_base else []) + context.experts)) if rows else (),
+        tuple(m.name for m in (([donor] if context.counts_base else []) + context.experts)) if rows else (),
         program, parameters, target,
     )  # fmt: skip
 
@@ -341,6 +352,12 @@ class _Context:
     coefficients: Coefficients | None
     where: str
     statistics: tuple[Statistics, ...] = ()
+    base: Model | None = None
+
+    @property
+    def counts_base(self) -> bool:
+        """Whether the base is the stack's first row."""
+        return self.method.counts_base and self.base is not None
 
 
 def make_plan(
@@ -416,7 +433,7 @@ def make_plan(
         raise InputError(f"{where}: method 'coefficients' needs a coefficients file; name one as coefficients: PATH")
     statistics = _statistics(recipe, method, numbered, where, root)
     context = _Context(
-        method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where, statistics
+        method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where, statistics, base
     )
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)

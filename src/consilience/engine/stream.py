@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from consilience.checkpoints.checkpoint import same_bytes
-from consilience.engine.plan import Plan, TensorPlan
+from consilience.engine.grams import STRIP, Grams, Peaks, out_of_range
+from consilience.engine.plan import Plan, TensorPlan, segments_of
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import Summation
 from consilience.engine.worker import Record, Sink, Stopped, Worker
@@ -21,7 +22,7 @@ from consilience.experts.block import Loader, Marks, NonFinite, count_tensor
 from consilience.experts.expert_set import Opened
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
-from consilience.methods.program import Elementwise, Matrix, Program
+from consilience.methods.program import Elementwise, Matrix, Program, Sums
 from consilience.methods.ties import kept
 from consilience.numbers import check_threads
 from consilience.progress import NullProgress, Progress
@@ -145,9 +146,10 @@ class Streamer:
         each([lambda s=s: self._finish(tensor, s, program, selection) for s in self._open(tensor)])
 
     def _sums(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Elementwise:
-        assert program.needs != "none"
         assert program.finish is not None
-        summation = Summation(program.needs, len(tensor.rows))
+        if program.needs == "gram":
+            return program.finish(self._inner_products(tensor, program, each))
+        summation = Summation(len(tensor.rows))
 
         def run(segment: int) -> None:
             worker = self._worker()
@@ -157,6 +159,32 @@ class Streamer:
 
         each([lambda s=s: run(s) for s in range(tensor.segments)])
         return program.finish(summation.result())
+
+    def _inner_products(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Sums:
+        rows, pieces = len(tensor.rows), range(tensor.segments)
+        sums = self._gram(tensor, Grams(rows, tensor.shape, program.over), each)
+        if not (tensor.wide and out_of_range(sums)):
+            return sums
+        highest = Peaks(rows)  # rare: magnitudes whose squares float64 cannot hold
+        each([lambda s=s: highest.add(self._worker().loader(tensor, first=False), *tensor.span(s)) for s in pieces])
+        if not any(highest.exponents):
+            return sums
+        return self._gram(tensor, Grams(rows, tensor.shape, program.over, highest.exponents), each, again=True)
+
+    def _gram(self, tensor: TensorPlan, grams: Grams, each: _Each, *, again: bool = False) -> Sums:
+        """Return the inner products over all segments; with ``again`` by a pass that was not planned."""
+
+        def run(segments: Iterable[int]) -> None:
+            for segment in segments:
+                marks = None if again else self._marks(tensor, segment)
+                grams.add(self._worker().loader(tensor, first=not again), *tensor.span(segment), marks)
+                if not again:
+                    self._tick(tensor, segment)
+
+        pieces = range(tensor.segments)
+        together = max(1, segments_of(STRIP, tensor.segments)) if grams.over.across else 1
+        each([lambda at=at: run(pieces[at : at + together]) for at in range(0, tensor.segments, together)])
+        return grams.result()
 
     def _model_trim(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         """A trim that ranks the magnitudes of all tensors together."""

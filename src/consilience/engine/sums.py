@@ -3,16 +3,17 @@
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from consilience.experts.block import Loader, Marks
-from consilience.kernels.reduce import LEAF, leaf_magnitudes, leaf_products
+from consilience.kernels.reduce import LEAF, leaf_magnitudes
 from consilience.methods.program import Sums
 
 
-def _exact_sum(values: Any) -> float:
+def exact_sum(values: Any) -> float:
+    """Return the sum, correctly rounded; NaN where there is none."""
     try:
         return math.fsum(values)
     except (ValueError, OverflowError):  # infinities of both signs, or a sum beyond float64
@@ -20,10 +21,10 @@ def _exact_sum(values: Any) -> float:
 
 
 class Summation:
-    """Accumulates one tensor's sums, leaf by leaf, from any thread."""
+    """Accumulates one tensor's sums of magnitudes, leaf by leaf, from any thread."""
 
-    def __init__(self, kind: Literal["gram", "l1"], rows: int) -> None:
-        self.kind, self.rows = kind, rows
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
         self._leaves: dict[tuple[int, int], list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -49,27 +50,17 @@ class Summation:
 
         for at in range(start, stop, loader.size):
             stack, _ = loader.load(at, min(stop, at + loader.size), marks)
-            if self.kind == "gram":
-                for i in range(self.rows):
-                    for j in range(i + 1):
-                        record((i, j), leaf_products, stack[i], stack[j])
-            else:
-                for k in range(self.rows):
-                    record((k, 0), leaf_magnitudes, stack[k])
-                step(stack, at)
-                for k in range(self.rows):
-                    record((k, 1), leaf_magnitudes, stack[k])
+            for k in range(self.rows):
+                record((k, 0), leaf_magnitudes, stack[k])
+            step(stack, at)
+            for k in range(self.rows):
+                record((k, 1), leaf_magnitudes, stack[k])
         with self._lock:
             for key, parts in found.items():
                 self._leaves.setdefault(key, []).extend(parts)
 
     def result(self) -> Sums:
         """Return the sums: the leaves' exact total, whatever their order."""
-        exact = {key: _exact_sum(np.concatenate(parts)) for key, parts in self._leaves.items()}
-        if self.kind == "gram":
-            gram = np.zeros((self.rows, self.rows))
-            for (i, j), value in exact.items():
-                gram[i, j] = gram[j, i] = value
-            return Sums(gram=gram)
+        exact = {key: exact_sum(np.concatenate(parts)) for key, parts in self._leaves.items()}
         both = np.array([[exact.get((k, part), 0.0) for k in range(self.rows)] for part in (0, 1)])
         return Sums(l1=both[0], l1_stepped=both[1])

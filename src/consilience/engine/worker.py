@@ -173,11 +173,14 @@ class Worker:
         return block
 
     def _below(self, tensor: TensorPlan, program: Program, counts: Any) -> Below:
-        starts, table = program.table
-        scaled = (np.array(table, np.float64) * program.scale).astype(counts.dtype if tensor.wide else np.float32)
+        count, real = len(tensor.rows), counts.dtype if tensor.wide else np.float32
+        table, factors = (
+            (np.array(part, np.float64).reshape(shape) * program.scale).astype(real)
+            for part, shape in ((program.table.weights, (-1, count)), (program.table.factors, (count, -1)))
+        )
         narrow = program.space == "task_vectors" and tensor.out_dtype.bits <= 16
         unit = np.float32(2.0**-tensor.out_dtype.significand if narrow else 0.0)
-        return Below(np.array(starts, np.int64), scaled, unit, counts)
+        return Below(np.array(program.table.starts, np.int64), table, program.table.inner, factors, unit, counts)
 
     def _merged(
         self, tensor: TensorPlan, program: Elementwise, loader: Loader, kept: Kept, record: Record

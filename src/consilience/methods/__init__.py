@@ -4,7 +4,7 @@ What a method of one's own needs is here: see docs/methods/own.md.
 """
 
 from consilience.jit import kernel
-from consilience.methods.program import Arithmetic, Elementwise, Merge, Ranks, Step, Sums, Update
+from consilience.methods.program import Arithmetic, Elementwise, Merge, Over, Ranks, Step, Sums, Table, Update
 from consilience.methods.registry import load, names
 from consilience.methods.signature import (
     Default,
@@ -26,12 +26,14 @@ __all__ = [
     "Merge",
     "Method",
     "Others",
+    "Over",
     "Parameter",
     "PerExpert",
     "Range",
     "Ranks",
     "Step",
     "Sums",
+    "Table",
     "TensorSpec",
     "Update",
     "elementwise",

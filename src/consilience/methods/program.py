@@ -9,6 +9,7 @@ of the whole tensor first (ranks, sums) takes extra passes over the data, never 
 *Matrix* methods see a whole tensor at a time, as its ``Stack``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -17,6 +18,46 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """The vectors whose inner products a method asks for, and how a tensor's elements lie in them.
+
+    ``tensor``: the whole tensor is one. ``last``: those along its last dimension; ``rows``: those of the matrix of its
+    first dimension; ``first``: those along its first dimension. A tensor of one dimension is one vector.
+    """
+
+    name: Literal["tensor", "last", "rows", "first"] = "tensor"
+
+    @property
+    def across(self) -> bool:
+        """Whether a vector's elements lie apart; else they lie side by side."""
+        return self.name == "first"
+
+    def length(self, shape: tuple[int, ...]) -> int:
+        """Return a vector's number of elements."""
+        numel = math.prod(shape)
+        if self.name == "tensor" or len(shape) < 2 or not numel:
+            return numel
+        return numel // shape[0] if self.name == "rows" else shape[-1] if self.name == "last" else shape[0]
+
+    def inner(self, shape: tuple[int, ...]) -> int:
+        """Return how many neighbours are of the same vector: element i is of vector i // inner, modulo their number."""
+        return 1 if self.across and len(shape) > 1 else self.length(shape)
+
+
+class Table(NamedTuple):
+    """The rows' multipliers over a tensor, for reports.
+
+    On stretches that begin at elements ``starts`` [P] they are ``weights`` [P, K]; or, where ``inner`` > 0, element i
+    has those of number (i // inner) % G in ``factors`` [K, G].
+    """
+
+    starts: Any
+    weights: Any
+    inner: int = 0
+    factors: Any = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +96,8 @@ class Merge(Protocol):
         ...
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
-        """First elements of stretches of the tensor, and the rows' multipliers in each, for reports."""
+    def table(self) -> Table:
+        """The rows' multipliers all over the tensor, for reports."""
         ...
 
 
@@ -69,9 +110,9 @@ class Arithmetic:
     args: tuple[Any, ...] = ()
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    def table(self) -> Table:
         """One stretch."""
-        return (0,), (self.weights,)
+        return Table((0,), (self.weights,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +134,14 @@ class Ranks:
 class Sums:
     """Whole-tensor sums that ``Elementwise.finish`` receives, in float64, equal for any block size and thread count.
 
-    ``gram`` [K, K] are the inner products of the raw rows; ``l1`` [K] and ``l1_stepped`` [K] the sums of magnitudes
-    before and after the program's step. Only what ``Elementwise.needs`` names is filled.
+    ``gram`` [K, K] are the inner products of the raw rows, or [K, K, G] those of the G vectors that the program is
+    ``over`` (not of a single one, which is the tensor), with row k times 2^-exponents[k]: all 0, unless float64 could
+    not hold them. ``l1`` [K] and ``l1_stepped`` [K] are the sums of magnitudes before and after the program's step.
+    Only what ``Elementwise.needs`` names is filled.
     """
 
     gram: npt.NDArray[np.float64] | None = None
+    exponents: tuple[int, ...] = ()
     l1: npt.NDArray[np.float64] | None = None
     l1_stepped: npt.NDArray[np.float64] | None = None
 
@@ -106,7 +150,8 @@ class Sums:
 class Elementwise:
     """The treatment of one tensor by an element-wise method.
 
-    ``needs`` names sums over the whole tensor; ``finish`` then turns this program into the one to run.
+    ``needs`` names sums over the whole tensor, ``gram`` those of the vectors ``over``; ``finish`` then turns this
+    program into the one to run.
     """
 
     space: Literal["task_vectors", "weights"]
@@ -116,6 +161,7 @@ class Elementwise:
     scale: float = 1.0
     needs: Literal["none", "gram", "l1"] = "none"
     finish: "Callable[[Sums], Elementwise] | None" = None
+    over: Over = Over()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -123,8 +169,8 @@ class Elementwise:
         return self.merge.weights
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
-        """Stretches of the tensor, and the rows' multipliers in each."""
+    def table(self) -> Table:
+        """The rows' multipliers all over the tensor."""
         return self.merge.table
 
     @property
@@ -159,9 +205,9 @@ class Matrix:
     needs: ClassVar[Literal["none"]] = "none"
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    def table(self) -> Table:
         """One stretch."""
-        return (0,), (self.weights,)
+        return Table((0,), (self.weights,))
 
 
 Program = Elementwise | Matrix

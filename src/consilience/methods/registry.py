@@ -35,6 +35,11 @@ BUILT_IN: dict[str, str] = {
     "regmean": "consilience.methods.regmean",
     "fisher": "consilience.methods.fisher",
     "slerp": "consilience.methods.slerp",
+    "nuslerp": "consilience.methods.nuslerp",
+    "multislerp": "consilience.methods.multislerp",
+    "karcher": "consilience.methods.karcher",
+    "model_stock": "consilience.methods.model_stock",
+    "passthrough": "consilience.methods.passthrough",
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",
     "least_squares": "consilience.learned.least_squares",
@@ -50,8 +55,7 @@ BUILT_IN: dict[str, str] = {
 
 #: mergekit's methods that are not here.
 _MERGEKIT = (
-    "arcee_fusion", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp", "nuslerp",
-    "passthrough", "ram", "ramplus_tl", "sce",
+    "arcee_fusion", "breadcrumbs_ties", "della", "della_linear", "ram", "ramplus_tl", "sce",
 )  # fmt: skip
 
 

@@ -65,13 +65,17 @@ class NoEffect:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a method may know of a tensor without its data; ``statistics``: every expert's, if it reads any."""
+    """What a method may know of a tensor without its data.
+
+    ``statistics``: every expert's, if it reads any; ``base``: whether there is one to take task vectors from.
+    """
 
     name: str
     shape: tuple[int, ...]
     numel: int
     experts: tuple[str, ...]
     statistics: "tuple[Statistics, ...]" = ()
+    base: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +274,10 @@ def elementwise(
     Args:
         source: where it is published.
         base: whether a base model is needed; ``unused`` methods average weights and use a base, where one is named,
-            only for its config, tokenizer and tensor order (and under adapters).
+            only for its config, tokenizer and tensor order (and under adapters); methods with an ``optional`` one say
+            by ``TensorSpec.base`` what they do.
         experts: least and greatest number of stack rows.
-        counts_base: the base is row 0 of the stack (SLERP's first end point).
+        counts_base: the base, where there is one, is row 0 of the stack (SLERP's first end point).
         mergekit: defaults of mergekit's method of this name, where they differ: recipes in its form take them. A text
             is also what a plain ``true`` means there.
     """
