@@ -351,6 +351,7 @@ def check(
         typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
         merged = f"{facts['merged']} of {facts['tensors']} tensors merged"
+        merged = merged if plan.merges else f"{facts['tensors']} tensors"
         typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
         lines = [f"  warning: {text}" for text in by_level(plan.differences, "warning")]
         lines += [

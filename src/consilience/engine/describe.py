@@ -68,10 +68,15 @@ def describe_tensor(tensor: TensorPlan, owner: str) -> str:
     return f"{tensor.name}  {shape}  {dtype}  {action}"
 
 
+def counted(plan: Plan) -> str:
+    """Say how many tensors the output has, and how many of them are merged."""
+    merged = sum(t.program is not None for t in plan.tensors)
+    return f"{len(plan.tensors)}" + (f": {merged} merged, {len(plan.tensors) - merged} copied" if plan.merges else "")
+
+
 def describe(plan: Plan, threads: int) -> list[str]:
     """Return the lines of a dry run."""
     cost = estimate(plan, threads)
-    merged = sum(t.program is not None for t in plan.tensors)
     lines = [f"method   {plan.method.name}: {plan.method.summary}"]
     if plan.base is not None:
         lines.append(f"base     {plan.base.reference}")
@@ -82,7 +87,7 @@ def describe(plan: Plan, threads: int) -> list[str]:
     lines += [f"warning  {text}" for text in by_level(plan.differences, "warning")]
     lines += [f"note     {note}" for note in notes]
     lines += [f"private  {name}: {', '.join(tensors)}" for name, tensors in plan.alignment.private.items()]
-    lines.append(f"tensors  {len(plan.tensors)}: {merged} merged, {len(plan.tensors) - merged} copied")
+    lines.append(f"tensors  {counted(plan)}")
     lines += [f"  {describe_tensor(tensor, plan.alignment.owner(tensor.name))}" for tensor in plan.tensors]
     lines += [f"file     {file.name}  {file.size / 1e6:.1f} MB" for file in plan.layout.files]
     lines.append(

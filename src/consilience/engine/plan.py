@@ -159,6 +159,21 @@ class Plan:
         return self.method.learn is not None and self.coefficients is None
 
     @property
+    def merges(self) -> bool:
+        """Whether values are merged; else tensors of several models are put together as they are."""
+        return True
+
+    @property
+    def own_recipe(self) -> dict[str, Any] | None:
+        """What was given, where that is no merge's recipe; None: ``recipe`` is."""
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the lineage says beside what it says of every merge."""
+        return {}
+
+    @property
     def correction(self) -> Path | None:
         """The folder of the adapter that a learned method made beside its coefficients; None: it made none."""
         made = [e for e in self.experts if e.name == e.reference == CORRECTION] if self.method.learn else []
