@@ -32,7 +32,7 @@ def test_identical_experts_are_the_dense_model_whatever_the_routers(kind: str, t
     # Qwen2-MoE always has a shared expert: one whose output is scaled to nothing.
     more = more_of(kind, base, residual_scale=0)
     for mode in ("mlp_input", "random"):
-        experts = dict.fromkeys(("math", "code", "mood"), base)
+        experts = {name: base for name in ("math", "code", "mood")}
         recipe = write_recipe(tmp_path / "r.yaml", base, experts, gate_mode=mode, **more)
         summary = cs.merge_recipe(recipe, tmp_path / "out", force=True)
         assert "opened by transformers" in summary.loader  # pyright: ignore
@@ -44,7 +44,7 @@ def test_identical_experts_are_the_dense_model_whatever_the_routers(kind: str, t
 
 def test_a_shared_expert_adds_its_output_times_the_sigmoid_of_its_gate(tmp_path: Path) -> None:
     base = save_dense("qwen2", tmp_path / "base", 1)
-    experts = dict.fromkeys(("math", "code"), base)
+    experts = {name: base for name in ("math", "code")}
     cs.merge_recipe(write_recipe(tmp_path / "r.yaml", base, experts, **shared(base)), tmp_path / "out")
     model = load(tmp_path / "out")
     dense = load(base)
@@ -117,7 +117,7 @@ def test_an_adapter_s_mlps_are_the_base_s_plus_its_update_and_what_else_it_adapt
             hf.AutoModelForCausalLM.from_pretrained(base),
             peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False),
         )
-        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(str(tmp_path / name))
     more = {"experts_per_token": 1, "dtype": "float64"}
     recipe = write_recipe(tmp_path / "r.yaml", base, {n: tmp_path / n for n in ("math", "code")}, **more)
     summary = cs.merge_recipe(recipe, tmp_path / "out")
@@ -148,8 +148,8 @@ def test_all_but_mlps_is_the_base_s_byte_for_byte_and_types_and_scales_are_as_as
     recipe = write_recipe(tmp_path / "r.yaml", base, {"math": math, "code": code})
     value = recipe.read_text().replace("name: math", "name: math\n  residual_scale: 0.5")
     recipe.write_text(value)
-    plain = cs.merge_recipe(recipe, tmp_path / "out", threads=1)
-    again = cs.merge_recipe(recipe, tmp_path / "again", threads=3, shard_size=60_000)
+    plain: Any = cs.merge_recipe(recipe, tmp_path / "out", threads=1)
+    again: Any = cs.merge_recipe(recipe, tmp_path / "again", threads=3, shard_size=60_000)
     assert plain.fingerprint == again.fingerprint
     out, dense, own = (load_file(f / "model.safetensors") for f in (tmp_path / "out", base, math))
     for name, tensor in dense.items():

@@ -143,10 +143,7 @@ def _kept(folder: Path, digest: str, plan: MoePlan) -> Gates | None:
         values = load_file(folder / _VALUES)
     except (InputError, OSError, SafetensorError):
         return None
-    routing = tuple(
-        Routed(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
-        for one in facts["routing"]
-    )
+    routing = tuple(Routed.from_dict(one) for one in facts["routing"])
     mixture = plan.mixture
     return Gates(mixture.gate_mode, mixture.experts_per_token, values["routed"], values["shared"], routing)
 

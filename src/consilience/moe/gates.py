@@ -41,6 +41,12 @@ class Routed:
     first: tuple[float, ...]
     prompts_first: float
 
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Routed":
+        """Return what ``asdict`` was taken of, by way of JSON."""
+        plain: dict[str, Any] = {**value, "share": tuple(value["share"]), "first": tuple(value["first"])}
+        return cls(**plain)
+
 
 @dataclass(frozen=True, eq=False)
 class Gates:
@@ -120,7 +126,7 @@ def random_gates(mode: str, layers: int, experts: int, hidden: int, seed: int, *
     return gates
 
 
-def _uniform(key: int, count: int) -> npt.NDArray[np.float64]:
+def _uniform(key: int, count: int) -> npt.NDArray[Any]:
     """Return numbers in [0, 1) by SplitMix64, as ``kernels.random_bits`` has it."""
     z = np.uint64(key) + (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -128,6 +134,7 @@ def _uniform(key: int, count: int) -> npt.NDArray[np.float64]:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def normalised(state: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def normalised(state: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return states [..., hidden] of length 1; one that is all but 0 stays as it is."""
-    return state / np.maximum(np.linalg.norm(state, axis=-1, keepdims=True), 1e-8)
+    length = np.sqrt(np.square(state).sum(-1, keepdims=True))
+    return state / np.maximum(length, 1e-8)

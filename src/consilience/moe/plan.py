@@ -252,7 +252,7 @@ def _check_plain(base: Model, alignment: Alignment) -> None:
         raise InputError(
             f"{base.reference}: weight {weight.name!r} is stored as {weight.format}; pass the unquantised model"
         )
-    strange = [name for name, info in alignment.tensors.items() if _IN_MLP.search(name) and _MLP.match(name) is None]
+    strange = [name for name in alignment.tensors if _IN_MLP.search(name) and _MLP.match(name) is None]
     strange += [name for name, info in alignment.tensors.items() if _MLP.match(name) and len(info.shape) != 2]
     if strange:
         raise InputError(

@@ -1,6 +1,6 @@
 """What a mixture of experts is built from, as data. A mergekit-moe file is a valid recipe."""
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -94,7 +94,7 @@ def _check_gates(recipe: MoeRecipe, where: str) -> None:
 
 def plain_recipe(recipe: MoeRecipe, names: list[str]) -> dict[str, Any]:
     """Return a recipe as plain values, with every expert's name and the seed written out."""
-    value = cast(dict[str, Any], recipe.model_dump(mode="json", exclude_defaults=True))
+    value: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True)
     value |= {"gate_mode": recipe.gate_mode, "experts_per_token": recipe.experts_per_token, "seed": recipe.seed}
     for entry, name in zip([*value["experts"], *value.get("shared_experts", [])], names, strict=True):
         entry["name"] = name
