@@ -214,3 +214,19 @@ def test_experts_that_are_one_model_are_said(dense: Path, tmp_path: Path) -> Non
     assert any("all 2 experts are" in one.text for one in plan.differences)
     with pytest.raises(InputError, match="all 2 experts are"):
         cs.plan_recipe(same, strict=True)
+
+
+def test_experts_of_other_sizes_elsewhere_give_their_mlps_and_what_else_differs_is_said(
+    dense: Path, tmp_path: Path
+) -> None:
+    other = save_dense("llama", tmp_path / "other", 7, vocab_size=320, rms_norm_eps=1e-5, num_attention_heads=2)
+    recipe = write_recipe(tmp_path / "moe.yaml", dense / "base", {"math": other, "code": dense / "code"})
+    with pytest.warns(UserWarning, match="math: norm epsilon"):
+        summary = cs.merge_recipe(recipe, tmp_path / "out")
+    said = [text for text in summary.warnings if "norm epsilon" in text or "attention heads" in text]
+    assert len(said) == 2
+    assert not any("config: math" in text for text in said)  # a mixture's recipe has no such key
+    out, own = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", other))
+    assert out["model.embed_tokens.weight"].shape[0] == 310
+    w1 = out["model.layers.2.block_sparse_moe.experts.0.w1.weight"]
+    assert (w1 == own["model.layers.2.mlp.gate_proj.weight"]).all()

@@ -112,11 +112,13 @@ class MoePlan(Plan):
             tensors=(), layout=self.layout, stochastic=self.stochastic, allow_nonfinite=self.allow_nonfinite,
             where=self.where,
         )  # fmt: skip
+        # A mixture's recipe has none of the keys that choose among models' files.
+        facts = [
+            one if one.kind in ("other-base", "base-name") else replace(one, mend="") for one in differences(dense)
+        ]
         own = () if self.gates is None else self.gates.warnings()
         found = [Difference("routing", "warning", (name,), what, mend) for name, what, mend in (*own, *self._same())]
-        return tuple(
-            sorted((*found, *differences(dense)), key=lambda one: ("error", "warning", "note").index(one.level))
-        )
+        return tuple(sorted((*found, *facts), key=lambda one: ("error", "warning", "note").index(one.level)))
 
     def _same(self) -> Iterable[tuple[str, str, str]]:
         """Say that all experts are one model: then routing changes nothing."""
