@@ -121,7 +121,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "no experts": (_set(experts=[]), "experts: must name at least one"),
     "no prompts": (_expert(positive_prompts=None, negative_prompts=None), "experts.0: positive_prompts are missing"),
     "no positive prompts": (_expert(positive_prompts=[]), "experts.0: negative_prompts without positive_prompts"),
-    "empty prompt": (_expert(positive_prompts=[""]), "experts.0.positive_prompts.0: must not be empty"),
+    "empty prompt": (_expert(positive_prompts=[""]), "experts.0.positive_prompts.0 must not be empty; write"),
     "same prompts": (_same_prompts, "all experts have the same prompts"),
     "no difference": (_expert(negative_prompts=["one"], positive_prompts=["one"]), "are the same to the base"),
     "too many chosen": (_set(experts_per_token=3), "experts_per_token: 3 of 2 experts"),

@@ -59,6 +59,10 @@ def test_routers_are_merged_as_any_tensor_and_said_or_stay_the_base_s(kind: str,
             else:
                 torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
         hf.AutoModelForCausalLM.from_pretrained(out)
+    weight = [{"filter": r"re:gate\.weight$", "value": 0}, {"value": 0.25}]  # as docs/moe.md has it for adapters
+    cs.merge(base, {"one": one, "two": two}, tmp_path / "weighed", weight=weight)
+    weighed, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("weighed", "out1"))
+    assert all(torch.equal(value, kept[name]) for name, value in weighed.items())
     heads = load_file(tmp_path / "out1" / "consilience" / "heads" / "one.safetensors")
     assert set(heads) == set(names)
     opened = open_experts(str(base), {"one": str(one)}, ["routers"])

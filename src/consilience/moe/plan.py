@@ -61,18 +61,27 @@ class Owned(Alignment):
         return self.owners.get(name) or super().owner(name)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One dense layer: the beginning of its tensors' names, its number, and its MLP's matrices."""
+
+    prefix: str
+    number: int
+    parts: dict[str, TensorInfo]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoePlan(Plan):
     """A mixture, ready to be written once it has ``gates``.
 
-    ``mixture`` is its recipe, ``routed`` how many of the experts are routed (the others are shared), ``layers`` the
-    numbers of its layers.
+    ``mixture`` is its recipe, ``routed`` how many of the experts are routed (the others are shared), ``layers`` are the
+    base's, ``left_behind`` says what of adapters is.
     """
 
     mixture: MoeRecipe
     architecture: Architecture
     routed: int
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
     left_behind: tuple[str, ...]
     gates: Gates | None = None
 
@@ -128,15 +137,6 @@ class MoePlan(Plan):
             yield self.experts[0].name, what, "of use only if it is trained further"
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One dense layer: the beginning of its tensors' names, its number, and its MLP's matrices."""
-
-    prefix: str
-    number: int
-    parts: dict[str, TensorInfo]
-
-
 def plan_moe(
     recipe: MoeRecipe,
     *,
@@ -145,9 +145,8 @@ def plan_moe(
     shard_size: int = SHARD_SIZE,
     stochastic: bool = False,
     allow_nonfinite: bool = False,
-    gates: Gates | None = None,
 ) -> MoePlan:
-    """Plan a mixture from headers.
+    """Plan a mixture, but for its routers, from headers.
 
     Args:
         recipe: what to put together.
@@ -156,7 +155,6 @@ def plan_moe(
         shard_size: greatest number of data bytes of an output file.
         stochastic: round stochastically instead of to nearest, where the dtype changes.
         allow_nonfinite: let NaN, Inf and overflow through.
-        gates: the routers; None: they are still to be made.
 
     Raises:
         InputError: anything in the recipe or the models does not fit; nothing has been written.
@@ -179,28 +177,26 @@ def plan_moe(
     merge = _merge_recipe(
         recipe, names, architecture.config(config or {}, len(recipe.experts), recipe.experts_per_token)
     )
-    draft = _Draft(recipe, architecture, on, experts, alignment, layers, gates, merge.output_dtype, where)
+    draft = _Draft(recipe, architecture, on, experts, alignment, layers, None, merge.output_dtype, where)
     tensors = draft.tensors()
-    largest = plan_layout(
+    layout = plan_layout(
         [(t.name, t.out_dtype, t.shape, t.nbytes) for t in tensors], shard_size, {"format": "pt"}
     )  # fmt: skip
-    placed = [replace(t, file=largest.places[t.name][0], offset=largest.places[t.name][1]) for t in tensors]
+    placed = [replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in tensors]
     owned = Owned(**vars(alignment), owners=draft.owners)
     return MoePlan(
         recipe=merge, method=METHOD, base=on, experts=tuple(experts), alignment=owned, tensors=tuple(placed),
-        layout=largest, stochastic=stochastic, allow_nonfinite=allow_nonfinite, where=where, root=root,
+        layout=layout, stochastic=stochastic, allow_nonfinite=allow_nonfinite, where=where, root=root,
         numbers=tuple(range(len(experts))), shard_size=shard_size, mixture=recipe, architecture=architecture,
-        routed=len(recipe.experts), layers=tuple(layer.number for layer in layers), gates=gates,
-        left_behind=tuple(left_behind), notes=(*left_behind, *([] if gates is None else gates.lines())),
+        routed=len(recipe.experts), layers=tuple(layers), left_behind=tuple(left_behind), notes=tuple(left_behind),
     )  # fmt: skip
 
 
 def with_gates(plan: MoePlan, gates: Gates) -> MoePlan:
     """Return a plan with its routers; the models stay open."""
     assert plan.base is not None
-    layers = _layers(plan.alignment, (plan.base.checkpoint.config if plan.base.checkpoint else None) or {}, "base")
     draft = _Draft(
-        plan.mixture, plan.architecture, plan.base, list(plan.experts), plan.alignment, layers, gates,
+        plan.mixture, plan.architecture, plan.base, list(plan.experts), plan.alignment, list(plan.layers), gates,
         plan.recipe.output_dtype, plan.where,
     )  # fmt: skip
     planned = {tensor.name: tensor for tensor in draft.tensors()}
@@ -262,17 +258,17 @@ def _check_plain(base: Model, alignment: Alignment) -> None:
         )
 
 
-def _layers(alignment: Alignment, config: dict[str, Any], reference: str) -> list[_Layer]:
+def _layers(alignment: Alignment, config: dict[str, Any], reference: str) -> list[Layer]:
     """Return the layers of the base, in their order.
 
     Raises:
         InputError: one lacks a matrix, or there are others than the config says.
     """
-    found: dict[str, _Layer] = {}
+    found: dict[str, Layer] = {}
     for name, info in alignment.tensors.items():
         match = _MLP.match(name)
         if match is not None:
-            layer = found.setdefault(match["layer"], _Layer(match["layer"], int(match["number"]), {}))
+            layer = found.setdefault(match["layer"], Layer(match["layer"], int(match["number"]), {}))
             layer.parts[match["part"]] = info
     layers = sorted(found.values(), key=lambda layer: layer.number)
     count = config.get("num_hidden_layers", len(layers))
@@ -288,7 +284,7 @@ def _layers(alignment: Alignment, config: dict[str, Any], reference: str) -> lis
     return layers
 
 
-def _check_mlps(base: Model, experts: Sequence[Model], layers: Sequence[_Layer]) -> list[str]:
+def _check_mlps(base: Model, experts: Sequence[Model], layers: Sequence[Layer]) -> list[str]:
     """Check the experts' MLPs against the base's, and say what else of adapters is left behind."""
     mlps = {info.name for layer in layers for info in layer.parts.values()}
     align(_restricted(base, mlps), [_restricted(expert, mlps) for expert in experts])
@@ -329,7 +325,7 @@ class _Draft:
     base: Model
     experts: list[Model]
     alignment: Alignment
-    layers: list[_Layer]
+    layers: list[Layer]
     gates: Gates | None
     out_dtype: str | None
     where: str
@@ -365,7 +361,7 @@ class _Draft:
         source = self.alignment.source(self.alignment.donor, target)
         return self._tensor(name, self.alignment.tensors[name], source, stream=target)
 
-    def _layer(self, layer: _Layer) -> list[TensorPlan]:
+    def _layer(self, layer: Layer) -> list[TensorPlan]:
         kind, routed = self.architecture, len(self.recipe.experts)
         found = [self._router(layer, kind.router, routed, shared=False)]
         for number, expert in enumerate(self.experts):
@@ -388,7 +384,7 @@ class _Draft:
         row = {"rows": (source,), "row_names": (expert.name,), "program": program}
         return self._tensor(name, info, self.base.source(info.name), parameters={"scale": (scale,)}, **row)
 
-    def _router(self, layer: _Layer, ending: str, count: int, *, shared: bool) -> TensorPlan:
+    def _router(self, layer: Layer, ending: str, count: int, *, shared: bool) -> TensorPlan:
         """Return the plan of a router [count, hidden], of zeros until it is made."""
         name, like = layer.prefix + ending, layer.parts["gate"]
         self.owners[name] = ROUTERS

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from consilience.errors import InputError, nearest
 from consilience.recipe.schema import Closed, DtypeName, Name, PathText, explain
@@ -13,7 +13,14 @@ GATE_MODES = (
 )  # fmt: skip
 RANDOM = ("random", "uniform_random")
 
-Prompts = list[Annotated[str, Field(min_length=1)]]
+
+def _text(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("must not be empty; write some text")
+    return prompt
+
+
+Prompts = list[Annotated[str, AfterValidator(_text)]]
 
 
 class MoeExpert(Closed):
