@@ -36,8 +36,7 @@ def _counts(tensors: Mapping[str, TensorInfo]) -> dict[str, set[int]]:
         if match["number"] is not None:
             numbers.setdefault(match["layer"], set()).add(int(match["number"]))
         elif len(info.shape) > 2:
-            first, *_ = info.shape
-            counts.setdefault(match["layer"], set()).add(first)
+            counts.setdefault(match["layer"], set()).add(info.shape[0])
     for layer, found in numbers.items():
         counts.setdefault(layer, set()).add(len(found))
     return counts
@@ -47,12 +46,13 @@ def _chooses(name: str, info: TensorInfo, counts: Mapping[str, set[int]]) -> boo
     parts = name.split(".")
     if "router" in parts:
         return True
-    if not info.shape or len(info.shape) > 2 or "experts" in parts:
+    shape = list(info.shape)
+    if len(shape) not in (1, 2) or "experts" in parts:
         return False
     for depth in (1, 2):  # mlp.gate.bias, mlp.gate.weight; mlp.bias_of_experts
         layer = ".".join(parts[:-depth]) + "." if len(parts) > depth else ""
         if layer in counts:
-            return info.shape[0] in counts[layer] or (len(info.shape) == 2 and info.shape[0] == 1)
+            return shape[0] in counts[layer] or (len(shape) == 2 and shape[0] == 1)
     return False
 
 
