@@ -718,7 +718,6 @@ def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
     """Learn a plan's coefficients in the folder that is held, and return the plan with them."""
     from consilience.engine.output import LEARNING
     from consilience.engine.plan import with_coefficients
-    from consilience.learned.learn import learn_plan
 
     folder = work.path / LEARNING
     if not plan.merges:
@@ -733,4 +732,6 @@ def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
             trust_remote_code=learning.trust_remote_code,
             progress=learning.progress,
         )
+    from consilience.learned.learn import learn_plan
+
     return with_coefficients(plan, learn_plan(plan, folder, **learning.arguments()), folder)

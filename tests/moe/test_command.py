@@ -1,6 +1,8 @@
 """What a user types and reads: merge, check and dry runs of a mixture, and one error for each thing that is wrong."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,25 @@ def test_experts_of_other_sizes_elsewhere_give_their_mlps_and_what_else_differs_
     assert out["model.embed_tokens.weight"].shape[0] == 310
     w1 = out["model.layers.2.block_sparse_moe.experts.0.w1.weight"]
     assert (w1 == own["model.layers.2.mlp.gate_proj.weight"]).all()
+
+
+def test_random_routers_need_neither_torch_nor_transformers(dense: Path, tmp_path: Path) -> None:
+    value = yaml.safe_load(given(dense, tmp_path / "moe.yaml", gate_mode="random").read_text())
+    for entry in value["experts"]:
+        entry.update(positive_prompts=None, negative_prompts=None)
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(value))
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import consilience as cs; "
+        f"print(cs.merge_recipe({str(tmp_path / 'moe.yaml')!r}, {str(tmp_path / 'out')!r}).loader)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed" in done.stdout
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.block_sparse_moe.gate.weight"].any()
+    recipe = given(dense, tmp_path / "hidden.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("moe.yaml", "hidden.yaml").replace("/out", "/none")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"{recipe}: gate_mode 'mlp_input' of prompts needs torch; install it with" in done.stderr
+    assert not (tmp_path / "none").exists()
