@@ -85,12 +85,28 @@ def _recipe_of(recipe: Any) -> "tuple[Recipe, str, Path | None]":
     """
     from consilience.recipe.schema import Recipe, parse_recipe, read_recipe
 
+    if isinstance(recipe, str | Path):
+        path = path_of(recipe, "recipe")
+        return read_recipe(path), str(path), path.parent
+    value, where, root = _values_of(recipe)
+    return value if isinstance(value, Recipe) else parse_recipe(value, where), where, root
+
+
+def _values_of(recipe: Any) -> "tuple[Any, str, Path | None]":
+    """Return a recipe, or the plain values that it is given as; what errors call it; where its paths start.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    from consilience.recipe.schema import Recipe
+    from consilience.recipe.yaml_file import read_yaml
+
     if isinstance(recipe, Recipe):
         return recipe, recipe.where, None if recipe.file is None else recipe.file.parent
     if isinstance(recipe, Mapping):
-        return parse_recipe(dict(cast(Mapping[str, Any], recipe)), "recipe"), "recipe", None
+        return dict(cast(Mapping[str, Any], recipe)), "recipe", None
     path = path_of(recipe, "recipe")
-    return read_recipe(path), str(path), path.parent
+    return read_yaml(path), str(path), path.parent
 
 
 def build_recipe(
@@ -600,18 +616,34 @@ def plan_recipe(
     ``plan.differences`` says how experts differ from the base besides weights; ``strict`` refuses those that change
     what the model computes.
 
-    Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder.
+    Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder. That
+    of a mixture of experts (``experts:``, as mergekit-moe has it) is planned too: see docs/moe.md.
     """
     from consilience.engine.differences import check_differences
     from consilience.engine.plan import SHARD_SIZE, make_plan
+    from consilience.moe.recipe import is_moe, parse_moe_recipe
 
     if shard_size is not None and not is_count(shard_size):
         raise InputError(f"shard_size: {shard_size!r} must be a number of bytes of at least 1")
     given = recipe
-    recipe, where, root = _recipe_of(recipe)
-    file = Path(given) if isinstance(given, str | Path) else recipe.file
+    value, where, root = _values_of(recipe)
+    file = Path(given) if isinstance(given, str | Path) else getattr(recipe, "file", None)
     if file is not None and out is not None and path_of(out, "out").resolve() in file.resolve().parents:
         raise InputError(f"{file}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
+    if is_moe(value):
+        from consilience.moe.build import plan_mixture
+
+        plan = plan_mixture(
+            parse_moe_recipe(value, where),
+            where=where,
+            root=root,
+            shard_size=shard_size or SHARD_SIZE,
+            stochastic=stochastic_rounding,
+            allow_nonfinite=allow_nonfinite,
+        )
+        check_differences(plan.differences, where, strict=strict)
+        return plan
+    recipe, where, root = _recipe_of(given)
     single = path_of(out, "out").name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
     with collection_paused():
         plan = make_plan(
@@ -829,9 +861,9 @@ def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, tr
     Raises:
         InputError: names the option.
     """
-    if plan.unlearned:
+    if plan.unlearned and (tensorboard is None or plan.merges):
         return plan
-    for name, value in (("device", None if device == "cpu" else device), ("tensorboard", tensorboard)):
+    for name, value in (("tensorboard", tensorboard), ("device", None if device == "cpu" else device)):
         if value is not None:
             raise InputError(
                 f"{option(name, str(value))}: has no effect, since nothing is learned here (method "
@@ -848,7 +880,20 @@ def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
     """Learn a plan's coefficients in the folder that is held, and return the plan with them."""
     from consilience.engine.output import LEARNING
     from consilience.engine.plan import with_coefficients
-    from consilience.learned.learn import learn_plan
 
     folder = work.path / LEARNING
+    if not plan.merges:
+        from consilience.moe.build import learn_gates
+        from consilience.moe.plan import MoePlan
+
+        assert isinstance(plan, MoePlan)
+        return learn_gates(
+            plan,
+            folder,
+            device=learning.device,
+            trust_remote_code=learning.trust_remote_code,
+            progress=learning.progress,
+        )
+    from consilience.learned.learn import learn_plan
+
     return with_coefficients(plan, learn_plan(plan, folder, **learning.arguments()), folder)

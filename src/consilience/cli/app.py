@@ -267,9 +267,8 @@ def check(
     if as_json:
         print_json(facts)
         return
-    typer.echo(
-        f"ok: {facts['method']} of {len(plan.experts)} experts, {facts['merged']} of {facts['tensors']} tensors merged"
-    )
+    merged = f"{facts['merged']} of {facts['tensors']} tensors merged" if plan.merges else f"{facts['tensors']} tensors"
+    typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
     lines = [f"  warning: {text}" for text in facts["warnings"]] + [f"  note: {text}" for text in facts["notes"]]
     for line in lines:
         typer.echo(printable(line))

@@ -51,7 +51,7 @@ def show_plan(
         folder = as_adapter is not None or plan.alignment.donor.folder is not None
         check_plan(out, plan, folder=folder)
         check_out(out, folder=folder, force=force, inputs=inputs(plan))
-        learned = learning_lines(plan) if plan.unlearned else []
+        learned = learning_lines(plan) if plan.unlearned and plan.merges else []
         if check_load and as_adapter is not None:
             raise InputError("--check-load: an adapter is opened once it is written; leave --dry-run out")
         how = LoadCheck(force=True, trust_remote_code=learning["trust_remote_code"])
@@ -114,8 +114,11 @@ def show_summary(summary: Summary) -> None:
     """Print what a merge did."""
     read, written = summary.bytes_read / 1e9, summary.bytes_written / 1e9
     resumed = f", {summary.resumed_segments} segments from an earlier run" if summary.resumed_segments else ""
+    merged = f"{summary.tensors} tensors"
+    if summary.method != "moe":
+        merged = f"{summary.merged} of {summary.tensors} tensors merged"
     typer.echo(
-        f"{summary.out}: {summary.method}, {summary.merged} of {summary.tensors} tensors merged, "
+        f"{summary.out}: {summary.method}, {merged}, "
         f"{summary.parameters / 1e6:.1f} M parameters, read {read:.2f} GB, wrote {written:.2f} GB, "
         f"{summary.seconds:.1f} s, verified{resumed}"
     )

@@ -147,6 +147,8 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
         if rank is not None:
             raise InputError(f"{option('rank', str(rank))}: only goes with {option('as_adapter', 'svd')}")
         return None
+    if not plan.merges:
+        raise InputError(f"{option('as_adapter', kind)}: a mixture of experts is a model, no adapter; leave it out")
     if kind not in ("cat", "svd"):
         raise InputError(f"{option('as_adapter', repr(kind))}: choose cat (exact) or svd (with a rank)")
     if (kind == "svd") != (rank is not None):

@@ -72,6 +72,12 @@ def describe_tensor(tensor: TensorPlan, owner: str) -> str:
     return f"{tensor.name}  {shape}  {dtype}  {action}"
 
 
+def counted(plan: Plan) -> str:
+    """Say how many tensors the output has, and how many of them are merged."""
+    merged = sum(t.program is not None for t in plan.tensors)
+    return f"{len(plan.tensors)}" + (f": {merged} merged, {len(plan.tensors) - merged} copied" if plan.merges else "")
+
+
 def natural(name: str) -> tuple[Any, ...]:
     """Return a key that sorts names as people count: ``layers.2`` before ``layers.10``."""
     parts = re.split(r"(\d+)", name)
@@ -86,15 +92,13 @@ def notes_of(plan: Plan) -> list[str]:
 def summary_lines(plan: Plan, threads: int) -> list[str]:
     """Return what a dry run says of the whole: models, method, tensors, files, cost, warnings and notes."""
     cost = estimate(plan, threads)
-    merged = sum(t.program is not None for t in plan.tensors)
     lines = [f"method   {plan.method.name}: {plan.method.summary}"]
     if plan.base is not None:
         lines.append(f"base     {plan.base.reference}")
     for expert in plan.experts:
         lines.append(f"expert   {expert.name}: {expert.reference} ({_kind(expert)})")
     parameters = sum(t.numel for t in plan.tensors)
-    counts = f"{len(plan.tensors)}: {merged} merged, {len(plan.tensors) - merged} copied"
-    lines.append(f"tensors  {counts}; {parameters / 1e6:.1f} M parameters")
+    lines.append(f"tensors  {counted(plan)}; {parameters / 1e6:.1f} M parameters")
     files = plan.layout.files
     if len(files) > 4:
         lines.append(f"files    {len(files)}: {files[0].name} ... {files[-1].name}, {plan.layout.size / 1e6:.1f} MB")

@@ -18,8 +18,8 @@ from consilience.methods.weighted_sum import PiecewiseSum
 def effect_notes(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
     """Return a line for a result that is the base's, or for every expert that adds nothing to it."""
     merged = [tensor for tensor in plan.tensors if tensor.program is not None]
-    if plan.base is None and len(plan.experts) == 1:
-        return []  # a copy of that model is what was asked for
+    if not plan.merges or (plan.base is None and len(plan.experts) == 1):
+        return []  # copies are what was asked for
     if not merged:
         why = "'private' leaves none to merge" if plan.recipe.private else "no expert changes any"
         return [f"the result is the base, byte for byte: no tensor is merged ({why})"]

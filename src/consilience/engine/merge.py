@@ -39,6 +39,8 @@ from consilience.workdir import OURS, Workdir, json_text, workdir, write_file, w
 
 def recipe_value(plan: Plan) -> dict[str, Any]:
     """Return the resolved recipe: what was given, with names, seed and every default that counts spelled out."""
+    if plan.own_recipe is not None:
+        return plan.own_recipe
     value: dict[str, Any] = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     value = {"merge_method": plan.recipe.merge_method} | value | {"seed": plan.recipe.seed}
     names = iter([expert.name for expert in plan.experts])
@@ -237,6 +239,7 @@ def stream_in(
         notes += [*licences(plan)[1], *_policy_notes(plan), *effect_notes(plan, records)]
         document, fingerprint = lineage(plan, records)
         document |= {"recipe": recipe_value(plan), "defaults": plan.defaults, "loader": loader, "notes": notes}
+        document |= plan.facts
         text = recipe_text(plan)
         if work.folder:
             card = render_card(plan, work.out.name, fingerprint, text, notes)

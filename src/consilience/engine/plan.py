@@ -19,6 +19,7 @@ from consilience.errors import InputError, option
 from consilience.experts.align import Alignment, align
 from consilience.experts.expert_set import comparable, expert_names
 from consilience.experts.model import Model, Source, open_model
+from consilience.experts.routers import merged_note, routers, spelled_out
 from consilience.experts.stack import Stack
 from consilience.experts.statistics import Statistics, check_of, open_statistics
 from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program, Ranks, Step
@@ -162,6 +163,21 @@ class Plan:
     def unlearned(self) -> bool:
         """Whether coefficients have to be learned before this plan (now at the anchor) is what was asked for."""
         return self.method.learn is not None and self.coefficients is None
+
+    @property
+    def merges(self) -> bool:
+        """Whether values are merged; else tensors of several models are put together as they are."""
+        return True
+
+    @property
+    def own_recipe(self) -> dict[str, Any] | None:
+        """What was given, where that is no merge's recipe; None: ``recipe`` is."""
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the lineage says beside what it says of every merge."""
+        return {}
 
     @property
     def correction(self) -> Path | None:
@@ -401,8 +417,10 @@ def make_plan(
     check_count(method, base, len(numbered), where)
     base, numbered = comparable(base, numbered)
     experts = [model for model, _ in numbered]
-    is_private = any_filter(recipe.private, f"{where}: private")
-    alignment = align(base, experts, recipe.private)
+    named = base or experts[0]
+    filters = spelled_out(recipe.private, {} if named.checkpoint is None else named.checkpoint.tensors)
+    is_private = any_filter(filters, f"{where}: private")
+    alignment = align(base, experts, filters)
     donor = alignment.donor
     check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where)
     names = list(alignment.tensors)
@@ -411,7 +429,7 @@ def make_plan(
     private = {name for name in names if is_private(name) or name in alignment.heads.tensors}
     unused = [
         pattern
-        for pattern in recipe.private
+        for pattern in filters
         if not any(map(name_filter(pattern, f"{where}: private"), [*names, *chain(*alignment.private.values())]))
     ]
     if unused:
@@ -441,6 +459,8 @@ def make_plan(
     notes = [one.note for one in recipe.overrides]
     notes += [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
     notes += _without_statistics(method, planned, where)
+    taken = {t.name for t in planned if t.program is not None}
+    notes += merged_note(name for name in routers(alignment.tensors) if name in taken)
     metadata = {"format": "pt"} | {
         k: v
         for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()

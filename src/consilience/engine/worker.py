@@ -167,7 +167,10 @@ class Worker:
         """Return what takes a block of the base to another type."""
 
         def block(start: int, stop: int) -> None:
-            base = loader.base(start, stop, record.inputs)
+            try:
+                base = loader.base(start, stop, record.inputs)
+            except NonFinite as error:
+                raise NonFinite(self.plan.alignment.owner(tensor.name), error.name, error.source) from None
             self._store(tensor, start, base, base, record)
 
         return block

@@ -21,6 +21,7 @@ from consilience.experts.fused_experts import in_form_of, place_parameters
 from consilience.experts.model import Model, open_model
 from consilience.experts.names import follow_base
 from consilience.experts.quantised import in_floats, packed_target
+from consilience.experts.routers import spelled_out
 from consilience.experts.stack import Stack
 from consilience.name_filter import any_filter
 
@@ -120,6 +121,7 @@ def open_experts(
     on, numbered = comparable(open_model("base", base, root, base=True), [(model, k) for k, model in enumerate(opened)])
     assert on is not None
     models = [model for model, _ in numbered]
+    private = spelled_out(private, on.checkpoint.tensors if on.checkpoint is not None else {})
     alignment = align(on, models, private)
     kept = any_filter(private, f"{where}: private")
     apart = frozenset(name for name in alignment.tensors if kept(name) or name in alignment.heads.tensors)

@@ -390,6 +390,8 @@ def parse_recipe(value: Any, where: str) -> Recipe:
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise InputError(f"{where}: a recipe is a mapping with merge_method and models, not a {kind}; is it a recipe?")
+    if "experts" in value and "models" not in value:
+        raise InputError(f"{where}: is the recipe of a mixture of experts, which 'consilience merge' and 'check' take")
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
