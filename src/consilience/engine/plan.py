@@ -320,8 +320,8 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     converted = context.out_dtype is not None and info.dtype.mergeable and not packed
     out_dtype = context.out_dtype if converted and context.out_dtype is not None else info.dtype
     dtypes = [s.dense.dtype for s in (base, *rows) if s.dense is not None]
-    wide = out_dtype.bits > 16 if program is not None else out_dtype.bits > 32
-    wide = wide or any(dtype.bits > 32 for dtype in dtypes)
+    exact = isinstance(program, Elementwise)  # whole matrices have rounding of their own, of float32's size
+    wide = out_dtype.bits > (16 if exact else 32) or any(dtype.bits > 32 for dtype in dtypes)
     return TensorPlan(
         index, name, info.shape, info.numel, out_dtype, -1, -1, wide, base, rows,
         tuple(m.name for m in (([donor] if context.method.counts_base else []) + context.experts)) if rows else (),
