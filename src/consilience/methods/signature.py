@@ -21,18 +21,20 @@ same names. So each part of learning (an objective, an optimizer, the data) owns
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from consilience.methods.program import Elementwise, Floats, Matrix, Program, Update
+from consilience.methods.program import Elementwise, Floats, Matrix, Merged, Program
 from consilience.methods.weighted_sum import weighted
 
 if TYPE_CHECKING:
     from consilience.experts.statistics import Kind, Statistics
 
 PerExpert = tuple[float, ...]
+#: Makes lines of a run's summary of the experts' names, what a method measured of them [K, q], and its parameters.
+Notes = Callable[[Sequence[str], Floats, Mapping[str, Any]], list[str]]
 T = TypeVar("T")
 
 
@@ -139,7 +141,7 @@ class Method:
 
     ``learn`` is set for learned methods: it finds the coefficients that ``plan`` alone would take from the anchor.
     ``mergekit`` has the defaults of mergekit's method of this name that differ from ours; ``statistics`` is the kind
-    that it reads of every expert.
+    that it reads of every expert, ``notes`` what it says of a run's measures.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     mergekit: Mapping[str, Any] = field(default_factory=dict[str, Any])
     statistics: "Kind | None" = None
+    notes: Notes | None = None
 
     @property
     def reads_target(self) -> bool:
@@ -309,7 +312,8 @@ def matrix(
     experts: tuple[int, int | None] = (1, None),
     name: str | None = None,
     reads: "Kind | None" = None,
-) -> Callable[[Callable[..., Floats | Update]], Method]:
+    notes: Notes | None = None,
+) -> Callable[[Callable[..., Merged]], Method]:
     """Make a method of a function of one matrix, ``function(stack, **parameters)``: its merged task vector.
 
     With ``reads`` it is ``function(stack, statistics, **parameters)``, an iterator over every expert's of the kind, and
@@ -324,9 +328,10 @@ def matrix(
         experts: least and greatest number of experts.
         name: of the method, where it is not the function's.
         reads: the kind of statistics it reads.
+        notes: makes lines of the summary of what the function measured, if it returns ``Measured``.
     """
 
-    def decorate(function: Callable[..., Floats | Update]) -> Method:
+    def decorate(function: Callable[..., Merged]) -> Method:
         parameters = parameters_of(function)
         if "others" not in parameters:
             raise TypeError(f"{function.__name__}: a matrix method has a parameter others")
@@ -346,15 +351,15 @@ def matrix(
         return Method(
             name or function.__name__, cast(MethodFunction, plan), parameters, "required", *experts,
             "none" if reads is None else f"statistics: {reads} of every expert", source, counts_base=False,
-            statistics=reads,
+            statistics=reads, notes=notes,
         )  # fmt: skip
 
     return decorate
 
 
 def _with_statistics(
-    function: Callable[..., Floats | Update], parts: "tuple[Statistics, ...]", kind: "Kind", tensor: str
-) -> Callable[..., Floats | Update]:
+    function: Callable[..., Merged], parts: "tuple[Statistics, ...]", kind: "Kind", tensor: str
+) -> Callable[..., Merged]:
     from consilience.experts.statistics import read_all
 
     return lambda stack, **values: function(stack, read_all(parts, kind, tensor), **values)
