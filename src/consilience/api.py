@@ -144,7 +144,7 @@ def _check_read(method: str, given: Mapping[str, bool]) -> None:
         return
     known = load(method)
     read = {"calibration": known.reads_calibration, "target": known.reads_target}
-    read["statistics"] = known.statistics is not None
+    read["statistics"] = known.statistics is not None and known.collect is None
     for name in (name for name, there in given.items() if there and not read[name]):
         what = name if name == "statistics" else f"{name} rows"
         raise InputError(f"{option(name, 'FILE')}: method {method!r} reads no {what}; leave it out")
@@ -284,7 +284,7 @@ def _merge_state_dicts(
     )
     from consilience.methods.registry import load
 
-    if load(method).learn is not None:
+    if load(method).learn is not None or load(method).collect is not None:
         raise InputError(f"method {method!r} runs the model, so it needs folders, not state dicts; pass paths")
     if load(method).statistics is not None:
         raise InputError(f"method {method!r} reads statistics of models in files, not of state dicts; pass paths")
@@ -671,6 +671,11 @@ def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, tr
         InputError: names the option.
     """
     if plan.unlearned:
+        if plan.method.collect is not None and tensorboard is not None:
+            raise InputError(
+                f"{option('tensorboard', str(tensorboard))}: has no effect, since method {plan.method.name!r} takes no "
+                "steps; leave it out"
+            )
         return plan
     for name, value in (("device", None if device == "cpu" else device), ("tensorboard", tensorboard)):
         if value is not None:
@@ -686,10 +691,12 @@ def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, tr
 
 
 def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
-    """Learn a plan's coefficients in the folder that is held, and return the plan with them."""
+    """Learn a plan's coefficients, or collect its statistics, in the folder that is held; return the plan with them."""
     from consilience.engine.output import LEARNING
-    from consilience.engine.plan import with_coefficients
-    from consilience.learned.learn import learn_plan
+    from consilience.engine.plan import with_coefficients, with_statistics
+    from consilience.learned.learn import collect_plan, learn_plan
 
     folder = work.path / LEARNING
+    if plan.method.collect is not None:
+        return with_statistics(plan, collect_plan(plan, folder, **learning.arguments()))
     return with_coefficients(plan, learn_plan(plan, folder, **learning.arguments()), folder)

@@ -171,7 +171,7 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._names: list[str] = []
+        self.names: list[str] = []
 
     def add(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Write one more file."""
@@ -179,14 +179,14 @@ class Writer:
 
         if not tensors:
             return
-        name = f"statistics-{len(self._names) + 1:05d}.safetensors"
+        name = f"statistics-{len(self.names) + 1:05d}.safetensors"
         save_file({key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}, self.folder / name)
-        self._names.append(name)
+        self.names.append(name)
 
     def finish(self, facts: Facts) -> None:
         """Write what they are of."""
-        write_json(self.folder / FACTS, {"version": VERSION, **asdict(facts), "files": self._names})
-        for name in self._names:  # safetensors lets nobody else read what it writes
+        write_json(self.folder / FACTS, {"version": VERSION, **asdict(facts), "files": self.names})
+        for name in self.names:  # safetensors lets nobody else read what it writes
             (self.folder / name).chmod((self.folder / FACTS).stat().st_mode)
 
 

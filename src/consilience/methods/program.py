@@ -155,7 +155,7 @@ class Matrix:
     """The treatment of one tensor by a matrix method: ``function(stack, **parameters)`` returns the merged task vector.
 
     That is an array [m, n], an ``Update``, or with measures a ``Measured``; the engine multiplies it by ``scale`` and
-    adds the base. ``copies`` is how many times the stack, [K, m, n] in the compute type, the function holds at its peak.
+    adds the base. ``copies`` is how many times the stack, [K, m, n] in the compute type, the function holds at most.
     """
 
     function: Callable[..., Merged]

@@ -38,6 +38,18 @@ def regmean(
     expert alone stays itself. Codes do not say what they do with layers that share an input; here they share a matrix.
     """
     del lambda_, others  # the engine's
+    return nearest_outputs(stack, grams, off_diagonal, ridge)
+
+
+def nearest_outputs(stack: Stack, grams: Iterable[Floats], off_diagonal: float, ridge: float) -> Floats | Update:
+    """Return the task vector whose outputs are nearest to every expert's own, see ``regmean``.
+
+    Args:
+        stack: of one matrix [m, n].
+        grams: every expert's G_k [n, n].
+        off_diagonal: multiplier of their off-diagonal entries.
+        ridge: pull to the mean.
+    """
     size = stack.shape[1]
     low = {one.row: one for one in stack.factors()} if stack.low_rank else {}
     vectors = [] if stack.low_rank else list(stack.whole().astype(np.float64))

@@ -30,6 +30,8 @@ from consilience.methods.program import Elementwise, Floats, Matrix, Merged, Pro
 from consilience.methods.weighted_sum import weighted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from consilience.experts.statistics import Kind, Statistics
 
 PerExpert = tuple[float, ...]
@@ -141,7 +143,8 @@ class Method:
 
     ``learn`` is set for learned methods: it finds the coefficients that ``plan`` alone would take from the anchor.
     ``mergekit`` has the defaults of mergekit's method of this name that differ from ours; ``statistics`` is the kind
-    that it reads of every expert, ``notes`` what it says of a run's measures.
+    that it reads of every expert, ``notes`` what it says of a run's measures. ``collect`` makes the statistics with the
+    model before the merge: a function of a ``Run`` and of the folder that they go to, to every expert's own.
     """
 
     name: str
@@ -158,6 +161,7 @@ class Method:
     mergekit: Mapping[str, Any] = field(default_factory=dict[str, Any])
     statistics: "Kind | None" = None
     notes: Notes | None = None
+    collect: "Callable[[Any, Path], list[Path]] | None" = None
 
     @property
     def reads_target(self) -> bool:
@@ -313,6 +317,8 @@ def matrix(
     name: str | None = None,
     reads: "Kind | None" = None,
     notes: Notes | None = None,
+    data: str | None = None,
+    collect: "Callable[[Any, Path], list[Path]] | None" = None,
 ) -> Callable[[Callable[..., Merged]], Method]:
     """Make a method of a function of one matrix, ``function(stack, **parameters)``: its merged task vector.
 
@@ -329,6 +335,8 @@ def matrix(
         name: of the method, where it is not the function's.
         reads: the kind of statistics it reads.
         notes: makes lines of the summary of what the function measured, if it returns ``Measured``.
+        data: the data it needs, where it is not statistics alone.
+        collect: makes those statistics from the experts' rows, see ``Method``.
     """
 
     def decorate(function: Callable[..., Merged]) -> Method:
@@ -340,7 +348,8 @@ def matrix(
         def plan(tensor: TensorSpec, **values: Any) -> Program:
             count, scale = len(tensor.experts), values.get("lambda_", 1.0)
             held = tensor.statistics
-            if reads is not None and all(one.has(reads, tensor.name, tensor.shape) for one in held):
+            due = bool(held) or len(tensor.shape) == 2  # those that are still to be collected are of matrices
+            if reads is not None and due and all(one.has(reads, tensor.name, tensor.shape) for one in held):
                 own = _with_statistics(function, held, reads, tensor.name)
                 return Matrix(own, values, (1.0,) * count, copies, scale)
             if reads is None and len(tensor.shape) == 2:
@@ -350,8 +359,8 @@ def matrix(
 
         return Method(
             name or function.__name__, cast(MethodFunction, plan), parameters, "required", *experts,
-            "none" if reads is None else f"statistics: {reads} of every expert", source, counts_base=False,
-            statistics=reads, notes=notes,
+            data or ("none" if reads is None else f"statistics: {reads} of every expert"), source, counts_base=False,
+            statistics=reads, notes=notes, collect=collect,
         )  # fmt: skip
 
     return decorate
