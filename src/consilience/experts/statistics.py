@@ -1,6 +1,7 @@
 """Statistics of a model on rows, as files: what some merges need of data, without the data.
 
     gram    G [n, n] = mean over tokens of x x^T       of what a linear layer is given
+            g [n]    = mean over tokens of x^2         of what a norm's scale multiplies: a diagonal layer's diagonal
     mean    m [n]    = mean over tokens of x
     fisher  F        = mean over rows of (d log p(y | x) / d theta)^2, for every element of a tensor
 
@@ -74,7 +75,8 @@ class Statistics:
         file = self._file(key)
         if file is None:
             return False
-        held, due = file.tensors[key].shape, shape if kind == "fisher" else shape[-1:] * (2 if kind == "gram" else 1)
+        square = kind == "gram" and len(shape) > 1
+        held, due = file.tensors[key].shape, shape if kind == "fisher" else shape[-1:] * (2 if square else 1)
         if held != due:
             raise InputError(
                 f"{self.path}: its {kind} of {name!r} has shape {list(held)}, and the tensor, {list(shape)}, needs "

@@ -74,5 +74,29 @@ class InputSums:
             if "mean" in self.kinds:
                 self._add(f"mean/{name}", rows.sum(0))
 
+    def take_scaled(self, norms: Mapping[str, Any]) -> Callable[[str, Any], None]:
+        """Return what adds a pass' tokens to the mean squares of what norms' scales multiply, entry by entry.
+
+        An output is affine in its scale, y(w) = x w + y(0), whatever the norm is: so x = y(1) - y(0).
+        """
+
+        def take(name: str, given: Any) -> None:
+            own = norms[name].weight.data
+            try:
+                values: list[Any] = []
+                for scale in (1.0, 0.0):
+                    norms[name].weight.data = torch.full_like(own, scale)
+                    values.append(norms[name].forward(given))
+            finally:
+                norms[name].weight.data = own
+            x, mask = values[0] - values[1], self.mask
+            if x.shape[-1] != own.numel() or (mask is not None and x.shape[: mask.ndim] != mask.shape):
+                return  # laid out so that padding cannot be told from tokens
+            rows = (x if mask is None else x[mask.to(x.device)]).reshape(-1, own.numel()).float()
+            self.counts[name] = self.counts.get(name, 0) + len(rows)
+            self._add(f"gram/{name}", rows.square().sum(0))
+
+        return take
+
     def _add(self, key: str, value: Any) -> None:
         self.sums[key] = self.sums[key].add_(value) if key in self.sums else value

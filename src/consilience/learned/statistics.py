@@ -194,9 +194,11 @@ def _activations(
     kinds: list[Kind] = [kind for kind in settings.kinds if kind != "fisher"]
     parts = list(passes({name: 4 * layers[name].in_features ** 2 for name in leader.values()}, BYTES))
     bar.phase("activations", len(parts) * len(rows), "rows")
-    for wanted in parts:
+    norms = _norms(model, parameters) if "gram" in kinds else {}
+    for number, wanted in enumerate(parts):
         heard = InputSums(kinds)
-        with watched(layers, wanted, heard.take), _computing(settings):
+        own = norms if number == 0 else {}
+        with watched(layers, wanted, heard.take), watched(own, own, heard.take_scaled(own)), _computing(settings):
             for batch, mask, inputs in _batches(model, rows, settings):
                 heard.mask = mask
                 model(**inputs, use_cache=False)
@@ -207,6 +209,17 @@ def _activations(
                 raise InputError(f"{where}: activations at {key.partition('/')[2]!r} are not finite; use float32")
         writer.add({key: total.cpu().numpy() for key, total in heard.sums.items()})
     return {f"{kind}/{name}": f"{kind}/{lead}" for kind in kinds for name, lead in leader.items() if name != lead}
+
+
+def _norms(model: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the module of every vector that scales what its module has normalised, and is its own alone."""
+    names = {id(value): name for name, value in parameters.items() if value.ndim == 1}
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        name = names.get(id(getattr(module, "weight", None)))
+        if name is not None and type(module).__name__.endswith("Norm"):
+            found[name] = module
+    return found
 
 
 def _batches(

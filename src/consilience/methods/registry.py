@@ -34,6 +34,7 @@ BUILT_IN: dict[str, str] = {
     "svc": "consilience.methods.svc",
     "regmean": "consilience.methods.regmean",
     "regmean_pp": "consilience.learned.regmean_pp",
+    "lot": "consilience.methods.lot",
     "fisher": "consilience.methods.fisher",
     "slerp": "consilience.methods.slerp",
     "coefficients": "consilience.methods.coefficients",

@@ -319,6 +319,7 @@ def matrix(
     notes: Notes | None = None,
     data: str | None = None,
     collect: "Callable[[Any, Path], list[Path]] | None" = None,
+    scales: bool = False,
 ) -> Callable[[Callable[..., Merged]], Method]:
     """Make a method of a function of one matrix, ``function(stack, **parameters)``: its merged task vector.
 
@@ -337,6 +338,7 @@ def matrix(
         notes: makes lines of the summary of what the function measured, if it returns ``Measured``.
         data: the data it needs, where it is not statistics alone.
         collect: makes those statistics from the experts' rows, see ``Method``.
+        scales: it merges norms' scales, vectors, by the diagonals of their Gram matrices, too.
     """
 
     def decorate(function: Callable[..., Merged]) -> Method:
@@ -348,7 +350,7 @@ def matrix(
         def plan(tensor: TensorSpec, **values: Any) -> Program:
             count, scale = len(tensor.experts), values.get("lambda_", 1.0)
             held = tensor.statistics
-            due = bool(held) or len(tensor.shape) == 2  # those that are still to be collected are of matrices
+            due = reads == "fisher" or len(tensor.shape) == 2 or (scales and len(tensor.shape) == 1)
             if reads is not None and due and all(one.has(reads, tensor.name, tensor.shape) for one in held):
                 own = _with_statistics(function, held, reads, tensor.name)
                 return Matrix(own, values, (1.0,) * count, copies, scale)
