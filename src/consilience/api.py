@@ -198,7 +198,7 @@ def merge(
         stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
         allow_nonfinite: let NaN, Inf and overflow through.
         calibration: for learned methods, each expert's JSONL file of (unlabelled) rows.
-        statistics: for regmean and fisher, each expert's folder of statistics (``collect_statistics``).
+        statistics: for regmean, lot and fisher, each expert's folder of statistics (``collect_statistics``).
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.

@@ -95,13 +95,13 @@ def by_least_squares(place: Path, names: str | tuple[str, ...], layers: int = 3)
         block = [name for name in merged if f"layers.{index}." in name]
         seen: dict[str, dict[str, Any]] = {}
         for name, own in experts.items():
-            model, parts = model_of(place, merged | {key: own[key] for key in block}), dict[str, list[Any]]()
+            model = model_of(place, merged | {key: own[key] for key in block})
+            parts: dict[str, list[Any]] = {}
             for key in block:
                 layer = model.get_submodule(key.removesuffix(".weight"))
                 if isinstance(layer, torch.nn.Linear):
-                    layer.register_forward_pre_hook(
-                        lambda _m, x, key=key, to=parts: to.setdefault(key, []).append(x[0][0])
-                    )
+                    to = parts.setdefault(key, [])
+                    layer.register_forward_pre_hook(lambda _m, x, to=to: to.append(x[0][0]))
             with torch.no_grad():
                 for row in ids_of(place, name):
                     model(torch.tensor([row]))
