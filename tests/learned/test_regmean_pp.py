@@ -17,6 +17,7 @@ import consilience as cs
 from consilience.cli.app import app
 from consilience.engine import merge as engine
 from consilience.engine.summary import Summary
+from consilience.learned.inputs import leaders
 from consilience.learned.statistics import collect_statistics
 from consilience.student.stepping import Stepper
 
@@ -202,6 +203,28 @@ def test_an_interrupted_merge_collects_nothing_again(
         assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], value)
     recipe["models"].reverse()  # other work: collected anew
     cs.merge_recipe(recipe, tmp_path / "out", force=True)
+
+
+def test_an_interrupted_collection_goes_on_with_the_next_block(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three blocks and two experts the sixth part is interrupted: a rerun makes the last block's two."""
+    calls = list[int]()
+
+    def stopped(layers: Any, run: Any) -> dict[str, str]:
+        calls.append(len(layers))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return leaders(layers, run)
+
+    monkeypatch.setattr("consilience.learned.sequential.leaders", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cs.merge_recipe(recipe_of(place), tmp_path / "out")
+    cs.merge_recipe(recipe_of(place), tmp_path / "out")
+    assert len(calls) == 6 + 2
+    monkeypatch.undo()
+    for name, value in merge(place, tmp_path / "whole").items():
+        assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], value)
 
 
 def test_the_command_line(place: Path, tmp_path: Path) -> None:

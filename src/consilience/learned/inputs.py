@@ -65,7 +65,10 @@ class InputSums:
         """Add the tokens of a pass to a layer's sums."""
         rows = tokens_of(x, self.mask)
         if self.mask is not None and len(rows) == x.shape[:-1].numel() != int(self.mask.sum()):
-            raise InputError(f"layer {name!r} is given what a router chose, with padding in it; use batch_size=1")
+            raise InputError(
+                f"layer {name!r} is given what a router chose, with padding in it; read rows one by one: "
+                "batch_size=1, or batch_tokens=1"
+            )
         with torch.autocast(x.device.type, enabled=False):
             rows = rows.float()
             self.counts[name] = self.counts.get(name, 0) + len(rows)

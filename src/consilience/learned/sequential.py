@@ -3,12 +3,14 @@
 The model goes from block to block. In block b every expert's rows, as the merged blocks before it left them, go through
 the block with that expert's own weights, which gives its layers' Gram matrices; then the block is merged by them, and
 all rows go through it. Kept are the rows' states between two blocks, [tokens, n] of every expert, and at most 2 GiB of
-one expert's Gram matrices of one block; all of them are files. What comes before the blocks is merged first.
+one expert's Gram matrices of one block; all of them are files, which a run that was stopped goes on from. What comes
+before the blocks is merged first.
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,11 @@ from consilience.student.calibration import Batch, Sample, batches, check_tokeni
 from consilience.student.factored import layers_of
 from consilience.student.stepping import Stepper
 from consilience.student.student import Settings, Student, make_student
-from consilience.workdir import digest_of, write_json
+from consilience.workdir import digest_of, write_file
 
 #: Bytes of Gram matrices of one pass.
 BYTES = 2 << 30
-#: The file that says which work the folders beside it are of.
+#: The file that says which work the folders beside it are of, and how far it is.
 KEY = "statistics.json"
 
 
@@ -88,7 +90,6 @@ class _Sequence:
         self.run, self.plan, self.student, self.samples = run, run.plan, student, samples
         self.folder, self.key = folder / "statistics", key
         self.stepper = Stepper(student.model, str(base_folder(run.plan)))
-        self.alias: dict[str, str] = {}
         changed = [t for t in self.plan.tensors if t.rows and t.name == t.stream]
         self.held = {t.name: t for t in changed if t.name in student.parameters}
         for tensor in changed:
@@ -100,18 +101,27 @@ class _Sequence:
     def collect(self) -> list[Path]:
         """Return every expert's folder."""
         places = [self.folder / f"{number}" for number in range(len(self.run.experts))]
-        if self._there():
+        done = self._done()
+        if done.finished:
             return places
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for place in places:
-            place.mkdir(parents=True)
+        if not done.blocks:
+            shutil.rmtree(self.folder, ignore_errors=True)
         writers = list(map(Writer, places))
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
         self._take({name: self._merged_by((), tensor) for name, tensor in self.held.items() if self.place[name] < 0})
         self._begin()
         count = len(self.stepper.blocks)
         self.run.progress.phase("block by block", count * len(self.samples), "rows")
         for index in range(count):
-            parts = [self._expert(index, expert, writers[expert]) for expert in range(len(self.rows))]
+            if index == len(done.blocks):
+                done.blocks.append([self._expert(index, expert, writers[expert]) for expert in range(len(self.rows))])
+                self._save(done)
+            else:
+                self.run.progress.advance(len(self.samples))
+            for writer, part in zip(writers, done.blocks[index], strict=True):
+                writer.names = [*writer.names, *(name for name in part.files if name not in writer.names)]
+            parts = [self._opened(place, part) for place, part in zip(places, done.blocks[index], strict=True)]
             names = [name for name in self.held if self.place[name] == index]
             self._take({name: self._merged_by(parts, self.held[name]) for name in names})
             for part in parts:
@@ -121,21 +131,34 @@ class _Sequence:
                     self._through(index, batch, x) for batch, x in zip(rows.batches, rows.states, strict=True)
                 ]
         for expert, writer in enumerate(writers):
-            writer.finish(self._facts(expert))
-        write_json(self.folder / KEY, {"key": self.key})
+            alias = {key: lead for block in done.blocks for key, lead in block[expert].alias.items()}
+            writer.finish(self._facts(expert, alias))
+        self._save(replace(done, finished=True))
         return places
 
-    def _there(self) -> bool:
-        """Whether an earlier run of this work came to its end."""
-        path = self.folder / KEY
-        return path.is_file() and path.read_text(encoding="utf-8").find(self.key) >= 0
+    def _done(self) -> "_Done":
+        """Return what an earlier run of this work has left; nothing, if there is none or it cannot be read."""
+        try:
+            said = json.loads((self.folder / KEY).read_text(encoding="utf-8"))
+            blocks = [[_Part(**part) for part in block] for block in said["blocks"]]
+            return _Done(blocks, said["finished"]) if said["key"] == self.key else _Done([])
+        except (OSError, ValueError, KeyError, TypeError):
+            return _Done([])
 
-    def _facts(self, expert: int) -> Facts:
+    def _save(self, done: "_Done") -> None:
+        write_file(self.folder / KEY, json.dumps({"key": self.key, **asdict(done)}).encode())
+
+    def _opened(self, folder: Path, part: "_Part") -> Statistics:
+        """Return one expert's statistics of one block."""
+        facts = Facts("", "", ("gram",), 0, 0, (), alias=part.alias)
+        return Statistics(folder, facts, tuple(open_checkpoint(folder / name) for name in part.files))
+
+    def _facts(self, expert: int, alias: dict[str, str]) -> Facts:
         model, own = self.plan.experts[expert], [s for s in self.samples if s.expert == expert]
         digest = blake2b(repr([sample.digest for sample in own]).encode(), digest_size=16).hexdigest()
         tokens = sum(len(sample.encoded.inputs) for sample in own)
         rows, seed = len({sample.encoded.row for sample in own}), self.run.seed
-        return Facts(model.reference, mark_of(model), ("gram",), rows, tokens, (digest,), seed=seed, alias=self.alias)
+        return Facts(model.reference, mark_of(model), ("gram",), rows, tokens, (digest,), seed=seed, alias=alias)
 
     # ------------------------------------------------------------------------------------------------------- the model
 
@@ -182,8 +205,8 @@ class _Sequence:
 
     # ------------------------------------------------------------------------------------------------------ statistics
 
-    def _expert(self, index: int, expert: int, writer: Writer) -> Statistics:
-        """Write one expert's Gram matrices of one block, and return them opened."""
+    def _expert(self, index: int, expert: int, writer: Writer) -> "_Part":
+        """Write one expert's Gram matrices of one block."""
         for name, tensor in self.held.items():
             if self.place[name] == index:
                 flat = self.student.parameters[name].data.view(-1)
@@ -204,9 +227,7 @@ class _Sequence:
         if not layers:
             self.run.progress.advance(sum(len(batch.samples) for batch in rows.batches))
         alias = {f"gram/{name}": f"gram/{lead}" for name, lead in leader.items() if name != lead}
-        self.alias |= alias
-        files = tuple(open_checkpoint(writer.folder / name) for name in writer.names[before:])
-        return Statistics(writer.folder, replace(_NOTHING, alias=alias), files)
+        return _Part(writer.names[before:], alias)
 
     def _grams(self, sums: InputSums, expert: int) -> Iterator[tuple[str, Any]]:
         for key, total in sums.sums.items():
@@ -227,8 +248,20 @@ class _Merged:
     program: Any
 
 
-#: Facts of statistics that are not finished.
-_NOTHING = Facts("", "", ("gram",), 0, 0, ())
+@dataclass(frozen=True)
+class _Part:
+    """One expert's Gram matrices of one block: names of files, and which layers share them."""
+
+    files: list[str]
+    alias: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What is collected: every expert's part of the first blocks; ``finished``: of all, with facts."""
+
+    blocks: list[list[_Part]]
+    finished: bool = False
 
 
 def _places(student: Student, stepper: Stepper, held: Mapping[str, TensorPlan]) -> dict[str, int]:
