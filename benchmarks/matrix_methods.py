@@ -135,9 +135,10 @@ def _bare_triples(vectors: list[Array]) -> object:
     right: list[Array] = []
     for vector in vectors:
         wide = vector.astype(np.float64)
-        own = np.linalg.eigh(wide @ wide.T)[1][:, -share:].astype(np.float32)
-        left.append(own)
-        right.append(own.T @ vector)
+        own = np.linalg.eigh(wide @ wide.T)[1][:, -share:]
+        left.append(own.astype(np.float32))
+        # all triples have weak ones among them, whose products float32 would lose
+        right.append((own.T @ wide).astype(np.float32) if share == min(vector.shape) else left[-1].T @ vector)
     u, v = np.concatenate(left, 1), np.concatenate(right)
     if len(vectors) == 1:
         return u @ v
