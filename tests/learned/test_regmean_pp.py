@@ -83,6 +83,11 @@ def weights_of(place: Path, name: str) -> Weights:
     return base
 
 
+def recorder(inputs: list[Any]) -> Any:
+    """A hook that keeps what a layer is given, of one row."""
+    return lambda _module, given: inputs.append(given[0][0])
+
+
 def by_least_squares(place: Path, names: str | tuple[str, ...], layers: int = 3) -> Weights:
     """Block by block: a model of merged blocks, one expert's block, and the base; every layer by ``lstsq`` in float64.
 
@@ -101,8 +106,7 @@ def by_least_squares(place: Path, names: str | tuple[str, ...], layers: int = 3)
             for key in block:
                 layer = model.get_submodule(key.removesuffix(".weight"))
                 if isinstance(layer, torch.nn.Linear):
-                    to = parts.setdefault(key, [])
-                    layer.register_forward_pre_hook(lambda _m, x, to=to: to.append(x[0][0]))
+                    layer.register_forward_pre_hook(recorder(parts.setdefault(key, [])))
             with torch.no_grad():
                 for row in ids_of(place, name):
                     model(torch.tensor([row]))
@@ -153,7 +157,7 @@ def test_the_result_is_nearer_to_the_experts_behind_merged_blocks(place: Path, t
         own, inputs = weights_of(place, name)[key].double(), list[Any]()
         model = model_of(place, found)
         layer = model.get_submodule(key.removesuffix(".weight"))
-        layer.register_forward_pre_hook(lambda _m, x, inputs=inputs: inputs.append(x[0][0]))
+        layer.register_forward_pre_hook(recorder(inputs))
         with torch.no_grad():
             for row in ids_of(place, name):
                 model(torch.tensor([row]))
@@ -259,6 +263,22 @@ def test_what_it_cannot_do_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(cs.InputError, match="its tokenizer gives other token ids"):
         cs.merge(base, experts | {"a": str(other)}, tmp_path / "out", **settings)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_plan_without_its_statistics_is_not_run(place: Path, tmp_path: Path) -> None:
+    plan = cs.plan_recipe(recipe_of(place))
+    try:
+        with pytest.raises(cs.InputError, match="has not learned from its rows yet"):
+            engine.run_merge(plan, tmp_path / "out")
+        program: Any = next(t.program for t in plan.tensors if t.name == "model.layers.0.mlp.down_proj.weight")
+        with pytest.raises(cs.InputError, match="its statistics are not collected yet"):
+            program.function(None, **program.parameters)
+    finally:
+        plan.close()
+    from consilience.doctor.trying import wanted
+
+    with pytest.raises(cs.InputError, match="regmean_pp learns"):
+        wanted("regmean_pp")
 
 
 def test_blocks_that_need_what_others_hand_on_are_refused() -> None:

@@ -26,6 +26,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from consilience.errors import InputError
 from consilience.methods.program import Elementwise, Floats, Matrix, Merged, Program
 from consilience.methods.weighted_sum import weighted
 
@@ -373,6 +374,12 @@ def _with_statistics(
 ) -> Callable[..., Merged]:
     from consilience.experts.statistics import read_all
 
+    if not parts:  # planned before they are collected
+
+        def refused(*_: Any, **__: Any) -> Floats:
+            raise InputError(f"tensor {tensor!r}: its statistics are not collected yet; call merge_recipe, which does")
+
+        return refused
     return lambda stack, **values: function(stack, read_all(parts, kind, tensor), **values)
 
 
