@@ -265,6 +265,55 @@ def test_what_it_cannot_do_is_refused(place: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
+def test_experts_without_linear_layers_are_refused_before_rows_are_read(place: Path, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "other", place / "base", 9, modules=["lm_head"])
+    settings: dict[str, Any] = {"method": "regmean_pp", "calibration": {"x": rows_of(place, "ab")["a"]}}
+    with pytest.raises(cs.InputError, match="no expert changes a linear layer of its blocks"):
+        cs.merge(str(place / "base"), {"x": str(other)}, tmp_path / "out", **settings)
+    assert not list(tmp_path.glob("out*"))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+OPT: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "word_embed_proj_dim": 32, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("Gemma3TextConfig", SIZES | {"sliding_window": 4}),
+        ("OPTConfig", OPT),
+        pytest.param("Cohere2Config", SIZES | {"sliding_window": 4}, marks=pytest.mark.slow),
+        pytest.param("MixtralConfig", SIZES | {"num_local_experts": 4}, marks=pytest.mark.slow),
+        pytest.param("BloomConfig", {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_blocks_run_alone_as_they_run_in_the_model(name: str, sizes: dict[str, Any]) -> None:
+    """Masks and positions that differ between blocks, positions that come before them, biases in attention."""
+    import transformers
+
+    torch.manual_seed(0)
+    model: Any = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes)).eval()
+    ids, mask = torch.randint(3, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    stepper = Stepper(model, "here")
+    stepper.probe(inputs)
+    inputs["input_ids"] = ids.flip(0)  # states of other rows than the model was shown
+    given: list[Any] = []
+    stepper.blocks[2].register_forward_pre_hook(lambda _m, args: given.append(args[0]))
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    states = stepper.through(1, inputs, stepper.through(0, inputs, stepper.first(inputs)))
+    torch.testing.assert_close(states, given[0])
+
+
 def test_a_plan_without_its_statistics_is_not_run(place: Path, tmp_path: Path) -> None:
     plan = cs.plan_recipe(recipe_of(place))
     try:

@@ -97,6 +97,11 @@ class _Sequence:
                 student.check_unheld(tensor, expert)
         self.place = _places(student, self.stepper, self.held)
         self.rows: list[_Rows] = []
+        if not any(self._layers(index) for index in range(len(self.stepper.blocks))):
+            raise InputError(
+                f"{self.stepper.where}: no expert changes a linear layer of its blocks, so method "
+                f"{self.plan.method.name!r} has nothing to fit; use one that needs no rows, such as actmat"
+            )
 
     def collect(self) -> list[Path]:
         """Return every expert's folder."""
@@ -211,8 +216,7 @@ class _Sequence:
             if self.place[name] == index:
                 flat = self.student.parameters[name].data.view(-1)
                 self.student.bank.write(name, None if tensor.rows[expert].untouched else expert, flat)
-        matrices = [n for n, place in self.place.items() if place == index and len(self.held[n].shape) == 2]
-        layers = layers_of(self.student.model, self.student.parameters, matrices)
+        layers = self._layers(index)
         rows, before = self.rows[expert], len(writer.names)
         leader = leaders(layers, lambda: self._through(index, rows.batches[0], rows.states[0]))
         sizes = {name: 4 * layers[name].in_features ** 2 for name in leader.values()}
@@ -228,6 +232,11 @@ class _Sequence:
             self.run.progress.advance(sum(len(batch.samples) for batch in rows.batches))
         alias = {f"gram/{name}": f"gram/{lead}" for name, lead in leader.items() if name != lead}
         return _Part(writer.names[before:], alias)
+
+    def _layers(self, index: int) -> dict[str, Any]:
+        """Return the linear layers of a block that some expert changes, by their matrices' names."""
+        matrices = [n for n, place in self.place.items() if place == index and len(self.held[n].shape) == 2]
+        return layers_of(self.student.model, self.student.parameters, matrices)
 
     def _grams(self, sums: InputSums, expert: int) -> Iterator[tuple[str, Any]]:
         for key, total in sums.sums.items():
