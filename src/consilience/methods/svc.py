@@ -12,7 +12,7 @@ from consilience.methods.program import Floats, Measured
 from consilience.methods.signature import Default, Others, Range, matrix
 from consilience.methods.svd import leading
 
-#: The largest expert is called suppressed where its share in the result is less than this part of the others' mean.
+#: The largest expert is called suppressed where its share in the result is below 1 and this part of the others' mean.
 SUPPRESSED = 0.7
 
 
@@ -25,7 +25,7 @@ def _notes(names: Sequence[str], sums: Floats, parameters: Mapping[str, Any]) ->
     largest, smallest = max(moved, key=lambda k: norms[k]), min(moved, key=lambda k: norms[k])
     shares = products / np.maximum(sums[:, 0], 1e-300)
     others = float(np.mean([shares[k] for k in moved if k != largest]))
-    if shares[largest] >= SUPPRESSED * others:
+    if shares[largest] >= min(1.0, SUPPRESSED * others):
         return []
     return [
         f"svc, alpha={parameters['alpha']:g}: holds {shares[largest]:.2f} of {names[largest]}, whose task vector is "
@@ -53,7 +53,7 @@ def svc(
     Directions that experts share are counted once per expert by a sum, and are cut; the multiplier of M does not matter
     while all s_rk stay above alpha. **Where norms differ it suppresses the largest expert**: rows that belong to one
     expert alone are divided by the mean of s_rk, the others' being alpha at least. The summary says where the largest
-    expert's share in the result, <tau, tau_k> / ||tau_k||^2, is less than 0.7 of the others' mean.
+    expert's share in the result, <tau, tau_k> / ||tau_k||^2, is below 1 and below 0.7 of the others' mean.
 
     Known disagreements: alpha is 1 / K in the code's script (1 on TSV-M), 0.1 in its README and in FusionBench; before
     March 2026 the code divided only where all s_rk were positive.
