@@ -206,7 +206,7 @@ def _check_read(method: str, given: Mapping[str, bool]) -> None:
         return
     known = load(method)
     read = {"calibration": known.reads_calibration, "target": known.reads_target}
-    read["statistics"] = known.statistics is not None
+    read["statistics"] = known.statistics is not None and known.collect is None
     for name in (name for name, there in given.items() if there and not read[name]):
         what = name if name == "statistics" else f"{name} rows"
         raise InputError(f"{option(name, 'FILE')}: method {method!r} reads no {what}; leave it out")
@@ -281,7 +281,7 @@ def merge(
         stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
         allow_nonfinite: let NaN, Inf and overflow through.
         calibration: for learned methods, each expert's JSONL file of (unlabelled) rows.
-        statistics: for regmean and fisher, each expert's folder of statistics (``collect_statistics``).
+        statistics: for regmean, lot and fisher, each expert's folder of statistics (``collect_statistics``).
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
@@ -436,7 +436,7 @@ def _merge_in_memory(
         method = load(recipe.merge_method)
     except InputError as error:
         raise InputError(f"{recipe.where}: {error}") from None
-    if method.learn is not None:
+    if method.learn is not None or method.collect is not None:
         raise InputError(f"method {method.name!r} runs the model, so it needs folders, not state dicts; pass paths")
     if method.statistics is not None:
         raise InputError(f"method {method.name!r} reads statistics of models in files, not of state dicts; pass paths")
@@ -862,6 +862,11 @@ def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, tr
         InputError: names the option.
     """
     if plan.unlearned and (tensorboard is None or plan.merges):
+        if plan.method.collect is not None and tensorboard is not None:
+            raise InputError(
+                f"{option('tensorboard', str(tensorboard))}: has no effect, since method {plan.method.name!r} takes no "
+                "steps; leave it out"
+            )
         return plan
     for name, value in (("tensorboard", tensorboard), ("device", None if device == "cpu" else device)):
         if value is not None:
@@ -877,9 +882,9 @@ def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, tr
 
 
 def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
-    """Learn a plan's coefficients in the folder that is held, and return the plan with them."""
+    """Learn a plan's coefficients, or collect its statistics, in the folder that is held; return the plan with them."""
     from consilience.engine.output import LEARNING
-    from consilience.engine.plan import with_coefficients
+    from consilience.engine.plan import with_coefficients, with_statistics
 
     folder = work.path / LEARNING
     if not plan.merges:
@@ -894,6 +899,8 @@ def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
             trust_remote_code=learning.trust_remote_code,
             progress=learning.progress,
         )
-    from consilience.learned.learn import learn_plan
+    from consilience.learned.learn import collect_plan, learn_plan
 
+    if plan.method.collect is not None:
+        return with_statistics(plan, collect_plan(plan, folder, **learning.arguments()))
     return with_coefficients(plan, learn_plan(plan, folder, **learning.arguments()), folder)

@@ -84,7 +84,7 @@ Calibration = Annotated[
 StatisticsFolders = Annotated[
     list[str] | None,
     typer.Option(
-        "--statistics", metavar="NAME=FOLDER", help="An expert's statistics, for regmean and fisher (repeatable)."
+        "--statistics", metavar="NAME=FOLDER", help="An expert's statistics, for regmean, lot and fisher (repeatable)."
     ),
 ]
 TargetFiles = Annotated[

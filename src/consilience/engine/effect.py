@@ -37,7 +37,16 @@ def effect_notes(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
         )
         why = small if lost else "nothing of the experts is in it; look at weights, densities and lora_alpha"
         notes.append(f"the result is the base: {why}")
-    return notes + _copies(plan, merged, pieces)
+    return notes + _measured(plan, records) + _copies(plan, merged, pieces)
+
+
+def _measured(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
+    """Return what the method says of its measures, summed over all tensors."""
+    measured = {record.tensor: np.array(record.measured) for record in records.values() if record.measured}
+    if plan.method.notes is None or not measured:
+        return []
+    first = plan.tensors[min(measured)]
+    return plan.method.notes(first.row_names, np.sum(list(measured.values()), 0), first.parameters)
 
 
 def _is_base(plan: Plan, tensor: TensorPlan, records: Iterable[Record]) -> bool:

@@ -110,7 +110,8 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         document["overrides"] = [asdict(one) for one in plan.recipe.overrides]
     if plan.statistics:
         document["statistics"] = [
-            {"folder": str(one.path)} | {key: value for key, value in asdict(one.facts).items() if key != "alias"}
+            ({} if plan.method.collect else {"folder": str(one.path)})  # collected in a folder that goes
+            | {key: value for key, value in asdict(one.facts).items() if key != "alias"}
             for one in plan.statistics
         ]
     if plan.alignment.untied:

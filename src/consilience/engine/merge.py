@@ -135,14 +135,14 @@ def _write_papers(result: Path, plan: Plan, document: dict[str, Any], text: str,
 
 
 def check_learned(plan: Plan) -> None:
-    """Refuse a plan whose coefficients are still to be learned.
+    """Refuse a plan whose coefficients are still to be learned, or statistics to be collected.
 
     Raises:
         InputError: names the method.
     """
     if plan.unlearned:
         raise InputError(
-            f"{plan.where}: method {plan.method.name!r} has not learned its coefficients yet; call merge_recipe, which "
+            f"{plan.where}: method {plan.method.name!r} has not learned from its rows yet; call merge_recipe, which "
             "learns first"
         )
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -161,7 +162,9 @@ class Plan:
 
     @property
     def unlearned(self) -> bool:
-        """Whether coefficients have to be learned before this plan (now at the anchor) is what was asked for."""
+        """Whether coefficients have to be learned, or statistics collected, before this plan is what was asked for."""
+        if self.method.collect is not None:
+            return not self.statistics
         return self.method.learn is not None and self.coefficients is None
 
     @property
@@ -347,8 +350,8 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     converted = context.out_dtype is not None and info.dtype.mergeable and not packed
     out_dtype = context.out_dtype if converted and context.out_dtype is not None else info.dtype
     dtypes = [s.dense.dtype for s in (base, *rows) if s.dense is not None]
-    wide = out_dtype.bits > 16 if program is not None else out_dtype.bits > 32
-    wide = wide or any(dtype.bits > 32 for dtype in dtypes)
+    exact = isinstance(program, Elementwise)  # whole matrices have rounding of their own, of float32's size
+    wide = out_dtype.bits > (16 if exact else 32) or any(dtype.bits > 32 for dtype in dtypes)
     return TensorPlan(
         index, name, info.shape, info.numel, out_dtype, -1, -1, wide, base, rows,
         tuple(m.name for m in (([donor] if context.counts_base else []) + context.experts)) if rows else (),
@@ -387,6 +390,7 @@ def make_plan(
     models: tuple[Model | None, list[tuple[Model, int]]] | None = None,
     single: str = "model.safetensors",
     coefficients: Coefficients | None = None,
+    statistics: Sequence[Path] = (),
 ) -> Plan:
     """Plan a merge: from headers, and from values where a model may hold two of what another ties.
 
@@ -401,6 +405,7 @@ def make_plan(
         single: name of the weight file when there is only one.
         coefficients: what a learned method found; the recipe's own file, if it names one, by default. Without either a
             learned method is planned at its anchor.
+        statistics: every expert's folder, where the method collects them itself.
 
     Raises:
         InputError: anything in the recipe or the models does not fit; nothing has been written.
@@ -425,7 +430,7 @@ def make_plan(
     check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
-    learning = settings.once() if method.learn is not None else {}
+    learning = settings.once() if method.learn is not None or method.collect is not None else {}
     private = {name for name in names if is_private(name) or name in alignment.heads.tensors}
     unused = [
         pattern
@@ -449,16 +454,16 @@ def make_plan(
         coefficients = fit(coefficients, [m.name for m in experts], sizes, named, frozen=private)
     elif method.name == "coefficients":
         raise InputError(f"{where}: method 'coefficients' needs a coefficients file; name one as coefficients: PATH")
-    statistics = _statistics(recipe, method, numbered, where, root)
+    opened = _statistics(recipe, method, numbered, where, root, statistics)
     context = _Context(
-        method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where, statistics, base
+        method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where, opened, base
     )
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
     merged = [t.name for t in planned if t.parameters or t.program is not None]
     notes = [one.note for one in recipe.overrides]
     notes += [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
-    notes += _without_statistics(method, planned, where)
+    notes += _without_statistics(method, planned, opened, where)
     taken = {t.name for t in planned if t.program is not None}
     notes += merged_note(name for name in routers(alignment.tensors) if name in taken)
     metadata = {"format": "pt"} | {
@@ -476,20 +481,23 @@ def make_plan(
     return Plan(
         settings.spelled_out(recipe), method, base, tuple(experts), alignment, placed, layout, stochastic,
         allow_nonfinite, coefficients, learning, where, root, tuple(number for _, number in numbered), shard_size,
-        single, settings.used_defaults, tuple(notes), statistics,
+        single, settings.used_defaults, tuple(notes), opened,
     )  # fmt: skip
 
 
 def _statistics(
-    recipe: Recipe, method: Method, experts: list[tuple[Model, int]], where: str, root: Path | None
-) -> tuple[Statistics, ...]:
-    """Open every expert's statistics, if the method reads any.
+    recipe: Recipe, method: Method, experts: list[tuple[Model, int]], where: str, root: Path | None,
+    collected: Sequence[Path],
+) -> tuple[Statistics, ...]:  # fmt: skip
+    """Open every expert's statistics, if the method reads any; those that it collects itself, once they are there.
 
     Raises:
         InputError: an expert has none, or those of another model.
     """
     if method.statistics is None:
         return ()
+    if method.collect is not None:
+        return tuple(map(open_statistics, collected))
     found: list[Statistics] = []
     for model, number in experts:
         data = recipe.models[number].data
@@ -504,13 +512,15 @@ def _statistics(
     return tuple(found)
 
 
-def _without_statistics(method: Method, planned: list[TensorPlan], where: str) -> list[str]:
+def _without_statistics(
+    method: Method, planned: list[TensorPlan], statistics: tuple[Statistics, ...], where: str
+) -> list[str]:
     """Say which merged matrices have no statistics and are treated as other tensors.
 
     Raises:
         InputError: that is all of them.
     """
-    if method.statistics is None:
+    if method.statistics is None or not statistics:
         return []
     matrices = [t for t in planned if t.rows and len(t.shape) == 2]
     without = [t.name for t in matrices if not isinstance(t.program, Matrix)]
@@ -533,7 +543,8 @@ def _unread(recipe: Recipe, method: Method, where: str) -> list[str]:
     entries = [entry for entry in recipe.models if entry.data is not None and entry.data.calibration is not None]
     if entries and not method.reads_calibration:
         notes.append(f"{where}: data.calibration: has no effect, since method {method.name!r} reads none")
-    if method.statistics is None and any(entry.data and entry.data.statistics for entry in recipe.models):
+    reads = method.statistics is not None and method.collect is None
+    if not reads and any(entry.data and entry.data.statistics for entry in recipe.models):
         notes.append(f"{where}: data.statistics: has no effect, since method {method.name!r} reads none")
     notes += [
         f"{where}: models.{number}.parameters: has no effect, since {entry.model} is the base"
@@ -553,6 +564,21 @@ def _too_small(shard_size: int, tensors: list[TensorPlan], alignment: Alignment)
         f"the shard size of {shard_size} bytes is less than {len(larger)} tensors take, up to {largest.name} with "
         f"{largest.nbytes} bytes; they have a file each, as no tensor is cut"
     ]
+
+
+def with_statistics(plan: Plan, folders: Sequence[Path]) -> Plan:
+    """Return the plan of a method that collects statistics, with those of every expert; see ``with_coefficients``."""
+    return make_plan(
+        plan.recipe,
+        where=plan.where,
+        root=plan.root,
+        shard_size=plan.shard_size,
+        stochastic=plan.stochastic,
+        allow_nonfinite=plan.allow_nonfinite,
+        models=(plan.base, list(zip(plan.experts, plan.numbers, strict=True))),
+        single=plan.single,
+        statistics=folders,
+    )
 
 
 def with_coefficients(plan: Plan, coefficients: Coefficients, learned: Path | None = None) -> Plan:

@@ -21,7 +21,7 @@ from consilience.kernels.fused import Below, Change, fused, measure, no_step
 from consilience.kernels.lowrank import add_product
 from consilience.kernels.select import Kept
 from consilience.kernels.settle import Settled, encodes, scale_add, settle, settled
-from consilience.methods.program import Elementwise, Matrix, Program, Update
+from consilience.methods.program import Elementwise, Matrix, Measured, Program, Update
 
 
 class Stopped(ConsilienceError):
@@ -42,7 +42,7 @@ class Record:
 
     ``inputs`` are the fingerprint sums of the dense inputs (base, then rows), ``output`` that of the bytes written;
     ``below`` per row: changed entries, those below one unit in the last place, L1 norm, the part below;
-    ``rounding``: squared rounding error, squared change; ``differs``: names whose integer values are not the base's.
+    ``rounding``: squared rounding error, squared change; ``measured`` per row: what the method measured.
     """
 
     tensor: int
@@ -51,6 +51,7 @@ class Record:
     output: list[int]
     below: list[list[float]] = field(default_factory=list[list[float]])
     rounding: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    measured: list[list[float]] = field(default_factory=list[list[float]])
 
 
 class Worker:
@@ -224,6 +225,8 @@ class Worker:
         """Run a matrix method, and return what adds a block of its update to the base."""
         real = loader.real
         update = program.function(tensor.stack, **program.parameters)
+        if isinstance(update, Measured):
+            update, record.measured = update.update, np.asarray(update.values, np.float64).tolist()
         sides = update if isinstance(update, Update) else (update,)
         *left, right = (np.ascontiguousarray(side, real) for side in sides)
         shape = (len(left[0]), right.shape[1]) if left else right.shape

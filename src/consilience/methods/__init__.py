@@ -4,7 +4,7 @@ What a method of one's own needs is here: see docs/methods/own.md.
 """
 
 from consilience.jit import kernel
-from consilience.methods.program import Arithmetic, Elementwise, Merge, Over, Ranks, Step, Sums, Table, Update
+from consilience.methods.program import Arithmetic, Elementwise, Measured, Merge, Over, Ranks, Step, Sums, Table, Update
 from consilience.methods.registry import load, names
 from consilience.methods.signature import (
     Default,
@@ -23,6 +23,7 @@ __all__ = [
     "Arithmetic",
     "Default",
     "Elementwise",
+    "Measured",
     "Merge",
     "Method",
     "Others",

@@ -186,15 +186,25 @@ class Update(NamedTuple):
     right: Floats
 
 
+class Measured(NamedTuple):
+    """A merged task vector [m, n], and numbers of each expert [K, q], of whose sums over all tensors notes are made."""
+
+    update: Floats | Update
+    values: Floats
+
+
+Merged = Floats | Update | Measured
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """The treatment of one tensor by a matrix method: ``function(stack, **parameters)`` returns the merged task vector.
 
-    That is an array [m, n] or an ``Update``; the engine multiplies it by ``scale`` and adds the base. ``copies`` is how
-    many times the stack, [K, m, n] in the compute type, the function holds at its peak.
+    That is an array [m, n], an ``Update``, or with measures a ``Measured``; the engine multiplies it by ``scale`` and
+    adds the base. ``copies`` is how many times the stack, [K, m, n] in the compute type, the function holds at most.
     """
 
-    function: Callable[..., Floats | Update]
+    function: Callable[..., Merged]
     parameters: Mapping[str, Any]
     weights: tuple[float, ...]
     copies: float

@@ -33,6 +33,8 @@ BUILT_IN: dict[str, str] = {
     "core_space": "consilience.methods.core_space",
     "svc": "consilience.methods.svc",
     "regmean": "consilience.methods.regmean",
+    "regmean_pp": "consilience.learned.regmean_pp",
+    "lot": "consilience.methods.lot",
     "fisher": "consilience.methods.fisher",
     "slerp": "consilience.methods.slerp",
     "nuslerp": "consilience.methods.nuslerp",
