@@ -76,7 +76,7 @@ def test_check_and_dry_runs_look_and_touch_nothing(
     assert "  model.layers.0.block_sparse_moe.experts.1.w2.weight  32x48  F32->BF16  copy from code" in lines
     assert "  model.layers.0.block_sparse_moe.gate.weight  2x32  F32->BF16  copy from the prompts" in lines
     assert "  model.norm.weight  32  F32->BF16  copy from base" in lines
-    assert "tensors  42" in lines
+    assert "tensors  42; 0.1 M parameters" in lines
 
 
 def test_paths_start_from_the_recipe_and_python_takes_plain_values(dense: Path, tmp_path: Path) -> None:
