@@ -115,6 +115,27 @@ class Kept(NamedTuple):
 
 
 @kernel
+def count_zeros(row: Any) -> int:
+    """Return how many entries are 0."""
+    zeros = 0
+    for i in range(row.size):
+        zeros += row[i] == 0
+    return zeros
+
+
+@kernel
+def keep_scored(rows: Any, scores: Any, kept: Any) -> None:
+    """Zero, in all rows, the elements whose score in ``scores`` [1, n], which is overwritten, is outside the ranks."""
+    zero = rows.dtype.type(0)
+    score = scores[0]
+    kept.quota[0, 0] = trim(score, kept.last[0], kept.quota[0, 0])
+    for k in range(rows.shape[0]):
+        row = rows[k]
+        for i in range(row.size):
+            row[i] = row[i] if score[i] > 0 else zero
+
+
+@kernel
 def keep(rows: Any, kept: Any) -> None:
     """Zero what is outside the ranks, in place; the quota counts down."""
     for k in range(kept.last.size):

@@ -4,7 +4,21 @@ What a method of one's own needs is here: see docs/methods/own.md.
 """
 
 from consilience.jit import kernel
-from consilience.methods.program import Arithmetic, Elementwise, Merge, Ranks, Step, Sums, Update
+from consilience.methods.program import (
+    Arithmetic,
+    Elementwise,
+    Merge,
+    Quantiles,
+    Ranks,
+    RowStep,
+    RowTally,
+    Score,
+    Step,
+    Sums,
+    Tally,
+    Top,
+    Update,
+)
 from consilience.methods.registry import load, names
 from consilience.methods.signature import (
     Default,
@@ -28,11 +42,17 @@ __all__ = [
     "Others",
     "Parameter",
     "PerExpert",
+    "Quantiles",
     "Range",
     "Ranks",
+    "RowStep",
+    "RowTally",
+    "Score",
     "Step",
     "Sums",
+    "Tally",
     "TensorSpec",
+    "Top",
     "Update",
     "elementwise",
     "kernel",

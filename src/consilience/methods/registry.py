@@ -19,6 +19,10 @@ BUILT_IN: dict[str, str] = {
     "dare_linear": "consilience.methods.dare_linear",
     "dare_ties": "consilience.methods.dare_ties",
     "breadcrumbs": "consilience.methods.breadcrumbs",
+    "breadcrumbs_ties": "consilience.methods.breadcrumbs_ties",
+    "sce": "consilience.methods.sce",
+    "ram": "consilience.methods.ram",
+    "ramplus_tl": "consilience.methods.ramplus_tl",
     "nearswap": "consilience.methods.nearswap",
     "tsv_m": "consilience.methods.tsv_m",
     "iso_c": "consilience.methods.iso_c",
@@ -50,8 +54,8 @@ BUILT_IN: dict[str, str] = {
 
 #: mergekit's methods that are not here.
 _MERGEKIT = (
-    "arcee_fusion", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp", "nuslerp",
-    "passthrough", "ram", "ramplus_tl", "sce",
+    "arcee_fusion", "della", "della_linear", "karcher", "model_stock", "multislerp", "nuslerp",
+    "passthrough",
 )  # fmt: skip
 
 
