@@ -20,6 +20,8 @@ BUILT_IN: dict[str, str] = {
     "dare_ties": "consilience.methods.dare_ties",
     "breadcrumbs": "consilience.methods.breadcrumbs",
     "breadcrumbs_ties": "consilience.methods.breadcrumbs_ties",
+    "della": "consilience.methods.della",
+    "della_linear": "consilience.methods.della_linear",
     "sce": "consilience.methods.sce",
     "ram": "consilience.methods.ram",
     "ramplus_tl": "consilience.methods.ramplus_tl",
@@ -54,7 +56,7 @@ BUILT_IN: dict[str, str] = {
 
 #: mergekit's methods that are not here.
 _MERGEKIT = (
-    "arcee_fusion", "della", "della_linear", "karcher", "model_stock", "multislerp", "nuslerp",
+    "arcee_fusion", "karcher", "model_stock", "multislerp", "nuslerp",
     "passthrough",
 )  # fmt: skip
 
