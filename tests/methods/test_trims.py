@@ -88,9 +88,23 @@ def ramplus_tl(taus: Array) -> Array:
     return np.where(changed.sum(0) > 1, ram(taus), (gain * taus * changed).sum(0))
 
 
+def arcee_fusion(taus: Array, base: Array) -> Array:
+    """Softmax, divergence, sorted importance: over rows along the last axis."""
+    tau = taus[0]
+    columns = tau.shape[-1] if tau.ndim else 1
+    both = [values.reshape(-1, columns) for values in (base + tau, base)]
+    powers = [np.exp(values - values.max(1, keepdims=True)) for values in both]
+    p, q = (power / power.sum(1, keepdims=True) + 1e-8 for power in powers)
+    divergence = (p * np.log(p / q)).sum(1, keepdims=True)
+    importance = (np.abs(tau).reshape(-1, columns) * divergence).astype(np.float32)
+    ordered = np.sort(importance, axis=None).astype(np.float64)
+    lower, median, upper = (ordered[int(share * (tau.size - 1))] for share in (0.25, 0.5, 0.75))
+    return np.where(importance.reshape(tau.shape) >= median + 1.2 * (upper - lower), tau, 0)
+
+
 UNEQUAL = {"e0": 0.5, "e1": 2.0, "e2": 1.0}
 #: method, parameters, formula of the stacked task vectors, number of experts
-FORMULAS: dict[str, tuple[str, dict[str, Any], Callable[[Array], Array], int]] = {
+FORMULAS: dict[str, tuple[str, dict[str, Any], Callable[..., Array], int]] = {
     "breadcrumbs_ties": ("breadcrumbs_ties", {"density": 0.4, "gamma": 0.1, "weight": UNEQUAL}, breadcrumbs_ties, 3),
     "breadcrumbs l1": (
         "breadcrumbs", {"density": 0.4, "gamma": 0.1, "weight": UNEQUAL, "rescale": "l1"}, breadcrumbs_l1, 3,
@@ -101,6 +115,7 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], Callable[[Array], Array], int]] =
     "sce two": ("sce", {}, sce(0.1), 2),
     "ram": ("ram", {"epsilon": 0.05}, ram, 3),
     "ramplus_tl": ("ramplus_tl", {"epsilon": 0.05, "r": 0.3, "alpha": 0.9}, ramplus_tl, 3),
+    "arcee_fusion": ("arcee_fusion", {"whiskers": 1.2}, arcee_fusion, 1),
 }  # fmt: skip
 
 
@@ -124,6 +139,10 @@ def states(
     return {k: np.asarray(v) for k, v in base.items()}, vectors
 
 
+def applied(formula: Callable[..., Array], taus: Array, base: Array) -> Array:
+    return formula(taus, base) if formula is arcee_fusion else formula(taus)
+
+
 def check(case: str, shapes: dict[str, tuple[int, ...]], grid: bool, **more: Any) -> None:
     method, parameters, formula, count = FORMULAS[case]
     base, vectors = states(shapes, count, grid)
@@ -134,7 +153,7 @@ def check(case: str, shapes: dict[str, tuple[int, ...]], grid: bool, **more: Any
     merged: Any = cs.merge(base, experts, method=method, **weights, **more)
     for name in shapes:
         taus = np.stack([experts[n][name] - base[name] for n in experts])
-        expected = formula(taus)
+        expected = applied(formula, taus, base[name])
         np.testing.assert_allclose(merged[name] - base[name], expected, rtol=0, atol=1e-13, err_msg=name)
 
 
@@ -177,7 +196,9 @@ def test_adapters_are_merged_as_their_products(case: str, tmp_path: Path) -> Non
     }
     cs.merge_recipe(build_recipe(method, str(tmp_path / "base"), paths, weights), tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")[name]
-    np.testing.assert_allclose(merged - base.astype(np.float64), formula(np.stack(taus)), atol=2e-6)
+    np.testing.assert_allclose(
+        merged - base.astype(np.float64), applied(formula, np.stack(taus), base.astype(np.float64)), atol=2e-6
+    )
 
 
 def test_selecting_by_variance_leaves_the_base_where_experts_agree() -> None:

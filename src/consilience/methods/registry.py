@@ -25,6 +25,7 @@ BUILT_IN: dict[str, str] = {
     "sce": "consilience.methods.sce",
     "ram": "consilience.methods.ram",
     "ramplus_tl": "consilience.methods.ramplus_tl",
+    "arcee_fusion": "consilience.methods.arcee_fusion",
     "nearswap": "consilience.methods.nearswap",
     "tsv_m": "consilience.methods.tsv_m",
     "iso_c": "consilience.methods.iso_c",
@@ -56,7 +57,7 @@ BUILT_IN: dict[str, str] = {
 
 #: mergekit's methods that are not here.
 _MERGEKIT = (
-    "arcee_fusion", "karcher", "model_stock", "multislerp", "nuslerp",
+    "karcher", "model_stock", "multislerp", "nuslerp",
     "passthrough",
 )  # fmt: skip
 
