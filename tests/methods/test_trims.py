@@ -102,6 +102,23 @@ def arcee_fusion(taus: Array, base: Array) -> Array:
     return np.where(importance.reshape(tau.shape) >= median + 1.2 * (upper - lower), tau, 0)
 
 
+def magmax(taus: Array) -> Array:
+    weighted = taus * np.array([0.5, 2.0, 1.0]).reshape(-1, *[1] * (taus.ndim - 1))
+    last = len(taus) - 1 - np.argmax(np.abs(weighted[::-1]), axis=0)  # of equal ones the last
+    return 0.7 * np.take_along_axis(weighted, last[None], axis=0)[0]
+
+
+def emr(taus: Array) -> Array:
+    signs = np.where(taus.sum(0) > 0, 1, -1)
+    return signs * np.where(taus * signs > 0, np.abs(taus), 0).max(0)
+
+
+def consensus(taus: Array) -> Array:
+    total = taus.sum(0)
+    limits = np.array([0.25, 0.5, 1.0]).reshape(-1, *[1] * total.ndim)
+    return 0.3 * total * ((np.abs(taus) >= limits * np.abs(total - taus)).sum(0) >= 2)
+
+
 UNEQUAL = {"e0": 0.5, "e1": 2.0, "e2": 1.0}
 #: method, parameters, formula of the stacked task vectors, number of experts
 FORMULAS: dict[str, tuple[str, dict[str, Any], Callable[..., Array], int]] = {
@@ -115,6 +132,9 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], Callable[..., Array], int]] = {
     "sce two": ("sce", {}, sce(0.1), 2),
     "ram": ("ram", {"epsilon": 0.05}, ram, 3),
     "ramplus_tl": ("ramplus_tl", {"epsilon": 0.05, "r": 0.3, "alpha": 0.9}, ramplus_tl, 3),
+    "magmax": ("magmax", {"weight": UNEQUAL, "lambda": 0.7}, magmax, 3),
+    "emr": ("emr", {}, emr, 3),
+    "consensus": ("consensus", {"tall": {"e0": 0.25, "e1": 0.5, "e2": 1.0}}, consensus, 3),
     "arcee_fusion": ("arcee_fusion", {"whiskers": 1.2}, arcee_fusion, 1),
 }  # fmt: skip
 
@@ -221,3 +241,19 @@ def test_a_recipe_of_mergekits_selects_everything_by_equal_weights_where_changes
 def test_a_trim_over_the_model_has_no_norms_to_restore() -> None:
     with pytest.raises(cs.InputError, match="rescale"):
         cs.merge({"w": np.ones(9)}, [{"w": np.zeros(9)}], method="ties", trim="model", rescale="l1")
+
+
+@pytest.mark.parametrize(("least", "factor"), [(0, 0.3), (4, 0.0)])
+def test_a_consensus_of_none_is_task_arithmetic_and_of_more_than_there_are_the_base(least: int, factor: float) -> None:
+    taus = {name: draw(30, 20, seed=seed) for seed, name in enumerate("xyz")}
+    experts = {name: {"w": tau} for name, tau in taus.items()}
+    merged: Any = cs.merge({"w": 0 * taus["x"]}, experts, method="consensus", least=least)
+    np.testing.assert_allclose(merged["w"], factor * sum(taus.values()), atol=1e-15)
+
+
+@pytest.mark.parametrize("method", ["magmax", "emr", "consensus"])
+def test_one_expert_is_its_own_largest(method: str) -> None:
+    tau = draw(30, 20, seed=0)
+    more: dict[str, Any] = {"least": 1} if method == "consensus" else {}
+    merged: Any = cs.merge({"w": 0 * tau}, {"x": {"w": tau}}, method=method, **{"lambda": 1.0}, **more)
+    np.testing.assert_array_equal(merged["w"], tau)
