@@ -17,7 +17,7 @@ from consilience.errors import InputError
 from consilience.experts.block import Loader, Marks
 from consilience.kernels.fused import Scored, scan, scan_scores
 from consilience.kernels.select import LARGEST, Kept, magnitudes
-from consilience.methods.program import Score
+from consilience.methods.program import Quantiles, Score
 
 Piece = tuple[int, int]
 #: One of so many tiles of ``TILE`` elements is sampled; rankings of no more elements than ``SMALL`` are not.
@@ -107,7 +107,7 @@ class Selection:
     ``pieces`` are (tensor index, segment) in index order, ``numel`` elements in all. ``find`` has to be called first;
     ``missed`` says how often its bounds did not hold and cost one more pass.
 
-    With a ``score`` that is ranked instead, and every count is of the same scores.
+    With a ``score`` that is ranked instead.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ class Selection:
         return found
 
     @classmethod
-    def quantiles(cls, score: Score, counts: Sequence[int], numel: int, pieces: list[Piece]) -> "Selection":
+    def quantiles(cls, wanted: Quantiles, numel: int, pieces: list[Piece]) -> "Selection":
         """Return the selection that finds the ``counts[q]``-th largest scores; see ``thresholds``."""
-        found = cls([0] * len(counts), numel, pieces, score=score)
-        found._last = [_Cut(0, count) for count in counts]
+        found = cls([0] * len(wanted.counts), numel, pieces, score=wanted.score)
+        found._last = [_Cut(row, count) for row, count in zip(wanted.rows, wanted.counts, strict=True)]
         return found
 
     @property
@@ -186,7 +186,7 @@ class Selection:
         for at in range(start, stop, SHARE * TILE):
             rows, base = loader.load(at, min(stop, at + TILE))
             if self.score is not None:
-                scores = np.empty((1, rows.shape[1]), np.float32)
+                scores = np.empty((self.score.count, rows.shape[1]), np.float32)
                 self.score.function(rows, loader.nothing if base is None else base, at, scores, *self.score.args)
                 rows = scores
             for row, parts in found.items():
@@ -205,7 +205,11 @@ class Selection:
         low, high = (np.array([getattr(cut, side) for cut in cuts], np.uint32) for side in ("low", "high"))
         between: list[list[Any]] = [[] for _ in cuts]
         counts = np.zeros((count, 4), np.int64)
-        scored = None if self.score is None else (scan_scores(self.score.function), Scored(1, self.score.args))
+        scored = (
+            None
+            if self.score is None
+            else (scan_scores(self.score.function), Scored(self.score.count, self.score.args))
+        )
         for at in range(start, stop, loader.size):
             end = min(stop, at + loader.size)
             taken = loader.take(at, end, marked=marks is not None)

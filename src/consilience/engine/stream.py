@@ -177,7 +177,7 @@ class Streamer:
         wanted = program.quantiles
         assert wanted is not None
         pieces = [(tensor.index, s) for s in range(tensor.segments)]
-        selection = Selection.quantiles(wanted.score, wanted.counts, tensor.numel, pieces)
+        selection = Selection.quantiles(wanted, tensor.numel, pieces)
         self._select(selection, each)
         return Sums(quantiles=selection.thresholds.astype(np.float64))
 

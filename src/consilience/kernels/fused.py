@@ -42,7 +42,7 @@ def no_score(rows: Any, base: Any, start: int, out: Any) -> None:
 
 
 class Scored(NamedTuple):
-    """A score's arguments; ``count`` is 1, or 0 where rows are ranked by their own magnitudes."""
+    """A score's arguments; ``count`` is its number of rows, 0 where rows are ranked by their own magnitudes."""
 
     count: int
     args: Any
@@ -142,19 +142,19 @@ def _scan_scores(
     counts: Any, like: Any,
 ) -> None:  # fmt: skip
     all_rows, all_base = np.empty((like.size, TILE), like.dtype), np.empty(TILE, like.dtype)
-    all_scores = np.empty((1, TILE), np.float32)
+    all_scores = np.empty((scored.count, TILE), np.float32)
     based = taken.subtract or taken.base.size > 0
     for at in range(0, size, TILE):
         end = min(size, at + TILE)
         rows = all_rows if end - at == TILE else np.empty((like.size, end - at), like.dtype)
-        scores = all_scores if end - at == TILE else np.empty((1, end - at), np.float32)
+        scores = all_scores if end - at == TILE else np.empty((scored.count, end - at), np.float32)
         base = all_base[: end - at] if based else all_base[:0]
         take(taken, at, end, rows, base, 0)
         _score(rows, base, start + at, scores, *scored.args)
-        zeros = count_zeros(scores[0])
         for c in range(chosen.size):
-            found[c] += collect(scores[0], low[c], high[c], out[c, found[c] :], counts[c])
-            counts[c, 3] += zeros
+            row = scores[chosen[c]]
+            found[c] += collect(row, low[c], high[c], out[c, found[c] :], counts[c])
+            counts[c, 3] += count_zeros(row)
 
 
 def scan_scores(score: Any) -> Any:

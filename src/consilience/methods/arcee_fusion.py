@@ -99,7 +99,7 @@ def arcee_fusion(
             threshold = median + whiskers * (upper - lower)
             return Elementwise("task_vectors", Arithmetic(_fused_above, (1.0,), (columns, divergence, threshold)))
 
-        importance = Quantiles(Score(_importance, (columns, divergence)), ranks)
+        importance = Quantiles(Score(_importance, (columns, divergence)), ranks, (0,) * 3)
         return Elementwise("task_vectors", merge, needs="quantiles", finish=finish, quantiles=importance)
 
     merge = Arithmetic(_fused_above, (1.0,), (columns, np.zeros(1), 0.0))

@@ -58,18 +58,20 @@ class RowStep:
 class Score:
     """Gives every element numbers to rank it by: ``function(rows, base, start, out, *args)``, a kernel.
 
-    ``rows``, ``base`` and ``start`` are as for ``Merge``; ``out`` [1, n] float32 is to be filled, with nothing below 0.
+    ``rows``, ``base`` and ``start`` are as for ``Merge``; ``out`` [count, n] float32 is to be filled, and nothing in it
+    below 0.
     """
 
     function: Callable[..., None]
     args: tuple[Any, ...] = ()
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Top:
     """Keep, in all rows, the elements of the ``floor(density * n)`` largest scores; n have a score other than 0.
 
-    Of equal scores that of lower index is kept. The others are zero in every row.
+    The score's ``count`` is 1. Of equal scores that of lower index is kept. The others are zero in every row.
     """
 
     score: Score
@@ -78,10 +80,11 @@ class Top:
 
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """The ``counts[q]``-th largest score of the tensor, for every q; 1 is the largest."""
+    """The ``counts[q]``-th largest of the tensor's scores ``rows[q]``, for every q; 1 is the largest."""
 
     score: Score
     counts: tuple[int, ...]
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ BUILT_IN: dict[str, str] = {
     "magmax": "consilience.methods.magmax",
     "emr": "consilience.methods.emr",
     "consensus": "consilience.methods.consensus",
+    "pcb": "consilience.methods.pcb",
     "nearswap": "consilience.methods.nearswap",
     "tsv_m": "consilience.methods.tsv_m",
     "iso_c": "consilience.methods.iso_c",
