@@ -69,13 +69,20 @@ RUNS: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "slerp": {"method": "slerp", "t": 0.3},
+    "breadcrumbs_ties": {"method": "breadcrumbs_ties", "rescale": "l1", "weight": 0.5, "density": 0.4},
+    "sce": {"method": "sce", "select_topk": 0.3},
+    "ramplus_tl": {"method": "ramplus_tl", "epsilon": 0.02},
+    "della": {"method": "della", "density": 0.6, "epsilon": 0.2, "seed": 4},
+    "della_l1": {"method": "della_linear", "density": 0.6, "rescale": "l1"},
+    "arcee_fusion": {"method": "arcee_fusion"},
+    "pcb": {"method": "pcb", "ratio": 0.3},
     "stochastic": {"method": "task_arithmetic", "weight": 0.3, "stochastic_rounding": True, "seed": 3},
     "half": {"method": "ties", "density": 0.2, "out_dtype": "float16", "stochastic_rounding": True},
 }
 
 
 def experts_of(run: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
-    names = ["math"] if run["method"] == "slerp" else ["math", "code", "chat"]
+    names = ["math"] if run["method"] in ("slerp", "arcee_fusion") else ["math", "code", "chat"]
     return {name: models[name] for name in names}
 
 

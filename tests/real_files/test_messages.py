@@ -101,7 +101,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, weight: str, told: str) -> 
 
 
 @real_file(11, family="recipe", option="mergekit's other methods", expected=LEADS, before="wrong cause named", now=TRUE)
-@pytest.mark.parametrize("method", ["sce", "karcher", "breadcrumbs_ties", "della", "model_stock", "passthrough"])
+@pytest.mark.parametrize("method", ["karcher", "model_stock", "passthrough"])
 def test_methods_of_mergekit_that_are_not_here(tmp_path: Path, method: str) -> None:
     models(tmp_path)
     outcome = cli("check", recipe(tmp_path, merge_method=method))
