@@ -47,7 +47,7 @@ def breadcrumbs_ties(taus: Array) -> Array:
 def breadcrumbs_l1(taus: Array) -> Array:
     kept = [band(tau, 0.4, 0.1) for tau in taus]
     ratios = [np.abs(t).sum() / np.abs(k).sum() if np.abs(k).sum() > 0 else 1 for t, k in zip(taus, kept, strict=True)]
-    return sum(w * r * k for w, r, k in zip((0.5, 2.0, 1.0), ratios, kept, strict=True))
+    return np.sum([w * r * k for w, r, k in zip((0.5, 2.0, 1.0), ratios, kept, strict=True)], axis=0)
 
 
 def ties_l1(taus: Array) -> Array:

@@ -42,9 +42,9 @@ def no_score(rows: Any, base: Any, start: int, out: Any) -> None:
 
 
 class Scored(NamedTuple):
-    """A score's arguments; ``count`` is its number of rows, 0 where rows are ranked by their own magnitudes."""
+    """A score's arguments; ``rows`` is how many it gives, 0 where rows are ranked by their own magnitudes."""
 
-    count: int
+    rows: int
     args: Any
 
 
@@ -83,7 +83,7 @@ def _fused(
     real, count = settled.exact.dtype, len(weights)
     all_rows, all_base = np.empty((count, TILE), real), np.empty(TILE, real)
     room, rounded = np.empty(TILE, real), np.empty(TILE, real)
-    all_scores = np.empty((scored.count, TILE), np.float32)
+    all_scores = np.empty((scored.rows, TILE), np.float32)
     based = taken.subtract or taken.base.size > 0
     for at in range(0, size, TILE):
         end = min(size, at + TILE)
@@ -92,8 +92,8 @@ def _fused(
         take(taken, at, end, rows, base, 0)
         if below.per_unit > 0:
             _measure(rows, base, start + at, below)
-        if scored.count:
-            scores = all_scores if end - at == TILE else np.empty((scored.count, end - at), np.float32)
+        if scored.rows:
+            scores = all_scores if end - at == TILE else np.empty((scored.rows, end - at), np.float32)
             _score(rows, base, start + at, scores, *scored.args)
             keep_scored(rows, scores, kept)
         else:
@@ -116,15 +116,15 @@ def _tallied(
     taken: Any, kept: Any, scored: Any, args: Any, size: int, start: int, like: Any, out: Any
 ) -> None:  # fmt: skip
     all_rows, all_base = np.empty((like.size, TILE), like.dtype), np.empty(TILE, like.dtype)
-    all_scores = np.empty((scored.count, TILE), np.float32)
+    all_scores = np.empty((scored.rows, TILE), np.float32)
     based = taken.subtract or taken.base.size > 0
     for at in range(0, size, TILE):
         end = min(size, at + TILE)
         rows = all_rows if end - at == TILE else np.empty((like.size, end - at), like.dtype)
         base = all_base[: end - at] if based else all_base[:0]
         take(taken, at, end, rows, base, 0)
-        if scored.count:
-            scores = all_scores if end - at == TILE else np.empty((scored.count, end - at), np.float32)
+        if scored.rows:
+            scores = all_scores if end - at == TILE else np.empty((scored.rows, end - at), np.float32)
             _score(rows, base, start + at, scores, *scored.args)
             keep_scored(rows, scores, kept)
         else:
@@ -142,12 +142,12 @@ def _scan_scores(
     counts: Any, like: Any,
 ) -> None:  # fmt: skip
     all_rows, all_base = np.empty((like.size, TILE), like.dtype), np.empty(TILE, like.dtype)
-    all_scores = np.empty((scored.count, TILE), np.float32)
+    all_scores = np.empty((scored.rows, TILE), np.float32)
     based = taken.subtract or taken.base.size > 0
     for at in range(0, size, TILE):
         end = min(size, at + TILE)
         rows = all_rows if end - at == TILE else np.empty((like.size, end - at), like.dtype)
-        scores = all_scores if end - at == TILE else np.empty((scored.count, end - at), np.float32)
+        scores = all_scores if end - at == TILE else np.empty((scored.rows, end - at), np.float32)
         base = all_base[: end - at] if based else all_base[:0]
         take(taken, at, end, rows, base, 0)
         _score(rows, base, start + at, scores, *scored.args)
