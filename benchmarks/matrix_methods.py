@@ -106,8 +106,10 @@ def decompose(vectors: list[Array]) -> Array:
 
 def bare(method: str, vectors: list[Array]) -> Callable[[], object]:
     """Return what a method cannot do without: products, eliminations and decompositions on arrays that are there."""
-    if method in ("tsv_m", "iso_c"):
-        return lambda: [np.linalg.eigh(one @ one.T) for one in (vectors if method == "tsv_m" else [np.sum(vectors, 0)])]
+    if method == "tsv_m":
+        return lambda: _bare_triples(vectors)
+    if method == "iso_c":
+        return lambda: _bare_triples([np.sum(vectors, 0)])
     wide = [vector.astype(np.float64) for vector in vectors]
     rows = np.concatenate(wide)
 
@@ -120,6 +122,30 @@ def bare(method: str, vectors: list[Array]) -> Callable[[], object]:
         return ((load @ basis) / values) @ basis.T
 
     return run
+
+
+def _bare_triples(vectors: list[Array]) -> object:
+    """Take every matrix' triples by its Gram matrix in float64, then what makes one update of them.
+
+    That is the product of its triples for one matrix, the decompositions for two polar factors and their products for
+    several.
+    """
+    share = min(vectors[0].shape) // len(vectors)
+    left: list[Array] = []
+    right: list[Array] = []
+    for vector in vectors:
+        wide = vector.astype(np.float64)
+        own = np.linalg.eigh(wide @ wide.T)[1][:, -share:]
+        left.append(own.astype(np.float32))
+        # all triples have weak ones among them, whose products float32 would lose
+        right.append((own.T @ wide).astype(np.float32) if share == min(vector.shape) else left[-1].T @ vector)
+    u, v = np.concatenate(left, 1), np.concatenate(right)
+    if len(vectors) == 1:
+        return u @ v
+    for gram in (u.T.astype(np.float64) @ u, v.astype(np.float64) @ v.T):
+        np.linalg.eigh(gram)
+    small = u.T @ u
+    return (u @ (small @ small)) @ v
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -619,7 +619,11 @@ COMMANDS = [
         ("~nobody-here/x", "write the folder out"),
         command("merge", "base", "out", "-e", "a=~nobody-here/x"),
     ),
-    Case("expert without a path", ("-e 'a'", "NAME=PATH"), command("merge", "base", "out", "-e", "a")),
+    Case(
+        "expert's path without a name is missing", ("aa", "did you mean"), command("merge", "base", "out", "-e", "aa")
+    ),
+    Case("expert without a name", ("-e '=a'", "NAME=PATH"), command("merge", "base", "out", "-e", "=a")),
+    Case("expert is empty", ("-e ''", "NAME=PATH"), command("merge", "base", "out", "-e", "")),
     Case("expert with an empty path", ("-e 'a='", "NAME=PATH"), command("merge", "base", "out", "-e", "a=")),
     Case(
         "expert named twice",
@@ -631,7 +635,43 @@ COMMANDS = [
     Case("setting is bad YAML", ("--set weight", "fix"), command(*MERGE, "--set", "weight=[1,")),
     Case("setting of no expert", ("c.weight", "'c'"), command(*MERGE, "--set", "c.weight=1")),
     Case("setting of no parameter", ("wieght", "did you mean 'weight'"), command(*MERGE, "--set", "wieght=1")),
-    Case("setting with a recipe", ("--set", "recipe.yaml"), lambda: [*recipe(RECIPE), "--set", "weight=1"]),
+    Case(
+        "setting that a recipe has",
+        ("--set weight=1", "changes nothing"),
+        lambda: [*recipe(RECIPE), "--set", "weight=1"],
+    ),
+    Case(
+        "setting of no parameter of a recipe",
+        ("--set wieght=2", "did you mean 'weight'"),
+        lambda: [*recipe(RECIPE), "--set", "wieght=2"],
+    ),
+    Case(
+        "setting of no expert of a recipe",
+        ("--set c.weight=2", "no expert 'c'", "a, b"),
+        lambda: [*recipe(RECIPE), "--set", "c.weight=2"],
+    ),
+    Case(
+        "setting of a recipe is out of range",
+        ("--set density=2", "[0, 1]"),
+        lambda: [*recipe(RECIPE), "--method", "ties", "--set", "density=2"],
+    ),
+    Case(
+        "setting is an option",
+        ("--set seed=3", "use --seed 3"),
+        lambda: [*recipe(RECIPE), "--set", "seed=3"],
+    ),
+    Case(
+        "method that a recipe has",
+        ("--method task_arithmetic", "changes nothing"),
+        lambda: [*recipe(RECIPE), "--method", "task_arithmetic"],
+    ),
+    Case("no such method", ("--method tise", "'ties'"), lambda: [*recipe(RECIPE), "--method", "tise"]),
+    Case("seed that a recipe has", ("--seed 0", "changes nothing"), lambda: [*recipe(RECIPE), "--seed", "0"]),
+    Case(
+        "setting of an expert that experts share",
+        ("--set a.normalize=false", "shared"),
+        lambda: [*recipe(RECIPE), "--method", "ties", "--set", "a.normalize=false"],
+    ),
     Case("weight beyond float32", ("tensor", "F32", "smaller weights"), command(*MERGE, "--set", "weight=1e39")),
     Case("unknown option", ("--denstiy", "--help"), command(*MERGE, "--denstiy", "1")),
     Case("unknown command", ("mrege", "--help"), command("mrege")),

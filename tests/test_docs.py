@@ -204,6 +204,18 @@ def test_the_routing_tutorial_does_what_it_says(tmp_path: Path, real_base: Path)
 
 @pytest.mark.slow
 @pytest.mark.real
+def test_the_page_of_mixtures_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
+    (tmp_path / "suites").symlink_to(ROOT / "suites")
+    (tmp_path / "base").symlink_to(real_base)
+    run_page(DOCS / "moe.md", tmp_path)
+    lineage = json.loads((tmp_path / "mixture" / "consilience" / "lineage.json").read_text())
+    assert lineage["mixture"]["experts"] == ["pronounce", "translate"]
+    assert all(np.mean(expert["first"]) > 0.8 for expert in lineage["mixture"]["routing"])
+    assert "opened by transformers" in lineage["loader"]
+
+
+@pytest.mark.slow
+@pytest.mark.real
 def test_the_learning_tutorial_does_what_it_says(tmp_path: Path, real_base: Path) -> None:
     (tmp_path / "suites").symlink_to(ROOT / "suites")
     (tmp_path / "base").symlink_to(real_base)

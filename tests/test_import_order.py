@@ -11,7 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "consilience"
 ORDER = (
     "errors", "contents", "numbers", "name_filter", "progress", "workdir", "cache", "jit", "pages", "checkpoints",
     "kernels", "experts", "methods", "recipe", "coefficients", "engine", "tasks", "training", "student", "objectives",
-    "optimizers", "learned", "mixing", "doctor", "routing", "api", "cli",
+    "optimizers", "learned", "mixing", "doctor", "routing", "moe", "api", "sweeps", "cli",
 )  # fmt: skip
 
 

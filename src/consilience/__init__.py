@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from consilience.api import align, diagnose, learn, merge, merge_recipe, plan_recipe
+    from consilience.api import align, diagnose, learn, merge, merge_recipe, override_recipe, plan_recipe
     from consilience.checkpoints import open_checkpoint
     from consilience.coefficients import Coefficients, load_coefficients, save_coefficients
     from consilience.errors import ConsilienceError, InputError, MachineError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from consilience.mixing import distill, mix
     from consilience.recipe import Recipe, read_recipe
     from consilience.routing import build_routed, load_routed
+    from consilience.sweeps import sweep
     from consilience.tasks import evaluate
     from consilience.training import fine_tune
 
@@ -37,6 +38,7 @@ _HOME = {
     "merge": "consilience.api",
     "merge_recipe": "consilience.api",
     "mix": "consilience.mixing",
+    "override_recipe": "consilience.api",
     "plan_recipe": "consilience.api",
     "open_checkpoint": "consilience.checkpoints",
     "ConsilienceError": "consilience.errors",
@@ -45,6 +47,7 @@ _HOME = {
     "Recipe": "consilience.recipe",
     "read_recipe": "consilience.recipe",
     "evaluate": "consilience.tasks",
+    "sweep": "consilience.sweeps",
     "save_coefficients": "consilience.coefficients",
 }
 
@@ -68,10 +71,17 @@ __all__ = [
     "merge_recipe",
     "mix",
     "open_checkpoint",
+    "override_recipe",
     "plan_recipe",
     "read_recipe",
     "save_coefficients",
+    "sweep",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names too, which are imported only once they are used."""
+    return sorted({*globals(), *__all__})
 
 
 def _missing(name: str, error: ImportError) -> Exception:

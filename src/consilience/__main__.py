@@ -3,6 +3,8 @@
 0 done and verified; 2 the user's input is wrong; 1 the machine failed; 130 interrupted. ``--debug`` shows tracebacks.
 """
 
+import gc
+import json
 import os
 import signal
 import sys
@@ -18,6 +20,17 @@ def _say(message: str) -> None:
     from consilience.errors import one_line
 
     sys.stderr.write(f"consilience: {one_line(message)}\n")
+
+
+def _failed(message: str, status: int, as_json: bool) -> int:
+    """Say what went wrong, with ``--json`` on standard output too, and return the exit status."""
+    from consilience.errors import one_line
+
+    _say(message)
+    if as_json:
+        said = {"ok": False, "error": one_line(message), "status": status}
+        sys.stdout.write(json.dumps(said, ensure_ascii=False) + "\n")
+    return status
 
 
 def _interrupted() -> int:
@@ -40,7 +53,7 @@ def run(arguments: list[str]) -> int:
 
     # Newer typers carry their own click, older ones use the package: BadParameter's parents are right in both.
     usage_error: Any = typer.BadParameter.__mro__[1]
-    debug = "--debug" in arguments
+    debug, as_json = "--debug" in arguments, "--json" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
         for argument in arguments:
@@ -54,15 +67,13 @@ def run(arguments: list[str]) -> int:
             sys.stdout.write(error.format_message() + "\n")
             return 0
         where = error.ctx.command_path if error.ctx else "consilience"
-        _say(f"{error.format_message()} (see '{where} --help')")
-        return 2
+        return _failed(f"{error.format_message()} (see '{where} --help')", 2, as_json)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except ConsilienceError as error:
         if debug:
             raise
-        _say(str(error))
-        return error.exit_status
+        return _failed(str(error), error.exit_status, as_json)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - keeps the interpreter's last flush from failing
         return 0
@@ -73,10 +84,8 @@ def run(arguments: list[str]) -> int:
             missing_extra(error, f"this command ({_shown(arguments)})") if isinstance(error, ImportError) else None
         )
         if missing is not None:
-            _say(str(missing))
-            return missing.exit_status
-        _say(_unforeseen(error))
-        return 1
+            return _failed(str(missing), missing.exit_status, as_json)
+        return _failed(_unforeseen(error), 1, as_json)
 
 
 def _shown(arguments: list[str]) -> str:
@@ -99,6 +108,7 @@ def _unforeseen(error: Exception) -> str:
 def main() -> None:
     """Run the command line of this process."""
     signal.signal(signal.SIGTERM, _terminate)
+    gc.set_threshold(200_000, 50, 50)  # a plan of 20,000 tensors is millions of objects, and none of them garbage
     sys.exit(run(sys.argv[1:]))
 
 

@@ -1,7 +1,9 @@
 """The library's front door: everything the command line does, a function does."""
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -60,14 +62,18 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _check_model(value: Any, name: str) -> None:
-    """Refuse what is neither a path nor a state dict.
+    """Refuse what is neither a path nor a model in memory.
 
     Raises:
         InputError: names the argument.
     """
-    if isinstance(value, str | Path | Mapping):
+    if isinstance(value, str | Path) or _is_held(value):
         return
-    hint = "pass its state_dict()" if hasattr(value, "state_dict") else "give a path, a hub reference or a state dict"
+    hint = (
+        "pass its state_dict()"
+        if hasattr(value, "state_dict")
+        else "give a path, a hub reference, a state dict or a module"
+    )
     raise InputError(f"{name}: is a {type(value).__name__}; {hint}")
 
 
@@ -79,12 +85,28 @@ def _recipe_of(recipe: Any) -> "tuple[Recipe, str, Path | None]":
     """
     from consilience.recipe.schema import Recipe, parse_recipe, read_recipe
 
+    if isinstance(recipe, str | Path):
+        path = path_of(recipe, "recipe")
+        return read_recipe(path), str(path), path.parent
+    value, where, root = _values_of(recipe)
+    return value if isinstance(value, Recipe) else parse_recipe(value, where), where, root
+
+
+def _values_of(recipe: Any) -> "tuple[Any, str, Path | None]":
+    """Return a recipe, or the plain values that it is given as; what errors call it; where its paths start.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    from consilience.recipe.schema import Recipe
+    from consilience.recipe.yaml_file import read_yaml
+
     if isinstance(recipe, Recipe):
-        return recipe, recipe.where, None
+        return recipe, recipe.where, None if recipe.file is None else recipe.file.parent
     if isinstance(recipe, Mapping):
-        return parse_recipe(dict(cast(Mapping[str, Any], recipe)), "recipe"), "recipe", None
+        return dict(cast(Mapping[str, Any], recipe)), "recipe", None
     path = path_of(recipe, "recipe")
-    return read_recipe(path), str(path), path.parent
+    return read_yaml(path), str(path), path.parent
 
 
 def build_recipe(
@@ -132,6 +154,46 @@ def build_recipe(
     return parse_recipe(value | ({"base_model": base} if base is not None else {}), "arguments")
 
 
+def override_recipe(
+    recipe: "Recipe | Mapping[str, Any] | PathLike",
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    method: str | None = None,
+    data: Mapping[str, Mapping[str, str]] | None = None,
+    swept: bool = False,
+    **keys: Any,
+) -> "Recipe":
+    """Return a recipe with values replaced; the merge's notes, lineage and resolved recipe say which.
+
+        recipe = cs.override_recipe("recipe.yaml", {"density": 0.3, "math.weight": 0.5}, seed=1)
+        cs.merge_recipe(recipe, "out")
+
+    Args:
+        recipe: a recipe, the same as plain values, or its file.
+        parameters: the method's. ``density`` replaces the recipe's value and every model's own, ``math.density`` (or a
+            mapping ``{"density": {"math": 0.3}}``) one model's.
+        method: another method, with its own defaults; parameters that it does not have are left out.
+        data: files by expert (``{"math": {"calibration": FILE}}``).
+        swept: the values are a sweep's: one that changes nothing is taken instead of refused.
+        keys: the recipe's other keys: ``out_dtype``, ``seed``, ``private``, ``config``, ``tokenizer``,
+            ``chat_template``, ``coefficients``, ``target``.
+
+    Raises:
+        InputError: a key or expert is unknown (the nearest is named), or a value is wrong or changes nothing.
+    """
+    from consilience.recipe.overrides import override
+
+    known = ("out_dtype", "seed", "private", "config", "tokenizer", "chat_template", "coefficients", "target")
+    odd = next((key for key in keys if key not in known), None)
+    if odd is not None:
+        raise InputError(f"{odd}: is no key that can be replaced{nearest(odd, known)}; parameters go in a mapping")
+    found, _, _ = _recipe_of(recipe)
+    found = override(found, parameters or {}, method=method, data=data, keys=keys, swept=swept)
+    given = {key: any(key in files for files in (data or {}).values()) for key in ("calibration", "statistics")}
+    _check_read(found.merge_method, given | {"target": "target" in keys})
+    return found
+
+
 def _check_read(method: str, given: Mapping[str, bool]) -> None:
     """Refuse files that a method does not read.
 
@@ -144,25 +206,26 @@ def _check_read(method: str, given: Mapping[str, bool]) -> None:
         return
     known = load(method)
     read = {"calibration": known.reads_calibration, "target": known.reads_target}
-    read["statistics"] = known.statistics is not None
+    read["statistics"] = known.statistics is not None and known.collect is None
     for name in (name for name, there in given.items() if there and not read[name]):
         what = name if name == "statistics" else f"{name} rows"
         raise InputError(f"{option(name, 'FILE')}: method {method!r} reads no {what}; leave it out")
 
 
 def merge(
-    base: "PathLike | StateDict | None",
-    experts: "Mapping[str, Any] | Sequence[Any]",
+    base: "Recipe | PathLike | StateDict | nn.Module | None",
+    experts: "Mapping[str, Any] | Sequence[Any] | None" = None,
     out: PathLike | None = None,
     *,
-    method: str = "task_arithmetic",
+    method: str | None = None,
     out_dtype: "str | Any | None" = None,
     as_adapter: "Kind | None" = None,
     rank: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     private: Sequence[str] | str = (),
     force: bool = False,
     threads: int | None = None,
+    shard_size: int | None = None,
     stochastic_rounding: bool = False,
     allow_nonfinite: bool = False,
     calibration: Mapping[str, PathLike] | None = None,
@@ -170,128 +233,227 @@ def merge(
     target: Mapping[str, PathLike] | None = None,
     coefficients: PathLike | None = None,
     device: str = "cpu",
+    tensorboard: PathLike | None = None,
+    trust_remote_code: bool = False,
     config: "str | Mapping[str, Any] | None" = None,
     tokenizer: str | None = None,
     chat_template: str | None = None,
     strict: bool = False,
+    check_load: bool = False,
     progress: "ProgressOption" = False,
+    noted: "Callable[[str], None] | None" = None,
     **parameters: Any,
-) -> "Summary | AdapterSummary | dict[str, Any]":
-    """Merge experts into one model.
+) -> "Summary | AdapterSummary | dict[str, Any] | Any":  # Any: a module, of the base's class
+    """Merge experts into one model: paths to files, state dicts to a state dict, modules to a module.
 
         theta = theta_0 + method(tau_1 ... tau_K),   tau_k = theta_k - theta_0
 
+        cs.merge("base", {"math": "experts/math", "code": "adapters/code"}, "merged", method="ties", density=0.2)
+        merged = cs.merge(base.state_dict(), {"math": math.state_dict(), "code": code.state_dict()}, weight=0.5)
+        model = cs.merge(base, [math, code], method="ties", out_dtype=torch.bfloat16)      # torch modules
+        cs.merge("recipe.yaml", out="merged", density=0.3)                                 # replaces the recipe's
+        cs.merge({"merge_method": "ties", "base_model": "base", "models": [{"model": "math"}]}, out="merged")
+
+    A parameter is one value for all experts and tensors, ``{"math": 0.7, "code": 0.3}`` one per expert, a list of
+    numbers a gradient over depth, and ``[{"filter": "mlp", "value": 0.4}, {"value": 0.6}]`` one by names of tensors;
+    expert by expert these may be mixed: ``weight={"math": [0.2, 0.8], "code": 0.3}``.
+
+    What is merged in memory is read as plain numbers and takes no part in autograd: the result requires no gradient and
+    has no history. It shares no memory with the inputs, which stay as they are, and lies on the devices of the base's
+    tensors; the arithmetic is the CPU's.
+
     Args:
-        base: the model the experts were tuned from: a path or hub reference, or a state dict; None where the method
-            needs none.
-        experts: paths, hub references, adapters, or state dicts; a mapping names them.
-        out: the folder (or file) to write; required for paths, not allowed for state dicts.
-        method: a name ``consilience methods`` lists.
+        base: the model the experts were tuned from: a path or hub reference, a state dict (numpy arrays or torch
+            tensors) or a torch module; None where the method needs none. Or, without ``experts``, a recipe: a
+            ``Recipe``, its file, or the same as plain values, in which state dicts and modules may stand for models.
+        experts: paths, hub references, adapters, state dicts or modules; a mapping names them.
+        out: the folder (or file) to write; required for paths, not allowed in memory.
+        method: a name ``consilience methods`` lists; by default task_arithmetic, or the recipe's.
         out_dtype: float32, float16, bfloat16 or float64, or torch's or numpy's; by default every tensor keeps the
             base's.
         as_adapter: write LoRA experts as one PEFT adapter: "cat" (exact) or "svd" (truncated to ``rank``).
         rank: of "svd".
-        seed: of the random methods and of stochastic rounding.
+        seed: of the random methods and of stochastic rounding; by default 0, or the recipe's.
         private: filters of tensors that are not merged.
         force: replace a non-empty ``out``.
         threads: number of workers (default: the cores this process may use); never changes the result.
+        shard_size: greatest number of data bytes of an output file.
         stochastic_rounding: round to a random neighbour with the right expectation instead of to nearest.
         allow_nonfinite: let NaN, Inf and overflow through.
         calibration: for learned methods, each expert's JSONL file of (unlabelled) rows.
-        statistics: for regmean and fisher, each expert's folder of statistics (``collect_statistics``).
+        statistics: for regmean, lot and fisher, each expert's folder of statistics (``collect_statistics``).
         target: for ``glue``, the labelled target rows: ``{"train": FILE, "validation": FILE}``.
         coefficients: a coefficients file to apply (method "coefficients").
         device: where a learned method runs the model.
+        tensorboard: a folder that a learned method logs to.
+        trust_remote_code: run ``.py`` files that come with the base.
         config: whose config.json, generation config and preprocessor the output has, "base" or an expert's name; or
             values that replace the base's.
         tokenizer: whose tokenizer files and special token ids it has.
         chat_template: whose chat template, or a template itself.
         strict: refuse experts that differ from the base in what the model computes, where ``config`` chooses nothing.
+        check_load: open the output with its own library, even if nothing but values is new.
         progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the
-            work, or a ``Progress``; for paths.
-        parameters: the method's; a mapping gives one value per expert name.
+            work, or a ``Progress``.
+        noted: called with each note of a merge in memory; by default they are logged. A merge of files has them in its
+            summary.
+        parameters: the method's. Beside a recipe, they and the arguments above replace its values
+            (``override_recipe``).
 
     Returns:
-        A summary of the run for paths; the merged state dict (same library) for state dicts.
+        A summary of the run for files; the merged state dict (of the base's library) for state dicts; a module like
+        the base, with its own tensors, for modules.
 
     Raises:
-        InputError: the input is wrong; nothing is left behind.
+        InputError: the input is wrong, or an argument has no effect; nothing is left behind.
         MachineError: the disk or another part of the machine failed; the same call continues where it stopped.
     """
-    named = _named(experts)
     check_threads(threads)
-    for name, value in {"base": base, **{f"expert {name!r}": value for name, value in named.items()}}.items():
-        if value is not None or name != "base":
-            _check_model(value, name)
-    in_memory = isinstance(base, Mapping) or any(isinstance(value, Mapping) for value in named.values())
     for name, value in {"calibration": calibration, "statistics": statistics, "target": target}.items():
         if value is not None and not isinstance(cast(Any, value), Mapping):
             raise InputError(f"{name}: is a {type(value).__name__}; give files by name, as a mapping")
     filters = list(private) if isinstance(cast(Any, private), Sequence) and not isinstance(private, str) else private
-    extra: dict[str, Any] = {"seed": seed, "private": filters}
-    extra |= {"out_dtype": out_dtype} if out_dtype is not None else {}
-    extra |= {"coefficients": str(coefficients)} if coefficients is not None else {}
-    extra |= {"target": {key: str(path) for key, path in target.items()}} if target is not None else {}
-    choices = {"config": config, "tokenizer": tokenizer, "chat_template": chat_template}
-    extra |= {key: value for key, value in choices.items() if value is not None}
-    if in_memory:
-        if out is not None:
-            raise InputError("out: state dicts are merged in memory; save the result yourself, or pass paths")
-        _check_read(method, {"calibration": bool(calibration), "statistics": bool(statistics)})
-        return _merge_state_dicts(base, named, method, parameters, extra, threads, stochastic_rounding, allow_nonfinite)
-    if out is None:
-        raise InputError("out: name the folder to write")
-    path_of(out, "out")
-    paths = {name: str(value) for name, value in named.items()}
+    keys: dict[str, Any] = {"seed": seed, "out_dtype": out_dtype, "private": filters or None, "config": config}
+    keys |= {"tokenizer": tokenizer, "chat_template": chat_template}
+    keys |= {"coefficients": None if coefficients is None else str(coefficients)}
+    keys |= {"target": None if target is None else {key: str(path) for key, path in target.items()}}
+    keys = {key: value for key, value in keys.items() if value is not None}
     data: dict[str, dict[str, str]] = {}
     for key, files in (("calibration", calibration), ("statistics", statistics)):
         for name, path in (files or {}).items():
             data.setdefault(name, {})[key] = str(path)
-    recipe = build_recipe(method, None if base is None else str(base), paths, parameters, data=data, **extra)
-    return merge_recipe(
-        recipe,
-        out,
-        as_adapter=as_adapter,
-        rank=rank,
-        force=force,
-        threads=threads,
-        stochastic_rounding=stochastic_rounding,
-        allow_nonfinite=allow_nonfinite,
-        device=device,
-        strict=strict,
-        progress=progress,
-    )
+    found: Recipe
+    if experts is None:
+        found, held = _recipe_in_memory(base)
+        if method is not None or parameters or data or keys:
+            found = override_recipe(found, parameters, method=method, data=data, **keys)
+    else:
+        held, base_path, references = _models_in_memory(base, experts)
+        method = method or ("coefficients" if coefficients is not None else "task_arithmetic")
+        found = build_recipe(method, base_path, references, parameters, data=data, **keys)
+    shared: dict[str, Any] = {"stochastic_rounding": stochastic_rounding, "allow_nonfinite": allow_nonfinite}
+    files_only: dict[str, Any] = {
+        "as_adapter": as_adapter, "rank": rank, "force": force, "shard_size": shard_size, "tensorboard": tensorboard,
+        "trust_remote_code": trust_remote_code, "strict": strict, "check_load": check_load,
+    }  # fmt: skip
+    if held is not None:
+        if out is not None:
+            raise InputError("out: state dicts are merged in memory; save the result yourself, or pass paths")
+        chosen = {"config": config, "tokenizer": tokenizer, "chat_template": chat_template}
+        idle = [name for name, value in (files_only | chosen).items() if value not in (None, False)]
+        idle += ["device"] if device != "cpu" else []
+        if idle:
+            raise InputError(f"{idle[0]}: has no effect on what is merged in memory; leave it out")
+        return _merge_in_memory(found, held, threads=threads, progress=progress, noted=noted, **shared)
+    if noted is not None:
+        raise InputError("noted: has no effect on a merge of files, whose summary has the notes; leave it out")
+    if out is None:
+        raise InputError("out: name the folder to write")
+    return merge_recipe(found, out, threads=threads, device=device, progress=progress, **shared, **files_only)
 
 
-def _merge_state_dicts(
-    base: Any,
-    experts: dict[str, Any],
-    method: str,
-    parameters: dict[str, Any],
-    extra: dict[str, Any],
+@dataclass(frozen=True)
+class _Held:
+    """Models in memory: the base, and the experts by their place in the recipe's ``models``."""
+
+    base: Any
+    experts: dict[int, Any]
+
+
+def _is_held(value: Any) -> bool:
+    """Whether a model is in memory: a state dict or a torch module."""
+    return isinstance(value, Mapping) or (hasattr(value, "state_dict") and hasattr(value, "named_parameters"))
+
+
+def _models_in_memory(base: Any, experts: Any) -> "tuple[_Held | None, str | None, dict[str, str]]":
+    """Return the models that are in memory, if they are, and references for a recipe: the base's, the experts' by name.
+
+    Raises:
+        InputError: some are and some are not, or one is neither that nor a path.
+    """
+    named = _named(experts)
+    values = {"base": base, **{f"expert {name!r}": value for name, value in named.items()}}
+    for name, value in values.items():
+        if value is not None or name != "base":
+            _check_model(value, name)
+    held = [_is_held(value) for name, value in values.items() if value is not None or name != "base"]
+    if not any(held):
+        return None, None if base is None else str(base), {name: str(value) for name, value in named.items()}
+    if not all(held):
+        raise InputError("experts: state dicts and paths cannot be mixed; load them all or pass paths")
+    references = {name: f"expert {name}" for name in named}
+    return _Held(base, dict(enumerate(named.values()))), None if base is None else "base", references
+
+
+def _recipe_in_memory(given: Any) -> "tuple[Recipe, _Held | None]":
+    """Return a recipe that was given as such, and the models in memory that plain values of one may hold.
+
+    Raises:
+        InputError: it is no recipe.
+    """
+    is_recipe = isinstance(given, Mapping) and bool({"models", "merge_method", "method"} & {*cast(Any, given)})
+    is_file = isinstance(given, str | Path) and Path(given).suffix in (".yaml", ".yml")
+    if not is_recipe and not is_file and type(given).__name__ != "Recipe":
+        raise InputError("experts: is missing; give a list of experts or a mapping by name, or pass a recipe alone")
+    listed: Any = cast(Any, given).get("models") if is_recipe else None
+    entries: list[Any] = list(cast(list[Any], listed)) if isinstance(listed, list | tuple) else []
+    models = [entry.get("model") if isinstance(entry, Mapping) else None for entry in entries]
+    base: Any = cast(Any, given).get("base_model") if is_recipe else None
+    if not any(map(_is_held, [base, *models])):
+        return _recipe_of(given)[0], None
+    if not all(map(_is_held, models)) or (base is not None and not _is_held(base)):
+        raise InputError("recipe: state dicts and paths cannot be mixed; load them all or name paths")
+    value = dict(cast(Mapping[str, Any], given))
+    kept = [(number, entry) for number, entry in enumerate(entries) if entry["model"] is not base]  # mergekit lists it
+    value["models"] = [
+        dict(entry) | {"model": f"expert {number + 1}", "name": entry.get("name") or f"expert-{number + 1}"}
+        for number, entry in kept
+    ]
+    value |= {"base_model": "base"} if base is not None else {}
+    experts = {place: entry["model"] for place, (_, entry) in enumerate(kept)}
+    return _recipe_of(value)[0], _Held(base, experts)
+
+
+def _merge_in_memory(
+    recipe: "Recipe",
+    held: _Held,
+    *,
     threads: int | None,
-    stochastic: bool,
+    progress: "ProgressOption",
+    noted: "Callable[[str], None] | None",
+    stochastic_rounding: bool,
     allow_nonfinite: bool,
-) -> dict[str, Any]:
+) -> "dict[str, Any] | nn.Module":
+    """Merge models in memory and return the result as the base, or else the first expert, is given."""
     from consilience.engine.memory import merge_in_memory
     from consilience.engine.plan import make_plan
-    from consilience.experts.state_dict import from_state_dict
-
-    if not all(isinstance(v, Mapping) for v in ([] if base is None else [base]) + list(experts.values())):
-        raise InputError("experts: state dicts and paths cannot be mixed; load them all or pass paths")
-    recipe = build_recipe(
-        method, None if base is None else "base", {n: f"expert {n}" for n in experts}, parameters, **extra
-    )
+    from consilience.experts.expert_set import expert_names
+    from consilience.experts.state_dict import from_state_dict, into_module, state_of
     from consilience.methods.registry import load
+    from consilience.progress import open_progress
 
-    if load(method).learn is not None:
-        raise InputError(f"method {method!r} runs the model, so it needs folders, not state dicts; pass paths")
-    if load(method).statistics is not None:
-        raise InputError(f"method {method!r} reads statistics of models in files, not of state dicts; pass paths")
-    opened = [(from_state_dict(name, state), i) for i, (name, state) in enumerate(experts.items())]
-    models = (None if base is None else from_state_dict("base", base), opened)
-    plan = make_plan(recipe, where="arguments", stochastic=stochastic, allow_nonfinite=allow_nonfinite, models=models)
-    return merge_in_memory(plan, base if base is not None else next(iter(experts.values())), threads)
+    try:
+        method = load(recipe.merge_method)
+    except InputError as error:
+        raise InputError(f"{recipe.where}: {error}") from None
+    if method.learn is not None or method.collect is not None:
+        raise InputError(f"method {method.name!r} runs the model, so it needs folders, not state dicts; pass paths")
+    if method.statistics is not None:
+        raise InputError(f"method {method.name!r} reads statistics of models in files, not of state dicts; pass paths")
+    names = expert_names([(entry.model, entry.name) for entry in recipe.models], recipe.where)
+    opened = [(from_state_dict(names[i], state_of(model)), i) for i, model in held.experts.items()]
+    base = None if held.base is None else from_state_dict("base", state_of(held.base))
+    plan = make_plan(
+        recipe,
+        where=recipe.where,
+        stochastic=stochastic_rounding,
+        allow_nonfinite=allow_nonfinite,
+        models=(base, opened),
+    )
+    like = held.base if held.base is not None else next(iter(held.experts.values()))
+    with open_progress(progress) as shown:
+        merged = merge_in_memory(plan, state_of(like), threads, shown, noted)
+    return merged if isinstance(like, Mapping) else into_module(like, merged)
 
 
 def diagnose(
@@ -427,6 +589,18 @@ def align(
     )
 
 
+@contextlib.contextmanager
+def collection_paused() -> Generator[None]:
+    """Make many objects without Python's search for cycles among them, which takes longer than making them."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
+
+
 def plan_recipe(
     recipe: "Recipe | Mapping[str, Any] | PathLike",
     out: PathLike | None = None,
@@ -442,29 +616,46 @@ def plan_recipe(
     ``plan.differences`` says how experts differ from the base besides weights; ``strict`` refuses those that change
     what the model computes.
 
-    Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder.
+    Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder. That
+    of a mixture of experts (``experts:``, as mergekit-moe has it) is planned too: see docs/moe.md.
     """
     from consilience.engine.differences import check_differences
     from consilience.engine.plan import SHARD_SIZE, make_plan
+    from consilience.moe.recipe import is_moe, parse_moe_recipe
 
     if shard_size is not None and not is_count(shard_size):
         raise InputError(f"shard_size: {shard_size!r} must be a number of bytes of at least 1")
     given = recipe
-    recipe, where, root = _recipe_of(recipe)
-    place = None if out is None else path_of(out, "out").resolve()
-    if isinstance(given, str | Path) and place in Path(given).resolve().parents:
-        raise InputError(f"{given}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
+    value, where, root = _values_of(recipe)
+    file = Path(given) if isinstance(given, str | Path) else getattr(recipe, "file", None)
+    if file is not None and out is not None and path_of(out, "out").resolve() in file.resolve().parents:
+        raise InputError(f"{file}: lies in {out}, which the merge replaces; move the recipe, or choose another OUT")
+    if is_moe(value):
+        from consilience.moe.build import plan_mixture
+
+        plan = plan_mixture(
+            parse_moe_recipe(value, where),
+            where=where,
+            root=root,
+            shard_size=shard_size or SHARD_SIZE,
+            stochastic=stochastic_rounding,
+            allow_nonfinite=allow_nonfinite,
+        )
+        check_differences(plan.differences, where, strict=strict)
+        return plan
+    recipe, where, root = _recipe_of(given)
     single = path_of(out, "out").name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
-    plan = make_plan(
-        recipe,
-        where=where,
-        root=root,
-        shard_size=shard_size or SHARD_SIZE,
-        stochastic=stochastic_rounding,
-        allow_nonfinite=allow_nonfinite,
-        single=single,
-        coefficients=coefficients,
-    )
+    with collection_paused():
+        plan = make_plan(
+            recipe,
+            where=where,
+            root=root,
+            shard_size=shard_size or SHARD_SIZE,
+            stochastic=stochastic_rounding,
+            allow_nonfinite=allow_nonfinite,
+            single=single,
+            coefficients=coefficients,
+        )
     check_differences(plan.differences, where, strict=strict)
     if plan.unlearned:
         from consilience.tasks.load import require_transformers
@@ -516,7 +707,7 @@ def learn(
             check_learning(plan, settings["tensorboard"], device)
             if out is None:
                 return learn_plan(plan, **settings)
-            with merge_workdir(plan, Path(out), force=force, digest=_work_digest(plan, None, None)) as work:
+            with merge_workdir(plan, Path(out), force=force, digest=work_digest(plan, None, None)) as work:
                 return learn_plan(plan, work.path / LEARNING, **settings)
     finally:
         plan.close()
@@ -537,7 +728,7 @@ class _Learning:
         return vars(self) | {"tensorboard": None if self.tensorboard is None else Path(self.tensorboard)}
 
 
-def _work_digest(plan: "Plan", as_adapter: str | None, rank: int | None) -> str:
+def work_digest(plan: "Plan", as_adapter: str | None, rank: int | None) -> str:
     """Identify the work of a command: the plan, the rows it is to learn from, and the form of the output."""
     from consilience.checkpoints.files import stamp
     from consilience.engine.plan import resolve_file
@@ -629,7 +820,7 @@ def merge_recipe(
         if kind is not None:
             check_adapter_options(shard_size, stochastic=stochastic_rounding, allow_nonfinite=allow_nonfinite)
         plan = check_options(plan, device, tensorboard, trust_remote_code=trust_remote_code)
-        digest, folder = _work_digest(plan, kind, rank), True if kind is not None else None
+        digest, folder = work_digest(plan, kind, rank), True if kind is not None else None
         with (
             open_progress(progress) as shown,
             merge_workdir(plan, Path(out), force=force, digest=digest, folder=folder) as work,
@@ -670,9 +861,14 @@ def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, tr
     Raises:
         InputError: names the option.
     """
-    if plan.unlearned:
+    if plan.unlearned and (tensorboard is None or plan.merges):
+        if plan.method.collect is not None and tensorboard is not None:
+            raise InputError(
+                f"{option('tensorboard', str(tensorboard))}: has no effect, since method {plan.method.name!r} takes no "
+                "steps; leave it out"
+            )
         return plan
-    for name, value in (("device", None if device == "cpu" else device), ("tensorboard", tensorboard)):
+    for name, value in (("tensorboard", tensorboard), ("device", None if device == "cpu" else device)):
         if value is not None:
             raise InputError(
                 f"{option(name, str(value))}: has no effect, since nothing is learned here (method "
@@ -686,10 +882,25 @@ def check_options(plan: "Plan", device: str, tensorboard: PathLike | None, *, tr
 
 
 def _learned(plan: "Plan", work: "Workdir", learning: _Learning) -> "Plan":
-    """Learn a plan's coefficients in the folder that is held, and return the plan with them."""
+    """Learn a plan's coefficients, or collect its statistics, in the folder that is held; return the plan with them."""
     from consilience.engine.output import LEARNING
-    from consilience.engine.plan import with_coefficients
-    from consilience.learned.learn import learn_plan
+    from consilience.engine.plan import with_coefficients, with_statistics
 
     folder = work.path / LEARNING
+    if not plan.merges:
+        from consilience.moe.build import learn_gates
+        from consilience.moe.plan import MoePlan
+
+        assert isinstance(plan, MoePlan)
+        return learn_gates(
+            plan,
+            folder,
+            device=learning.device,
+            trust_remote_code=learning.trust_remote_code,
+            progress=learning.progress,
+        )
+    from consilience.learned.learn import collect_plan, learn_plan
+
+    if plan.method.collect is not None:
+        return with_statistics(plan, collect_plan(plan, folder, **learning.arguments()))
     return with_coefficients(plan, learn_plan(plan, folder, **learning.arguments()), folder)

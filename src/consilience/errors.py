@@ -18,6 +18,8 @@ def printable(text: str) -> str:
 
     Names of tensors, keys and files come from strangers and must not write escape sequences to a terminal.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

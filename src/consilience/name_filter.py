@@ -41,4 +41,6 @@ def any_filter(patterns: Iterable[str], where: str) -> Test:
         InputError: one is empty or not a regular expression.
     """
     tests = [name_filter(pattern, where) for pattern in patterns]
+    if not tests:
+        return lambda name: False
     return lambda name: any(test(name) for test in tests)

@@ -1,8 +1,10 @@
 """What counts as a number among plain values of files and arguments."""
 
+import math
 import operator
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from consilience.errors import InputError
 
@@ -25,3 +27,14 @@ def check_threads(threads: Any) -> None:
     """
     if threads is not None and not is_count(threads):
         raise InputError(f"threads: {threads!r} must be a whole number of at least 1; leave it out to use all cores")
+
+
+def finite(value: Any) -> Any:
+    """Return plain values with None for NaN and Inf, which JSON does not have, and lists for tuples."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in cast("list[Any]", value)]
+    return value

@@ -76,14 +76,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "della_l1": {"method": "della_linear", "density": 0.6, "rescale": "l1"},
     "arcee_fusion": {"method": "arcee_fusion"},
     "pcb": {"method": "pcb", "ratio": 0.3},
+    "nuslerp-rows": {"method": "nuslerp", "nuslerp_flatten": False, "weight": {"math": 0.3, "code": 0.5}},
+    "nuslerp-columns": {"method": "nuslerp", "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "model_stock-filters": {"method": "model_stock", "filter_wise": True},
+    "karcher": {"method": "karcher"},
     "stochastic": {"method": "task_arithmetic", "weight": 0.3, "stochastic_rounding": True, "seed": 3},
     "half": {"method": "ties", "density": 0.2, "out_dtype": "float16", "stochastic_rounding": True},
 }
 
 
 def experts_of(run: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
-    names = ["math"] if run["method"] in ("slerp", "arcee_fusion") else ["math", "code", "chat"]
-    return {name: models[name] for name in names}
+    count = {"slerp": 1, "arcee_fusion": 1, "nuslerp": 2}.get(run["method"], 3)
+    return {name: models[name] for name in ["math", "code", "chat"][:count]}
 
 
 def in_memory(name: str, **more: Any) -> State:

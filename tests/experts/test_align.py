@@ -56,11 +56,16 @@ def equal(found: State, wanted: State) -> None:
     ("references", "wanted"),
     [
         ([("models/math", None), ("models/code/", None)], ["math", "code"]),
-        ([("x/math", None), ("y/math", None), ("z/math", None)], ["math", "math-2", "math-3"]),
-        ([("x/math", None), ("y/code", "math")], ["math-2", "math"]),
+        ([("x/math", None), ("y/math", None), ("z/math", None)], ["x-math", "y-math", "z-math"]),
+        ([("x/math", None), ("x/math/", None), ("y/math", None)], ["x-math", "x-math-2", "y-math"]),
+        ([("runs/a/checkpoint-100", None), ("runs/b/checkpoint-100", None)], ["a-checkpoint-100", "b-checkpoint-100"]),
+        ([("a/x/c", None), ("b/x/c", None), ("b/y/c", None)], ["a-x-c", "b-x-c", "y-c"]),
+        ([("one/name@v1", None), ("two/name@v1", None)], ["one-name", "two-name"]),
+        ([("a/lr=0.1", None), ("./code", None), ("code/../math/.", None)], ["lr-0-1", "code", "math"]),
+        ([("x/math", None), ("y/code", "math")], ["x-math", "math"]),
         ([("math.safetensors", None), ("v1.5", None)], ["math", "v1-5"]),
         ([("org/name@main", None), ("base+org/lora@v2", None)], ["name", "lora"]),
-        ([("models/base", None)], ["base-2"]),
+        ([("models/base", None)], ["models-base"]),
     ],
 )
 def test_names_come_from_paths_and_never_collide(references: list[tuple[str, str | None]], wanted: list[str]) -> None:
@@ -80,7 +85,7 @@ def test_lineage_keeps_models_of_one_name_apart(tmp_path: Path) -> None:
     cs.merge(base, [expert], tmp_path / "out")
     document = json.loads((tmp_path / "out/consilience/lineage.json").read_text(encoding="utf-8"))
     prints = {entry["name"]: entry["fingerprint"] for entry in document["models"]}
-    assert prints.keys() == {"base", "base-2"}
+    assert prints.keys() == {"base", "experts-base"}
     assert len(set(prints.values())) == 2
 
 

@@ -224,6 +224,108 @@ def made(folder: Path, model: Path, tensors: dict[str, Any], kind: str) -> str:
     return str(folder)
 
 
+def test_lot_is_least_squares_of_least_norm_on_few_rows(place: Path, tmp_path: Path) -> None:
+    """Two rows of each expert: fewer tokens than the last layer's 24 inputs, so that many matrices are as near."""
+    base = load_file(place / "base" / "model.safetensors")
+    names, norm = [Q, DOWN], "model.layers.1.post_attention_layernorm.weight"
+    experts, statistics = {e: str(place / e) for e in ("a", "b")}, dict[str, str]()
+    inputs: dict[str, list[Any]] = {name: [] for name in names}
+    outputs: dict[str, list[Any]] = {name: [] for name in names}
+    squares, changes = list[Any](), list[Any]()
+    for expert in experts:
+        lines = (place / "rows" / f"{expert}.jsonl").read_text().splitlines()[:2]
+        rows = write_rows(tmp_path / f"{expert}.jsonl", [json.loads(line) for line in lines])
+        statistics[expert] = str(tmp_path / expert)
+        collect_statistics(experts[expert], rows, tmp_path / expert, progress=False)
+        weights = load_file(place / expert / "model.safetensors")
+        for name, x in inputs_of(place / expert, rows, names).items():
+            share = x / len(x) ** 0.5
+            inputs[name].append(share)
+            outputs[name].append(share @ (weights[name] - base[name]).astype(np.float64).T)
+        x = inputs_of(place / expert, rows, [norm])[norm]
+        normal = x / np.sqrt(np.square(x).mean(1, keepdims=True) + loaded(place / expert).config.rms_norm_eps)
+        squares.append(np.square(normal).mean(0))
+        changes.append((weights[norm] - base[norm]).astype(np.float64))
+    assert sum(map(len, inputs[DOWN])) < 24
+    cs.merge(place / "base", experts, tmp_path / "out", method="lot", statistics=statistics)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name in names:
+        best = np.linalg.lstsq(np.concatenate(inputs[name]), np.concatenate(outputs[name]), rcond=1e-4)[0].T
+        np.testing.assert_allclose(found[name] - base[name], best, atol=2e-3)
+    weighed = (squares[0] * changes[0] + squares[1] * changes[1]) / (squares[0] + squares[1])
+    np.testing.assert_allclose(found[norm] - base[norm], weighed, atol=1e-5)
+    assert np.abs(weighed - np.mean(changes, 0)).max() > 1e-4
+    # regmean, as published, averages norms
+    cs.merge(place / "base", experts, tmp_path / "plain", method="regmean", statistics=statistics)
+    plain = load_file(tmp_path / "plain" / "model.safetensors")[norm]
+    np.testing.assert_allclose(plain - base[norm], np.mean(changes, 0), atol=1e-6)
+
+
+def test_lot_reduces_to_known_cases(place: Path, tmp_path: Path) -> None:
+    """One expert is itself on what its rows reach and the base elsewhere; adapters are their products."""
+    from tiny_experts import write_adapter
+
+    base, weights = (load_file(place / e / "model.safetensors")[DOWN].astype(np.float64) for e in ("base", "a"))
+    reach = np.linalg.qr(np.random.default_rng(0).standard_normal((24, 7)))[0]
+    held = made(tmp_path / "low", place / "a", {DOWN: reach @ np.diag(np.arange(1.0, 8)) @ reach.T}, "gram")
+    cs.merge(place / "base", {"a": str(place / "a")}, tmp_path / "one", method="lot", statistics={"a": held})
+    found = load_file(tmp_path / "one" / "model.safetensors")[DOWN]
+    np.testing.assert_allclose(found, base + (weights - base) @ reach @ reach.T, atol=1e-4)
+    results: list[Any] = []
+    adapters, tuned = dict[str, str](), dict[str, str]()
+    for seed, name in enumerate(("x", "y"), 5):
+        adapters[name] = str(write_adapter(tmp_path / name, place / "base", seed))
+        tuned[name] = str(tmp_path / f"{name}-whole")
+        cs.merge(place / "base", {name: adapters[name]}, tuned[name], weight=1.0)
+    for kind, models in (("low-rank", adapters), ("full", tuned)):
+        grams = {
+            n: made(tmp_path / f"{kind}-{n}", Path(p), {DOWN: spread(24, ord(n))}, "gram") for n, p in models.items()
+        }
+        cs.merge(place / "base", models, tmp_path / kind, method="lot", statistics=grams, others="base")
+        results.append(load_file(tmp_path / kind / "model.safetensors")[DOWN])
+    assert np.abs(results[0] - base).max() > 1e-3
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "offset"])
+def test_mean_squares_of_norms_are_of_what_their_scales_multiply(kind: str) -> None:
+    """Of a bias and of scales counted from 1 (Gemma's) nothing is in them; padding and heads are told apart."""
+    from consilience.learned.inputs import InputSums
+
+    class Offset(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Any) -> Any:
+            return x / x.square().mean(-1, keepdim=True).sqrt() * (1 + self.weight)
+
+    torch.manual_seed(0)
+    norm: Any = {"layer": torch.nn.LayerNorm(6), "rms": torch.nn.RMSNorm(6, eps=0), "offset": Offset()}[kind]
+    for value in norm.parameters():
+        value.data.uniform_(0.5, 2)
+    before = norm.weight.detach().clone()
+    x, mask = torch.randn(2, 5, 3, 6), torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    sums = InputSums(["gram"])
+    sums.mask = mask
+    with torch.no_grad():
+        sums.take_scaled({"n": norm})("n", x)
+    assert torch.equal(norm.weight, before)
+    y = x[mask].reshape(-1, 6)
+    if kind == "layer":
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + norm.eps).sqrt()
+    else:
+        y = y / y.square().mean(-1, keepdim=True).sqrt()
+    assert sums.counts["n"] == 24
+    np.testing.assert_allclose(sums.sums["gram/n"], y.square().sum(0), rtol=1e-4)
+    sums = InputSums(["gram"])
+    sums.mask = mask
+    with torch.no_grad():
+        sums.take_scaled({"n": norm})("n", x.transpose(1, 2))
+    assert not sums.sums
+
+
 def spread(size: int, seed: int) -> np.ndarray:
     half = np.random.default_rng(seed).standard_normal((size, 3 * size))
     return half @ half.T / size

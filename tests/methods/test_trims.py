@@ -52,7 +52,7 @@ def breadcrumbs_l1(taus: Array) -> Array:
 
 def ties_l1(taus: Array) -> Array:
     kept = [largest(tau, 0, max(int(0.3 * tau.size), 1)) for tau in taus]
-    ratios = [np.abs(t).sum() / np.abs(k).sum() for t, k in zip(taus, kept, strict=True)]
+    ratios = [np.abs(t).sum() / (np.abs(k).sum() or 1) for t, k in zip(taus, kept, strict=True)]
     scaled = np.stack([r * k for r, k in zip(ratios, kept, strict=True)])
     return agreeing(scaled, np.array([0.5, 2.0, 1.0]), mean=True)
 

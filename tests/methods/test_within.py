@@ -8,6 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import consilience as cs
+from consilience.api import build_recipe
+from consilience.engine import merge as engine
+from consilience.engine.summary import Summary
 from tests.methods.matrices import CONFIG, Array, draw, write
 
 SHAPES = [(12, 12), (20, 9), (7, 33)]
@@ -113,6 +116,53 @@ def test_svc_suppresses_the_largest_of_experts_that_use_other_outputs() -> None:
     kept = [np.linalg.norm(found[3 * k : 3 * k + 3]) / np.linalg.norm(vectors[k][3 * k : 3 * k + 3]) for k in range(4)]
     assert kept == sorted(kept)
     assert kept[0] < 0.5 * kept[-1]
+
+
+def notes_of_svc(vectors: list[Array], caplog: pytest.LogCaptureFixture, **arguments: Any) -> str:
+    caplog.clear()
+    merged(vectors, "svc", **arguments)
+    return caplog.text
+
+
+def test_svc_says_that_it_suppresses_the_largest_expert(caplog: pytest.LogCaptureFixture) -> None:
+    """Its share is measured; experts of one size, and a single one, are no reason."""
+    vectors = [np.zeros((12, 40)) for _ in range(4)]
+    for k, one in enumerate(vectors):
+        one[3 * k : 3 * k + 3] = draw(3, 40, seed=k) * 0.5**k
+        one += 0.02 * draw(12, 40, seed=k + 9)
+    said = notes_of_svc(vectors, caplog, alpha=0.2)
+    found = merged(vectors, "svc", alpha=0.2)
+    shares = [float((found * one).sum() / np.square(one).sum()) for one in vectors]
+    times = np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[3])
+    assert f"svc, alpha=0.2: holds {shares[0]:.2f} of e0, whose task vector is {times:.2g} times as long" in said
+    assert f"as that of e3, and {np.mean(shares[1:]):.2f} of the others" in said
+    alike = [draw(12, 40, seed=k) for k in range(4)]
+    assert "svc" not in notes_of_svc(alike, caplog)
+    assert "svc" not in notes_of_svc([vectors[0], np.zeros((12, 40))], caplog)
+
+
+def test_svc_says_it_of_files_too_and_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {f"{k}.weight": np.zeros((12, 40)) for k in range(2)}
+    folder = write(tmp_path / "base", base, "{}")
+    paths: dict[str, str] = {}
+    for k in range(2):
+        change = np.zeros((12, 40))
+        change[6 * k : 6 * k + 6] = draw(6, 40, seed=k) * 0.1**k
+        tensors = {n: change + 0.005 * draw(12, 40, seed=5 + k) for n in base}
+        paths[f"x{k}"] = str(write(tmp_path / f"x{k}", tensors, "{}"))
+    recipe = build_recipe("svc", str(folder), paths, {})
+
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(engine, "check_unchanged", fail)
+    with pytest.raises((cs.MachineError, OSError)):
+        cs.merge_recipe(recipe, tmp_path / "out")
+    monkeypatch.undo()
+    summary = cs.merge_recipe(recipe, tmp_path / "out")
+    assert isinstance(summary, Summary)
+    assert summary.resumed_segments == 2
+    assert any(note.startswith("svc, alpha=0.1: holds") and "of x0" in note for note in summary.notes)
 
 
 @pytest.mark.parametrize(("method", "inner"), [("knots", "iso_c"), ("core_space", "iso_c"), ("svc", "task_arithmetic")])

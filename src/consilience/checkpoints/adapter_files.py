@@ -7,6 +7,7 @@ from pathlib import Path
 from consilience.checkpoints.files import exists, siblings
 from consilience.checkpoints.lora_names import is_lora
 from consilience.checkpoints.open import holds_model, open_checkpoint
+from consilience.checkpoints.safetensors_file import may_hold_factors
 from consilience.errors import InputError, nearest
 
 CONFIG = "adapter_config.json"
@@ -87,6 +88,8 @@ def locate_adapter(path: Path) -> AdapterFiles:
     if not exists(path):
         raise InputError(f"{path}: no such file or folder{nearest(path.name, siblings(path))}")
     found = adapter_files(path)
+    if found is None and path.is_file():
+        open_checkpoint(path).storage.close()  # a file that cannot be read is called that
     if found is None:
         raise InputError(f"{path}: is no PEFT adapter (no {CONFIG}) and no other program's LoRA; name an adapter")
     return found
@@ -109,6 +112,8 @@ def _own(folder: Path) -> AdapterFiles | None:
 def _file(path: Path) -> AdapterFiles | None:
     """Return the adapter that one file of weights is."""
     if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+        return None
+    if path.suffix == ".safetensors" and not may_hold_factors(path):
         return None
     checkpoint = open_checkpoint(path)
     lora = is_lora(checkpoint.tensors)

@@ -33,6 +33,8 @@ _OTHER_KINDS = {
     "(IA)^3": re.compile(r"^(lora|lycoris)_\w+\.on_input$"),
     "LyCORIS' whole differences": re.compile(r"^(lora|lycoris)_\w+\.(diff|diff_b|w_norm|b_norm)$"),
 }
+#: What one of these is in every name that the patterns above match.
+_HINT = re.compile(r"lora|lycoris|dora_scale|hada_|lokr_|oft_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,16 @@ def other_kind(name: str) -> str | None:
     return next((kind for kind, pattern in _OTHER_KINDS.items() if pattern.search(name)), None)
 
 
+def hints_at_factors(text: str) -> bool:
+    """Whether a text with the names of tensors may hold that of a factor: quick, and never a false no."""
+    return _HINT.search(text) is not None
+
+
 def first_factor(names: Iterable[str]) -> str | None:
     """Return the first tensor that is part of an adapter's update and means nothing by itself."""
+    names = list(names)
+    if not hints_at_factors("\n".join(names)):
+        return None
     return next((name for name in names if _LIKE.search(name) or other_kind(name) is not None), None)
 
 

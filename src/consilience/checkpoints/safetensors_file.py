@@ -6,6 +6,7 @@ header comes from strangers: every offset is checked against the file before any
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -15,6 +16,7 @@ from typing import Any, cast
 from consilience.checkpoints.dtypes import DTYPES, DType
 from consilience.checkpoints.files import mistaken, regular_size
 from consilience.checkpoints.json_files import parse_object
+from consilience.checkpoints.lora_names import hints_at_factors
 from consilience.errors import InputError
 
 #: The safetensors library refuses longer headers, so no readable file has one.
@@ -86,6 +88,43 @@ def _entry(path: Path, name: str, raw: Any, data_start: int) -> tuple[Entry, int
     return entry, begin, end
 
 
+def _plain_entry(name: str, raw: Any, data_start: int) -> tuple[Entry, int, int] | None:
+    """Return what ``_entry`` does for an entry with nothing odd about it, quickly; None: have ``_entry`` look at it."""
+    if type(raw) is not dict or len(cast(dict[str, Any], raw)) != 3:
+        return None
+    spec = cast(dict[str, Any], raw)
+    code, shape, offsets = spec.get("dtype"), spec.get("shape"), spec.get("data_offsets")
+    dtype = DTYPES.get(code) if type(code) is str else None
+    if dtype is None or type(shape) is not list or type(offsets) is not list or len(cast(list[Any], offsets)) != 2:
+        return None
+    elements = 1
+    for size in cast(list[Any], shape):
+        if type(size) is not int or not 0 <= size < _SIZE_LIMIT:
+            return None
+        elements *= size
+        if elements >= _SIZE_LIMIT:
+            return None
+    begin, end = cast(list[Any], offsets)
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end < _SIZE_LIMIT:
+        return None
+    if elements * dtype.itemsize != end - begin:
+        return None
+    return Entry(name, dtype, tuple(cast(list[int], shape)), data_start + begin), begin, end
+
+
+def may_hold_factors(path: Path) -> bool:
+    """Whether a safetensors file may have an adapter's factors, from its header as it is written: never a false no."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, os.fstat(file.fileno()).st_size - 8):
+                return True
+            text = file.read(length)
+    except OSError:
+        return True
+    return not text.startswith(b"{") or b"\\" in text or hints_at_factors(text.decode("utf-8", "replace"))
+
+
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return the tensors of a safetensors file, in file order, and its string metadata.
 
@@ -118,7 +157,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     metadata: Any = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast(dict[str, Any], metadata).values()):
         raise InputError(f"{path}: __metadata__ must map strings to strings; restore the file")
-    spans = [_entry(path, name, spec, 8 + length) for name, spec in raw.items()]
+    start = 8 + length
+    spans = [_plain_entry(name, spec, start) or _entry(path, name, spec, start) for name, spec in raw.items()]
     spans.sort(key=lambda span: (span[1], span[2]))
     _check_cover(path, spans, size - 8 - length)
     return {entry.name: entry for entry, _, _ in spans}, cast(dict[str, str], metadata)

@@ -12,8 +12,12 @@ from consilience.cli.advise import EPILOG as ADVISE_EPILOG
 from consilience.cli.advise import advise
 from consilience.cli.align import EPILOG as ALIGN_EPILOG
 from consilience.cli.align import align
+from consilience.cli.completion import EPILOG as COMPLETION_EPILOG
+from consilience.cli.completion import complete, completion
 from consilience.cli.doctor import EPILOG as DOCTOR_EPILOG
 from consilience.cli.doctor import doctor
+from consilience.cli.inputs import choices, read_input
+from consilience.cli.printing import print_json
 from consilience.cli.route import route
 from consilience.cli.stats import EPILOG as STATS_EPILOG
 from consilience.cli.stats import JOIN_EPILOG, stats, stats_join
@@ -34,6 +38,8 @@ app.command(epilog=ADVISE_EPILOG)(advise)
 app.command(epilog=ALIGN_EPILOG)(align)
 app.command(epilog=STATS_EPILOG)(stats)
 app.command("stats-join", epilog=JOIN_EPILOG)(stats_join)
+app.command(epilog=COMPLETION_EPILOG)(completion)
+app.command(hidden=True)(complete)
 
 MERGE_EPILOG = """Examples:
 
@@ -42,6 +48,8 @@ MERGE_EPILOG = """Examples:
   consilience merge base/ merged/ -e math=adapters/math -e code=adapters/code --method ties --set density=0.2
   consilience merge base/ merged/ -e math=a -e code=b --set weight=0.5 --set math.weight=0.3
   consilience merge recipe.yaml merged/ --dry-run
+  consilience merge recipe.yaml merged/ --method dare_ties --set density=0.3 --dtype float16
+  consilience merge recipe.yaml sweep/ --sweep weight=0.2,0.4,0.6 --tasks code=heldout/code.jsonl
   consilience merge base/ merged/ -e math=a -e code=b --method expert_merging \\
       --calibration math=prompts/math.jsonl --calibration code=prompts/code.jsonl
   consilience merge base/ merged/ -e math=a -e code=b --coefficients merged/consilience
@@ -58,10 +66,16 @@ A learned method also reads each model's data: {calibration: prompts.jsonl}; the
 """
 
 Expert = Annotated[
-    list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert (repeatable).")
+    list[str] | None,
+    typer.Option(
+        "--expert", "-e", metavar="[NAME=]PATH", help="An expert, by default named after its path (repeatable)."
+    ),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter, or EXPERT.KEY=VALUE (repeatable).")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A parameter, or EXPERT.KEY=VALUE; replaces a recipe's (repeatable)."
+    ),
 ]
 Calibration = Annotated[
     list[str] | None,
@@ -70,7 +84,7 @@ Calibration = Annotated[
 StatisticsFolders = Annotated[
     list[str] | None,
     typer.Option(
-        "--statistics", metavar="NAME=FOLDER", help="An expert's statistics, for regmean and fisher (repeatable)."
+        "--statistics", metavar="NAME=FOLDER", help="An expert's statistics, for regmean, lot and fisher (repeatable)."
     ),
 ]
 TargetFiles = Annotated[
@@ -91,125 +105,21 @@ TemplateChoice = Annotated[
 Private = Annotated[
     list[str] | None, typer.Option("--private", metavar="FILTER", help="Tensors that are not merged (repeatable).")
 ]
+Dtype = Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")]
+Sweep = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", metavar="KEY=V1,V2,...", help="One merge a value, in OUT/01-KEY=V1 (repeat: a grid)."),
+]
+SweepTasks = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", metavar="FILE", help="With --sweep: measure each merge, as evaluate does (repeatable)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included; all else to stderr.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse differences that change what the model computes.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Workers (default: this machine's cores). Never changes the result.")
 ]
-
-
-def parse_assignment(text: str, option: str) -> tuple[str, str]:
-    """Split ``KEY=VALUE``."""
-    key, equals, value = text.partition("=")
-    if not equals or not key or not value:
-        raise InputError(f"{option} {text!r}: write it as {'NAME=PATH' if option == '-e' else 'KEY=VALUE'}")
-    return key, value
-
-
-def parse_values(settings: list[str]) -> dict[str, Any]:
-    """Return the values of ``--set`` options by key.
-
-    Raises:
-        InputError: a key is given twice, or a value is not written as YAML has it.
-    """
-    from consilience.recipe.yaml_file import parse_yaml
-
-    values: dict[str, Any] = {}
-    for text in settings:
-        key, raw = parse_assignment(text, "--set")
-        if key in values:
-            raise InputError(f"--set {key}: is given twice; keep one")
-        values[key] = parse_yaml(raw, f"--set {key}")
-    return values
-
-
-def parse_settings(settings: list[str], experts: dict[str, str]) -> dict[str, Any]:
-    """Return the method's parameters from ``--set`` options; per-expert ones as mappings by expert name."""
-    shared: dict[str, Any] = {}
-    own: dict[str, dict[str, Any]] = {}
-    for key, value in parse_values(settings).items():
-        name, dot, parameter = key.partition(".")
-        if dot and name not in experts:
-            from consilience.errors import nearest
-
-            raise InputError(f"--set {key}: there is no expert {name!r}{nearest(name, list(experts))}")
-        if dot:
-            own.setdefault(parameter, {})[name] = value
-        else:
-            shared[key] = value
-    for parameter, values in own.items():
-        if parameter in shared:
-            values |= {name: shared[parameter] for name in experts if name not in values}
-        shared[parameter] = values
-    return shared
-
-
-def choices(
-    config: list[str] | None, tokenizer: str | None, chat_template: str | None, private: list[str] | None
-) -> dict[str, Any]:
-    """Return what the options choose beside the weights, by option."""
-    from consilience.recipe.yaml_file import parse_yaml
-
-    chosen: Any = None
-    if config and len(config) == 1 and "=" not in config[0]:
-        chosen = config[0]
-    elif config:
-        pairs = [parse_assignment(text, "--config") for text in config]
-        chosen = {key: parse_yaml(value, f"--config {key}") for key, value in pairs}
-    return {"--config": chosen, "--tokenizer": tokenizer, "--chat-template": chat_template, "--private": private}
-
-
-def read_input(
-    recipe: str,
-    experts: list[str] | None,
-    method: str | None,
-    settings: list[str] | None,
-    extra: dict[str, Any],
-    calibration: list[str] | None = None,
-    target: list[str] | None = None,
-    statistics: list[str] | None = None,
-) -> Any:
-    """Return what the user asked to merge: a recipe file's path, or a recipe made of a base and ``-e`` options."""
-    from consilience.api import build_recipe
-
-    if not experts:
-        path = Path(recipe)
-        if path.is_dir():
-            raise InputError(f"{recipe}: is a folder; name experts with -e NAME=PATH, or pass a recipe file")
-        options = (("--method", method), ("--set", settings), ("--calibration", calibration), ("--target", target))
-        options = (*options, ("--statistics", statistics), *extra.items())
-        given = [name for name, value in options if value is not None and value != []]
-        if given:
-            raise InputError(f"{given[0]}: only goes with -e; write it in the recipe {recipe}")
-        return path
-    if Path(recipe).suffix in (".yaml", ".yml") and not Path(recipe).is_dir():
-        raise InputError(
-            f"{recipe}: is a recipe, which names its experts, and -e names experts of a base; pass the recipe alone, "
-            "or the base with -e"
-        )
-    named: dict[str, str] = {}
-    for text in experts:
-        name, path = parse_assignment(text, "-e")
-        if name in named:
-            raise InputError(f"-e {text!r}: expert {name!r} is named twice; choose another name")
-        named[name] = path
-    keys = {"--dtype": "out_dtype"}
-    chosen = {
-        keys.get(option, option.removeprefix("--").replace("-", "_")): value
-        for option, value in extra.items()
-        if value is not None
-    }
-    base = None if recipe in ("none", "-") else recipe
-    default = "coefficients" if "coefficients" in chosen else "task_arithmetic"
-    data: dict[str, dict[str, str]] = {}
-    for key, texts in (("calibration", calibration), ("statistics", statistics)):
-        for text in texts or []:
-            name, path = parse_assignment(text, f"--{key}")
-            if key in data.get(name, {}):
-                raise InputError(f"--{key} {text!r}: expert {name!r} has a file already; give one file per expert")
-            data.setdefault(name, {})[key] = path
-    if target:
-        chosen["target"] = dict(parse_assignment(text, "--target") for text in target)
-    return build_recipe(method or default, base, named, parse_settings(settings or [], named), data=data, **chosen)
 
 
 @app.command(epilog=MERGE_EPILOG)
@@ -223,13 +133,13 @@ def merge(
     statistics: StatisticsFolders = None,
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
-    dtype: Annotated[str | None, typer.Option(help="Output dtype: bfloat16, float16, float32, float64.")] = None,
+    dtype: Dtype = None,
     config: ConfigChoice = None,
     tokenizer: TokenizerChoice = None,
     chat_template: TemplateChoice = None,
     private: Private = None,
     strict: Strict = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of random methods.")] = None,
+    seed: Seed = None,
     as_adapter: Annotated[
         str | None, typer.Option(metavar="cat|svd", help="Write a PEFT adapter (all experts must be LoRA).")
     ] = None,
@@ -246,10 +156,17 @@ def merge(
     check_load: Annotated[
         bool, typer.Option("--check-load", help="Open OUT with its own library, even if nothing but values is new.")
     ] = False,
+    sweep: Sweep = None,
+    tasks: SweepTasks = None,
+    max_examples: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: use the first rows of each task only.")
+    ] = None,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Merge a base and its experts into one verified checkpoint."""
     from consilience.cli.merging import merge_command, show_plan
+    from consilience.cli.sweeping import parse_grid, show_sweep, sweep_command
 
     extra = {"--dtype": dtype, "--seed": seed, "--coefficients": None if coefficients is None else str(coefficients)}
     extra |= choices(config, tokenizer, chat_template, private)
@@ -261,16 +178,35 @@ def merge(
         "strict": strict,
     }
     learning = {"device": device, "tensorboard": tensorboard, "trust_remote_code": trust_remote_code}
+    if not sweep and (tasks or max_examples is not None):
+        idle = "--tasks" if tasks else "--max-examples"
+        raise InputError(f"{idle}: only goes with --sweep; measure one merge by consilience evaluate")
+    if sweep:
+        if check_load or tensorboard is not None:
+            raise InputError(
+                f"--{'check-load' if check_load else 'tensorboard'}: goes with one merge, not with --sweep"
+            )
+        grid = parse_grid(sweep, set_ or [])
+        points: dict[str, Any] = {
+            "tasks": tasks or (), "max_examples": max_examples, "as_adapter": as_adapter, "rank": rank, "force": force,
+            "device": device, "trust_remote_code": trust_remote_code, "as_json": as_json, **settings,
+        }  # fmt: skip
+        if dry_run:
+            show_sweep(source, out, grid, **points)
+        else:
+            sweep_command(source, out, grid, quiet=quiet, threads=threads, **points)
+        return
     if dry_run:
         show_plan(
-            source, out, as_adapter, rank, force=force, threads=threads, check_load=check_load, learning=learning,
-            **settings,
+            source, out, as_adapter, rank, force=force, threads=threads, check_load=check_load, as_json=as_json,
+            learning=learning, **settings,
         )  # fmt: skip
         return
     merge_command(
         source,
         out,
         quiet=quiet,
+        as_json=as_json,
         as_adapter=as_adapter,
         rank=rank,
         force=force,
@@ -305,59 +241,37 @@ def check(
     statistics: StatisticsFolders = None,
     target: TargetFiles = None,
     coefficients: CoefficientsFile = None,
+    dtype: Dtype = None,
     config: ConfigChoice = None,
     tokenizer: TokenizerChoice = None,
     chat_template: TemplateChoice = None,
     private: Private = None,
     strict: Strict = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, errors included.")] = False,
+    seed: Seed = None,
+    as_json: Json = False,
 ) -> None:
     """Check a recipe and its models from headers alone, for CI: exit 0 if the merge can start, 2 if not.
 
     Example: consilience check recipe.yaml --json
     """
     from consilience.api import plan_recipe
-
-    try:
-        extra: dict[str, Any] = {"--coefficients": None if coefficients is None else str(coefficients)}
-        extra |= choices(config, tokenizer, chat_template, private)
-        plan = plan_recipe(
-            read_input(recipe, expert, method, set_, extra, calibration, target, statistics), strict=strict
-        )
-    except InputError as error:
-        if as_json:
-            typer.echo(json.dumps({"ok": False, "error": str(error)}, ensure_ascii=False))
-            raise typer.Exit(2) from None
-        raise
-    from consilience.engine.describe import estimate
-    from consilience.engine.differences import by_level
+    from consilience.engine.describe import plan_facts
     from consilience.engine.stream import thread_count
 
-    cost = estimate(plan, thread_count(None))
-    facts: dict[str, Any] = {
-        "ok": True,
-        "method": plan.method.name,
-        "experts": [e.name for e in plan.experts],
-        "tensors": len(plan.tensors),
-        "merged": sum(t.program is not None for t in plan.tensors),
-        "parameters": sum(t.numel for t in plan.tensors),
-        "bytes_read": cost.read,
-        "bytes_written": cost.written,
-        "warnings": by_level(plan.differences, "warning"),
-        "notes": [*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note")],
-        "differences": [asdict(one) for one in plan.differences],
-    }
+    extra: dict[str, Any] = {"--dtype": dtype, "--seed": seed}
+    extra |= {"--coefficients": None if coefficients is None else str(coefficients)}
+    extra |= choices(config, tokenizer, chat_template, private)
+    plan = plan_recipe(read_input(recipe, expert, method, set_, extra, calibration, target, statistics), strict=strict)
+    facts: dict[str, Any] = {"ok": True} | plan_facts(plan, thread_count(None))
+    plan.close()
     if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False))
-    else:
-        merged = f"{facts['merged']} of {facts['tensors']} tensors merged"
-        typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
-        lines = [f"  warning: {text}" for text in by_level(plan.differences, "warning")]
-        lines += [
-            f"  note: {text}" for text in (*plan.alignment.notes, *plan.notes, *by_level(plan.differences, "note"))
-        ]
-        for line in lines:
-            typer.echo(printable(line))
+        print_json(facts)
+        return
+    merged = f"{facts['merged']} of {facts['tensors']} tensors merged" if plan.merges else f"{facts['tensors']} tensors"
+    typer.echo(f"ok: {facts['method']} of {len(plan.experts)} experts, {merged}")
+    lines = [f"  warning: {text}" for text in facts["warnings"]] + [f"  note: {text}" for text in facts["notes"]]
+    for line in lines:
+        typer.echo(printable(line))
 
 
 @app.command()
@@ -379,7 +293,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option(help="List every tensor (of coefficients: every group's values).")] = False,
     fingerprint: Annotated[bool, typer.Option(help="Read all weights and print their fingerprint.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw coefficients into FILE.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a model or adapter is, from its headers, or what learned coefficients are.
 
@@ -392,7 +306,10 @@ def inspect(
     if plot is not None:
         plot_coefficients(path, plot)
     facts = inspect_facts(path, tensors, fingerprint)
-    typer.echo(json.dumps(facts, indent=1, ensure_ascii=False) if as_json else "\n".join(inspect_lines(facts)))
+    if as_json:
+        print_json({"ok": True} | facts)
+    else:
+        typer.echo("\n".join(inspect_lines(facts)))
 
 
 @app.command()
@@ -468,6 +385,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     threads: Threads = None,
     force: Annotated[bool, typer.Option(help="Replace a non-empty OUT.")] = False,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")] = False,
 ) -> None:
     """Fine-tune a model on one task (an expert), or on several together (mixture training).
@@ -491,7 +409,9 @@ def train(
         force=force,
         progress=not quiet,
     )
-    if not quiet:
+    if as_json:
+        print_json({"ok": True, "out": str(out)} | asdict(record))
+    elif not quiet:
         typer.echo(f"{out}: {record.steps} steps, final loss {record.final_loss:.4f}, {record.seconds:.0f} s")
 
 

@@ -22,7 +22,7 @@ Exit status 0 whatever is found; 2 where nothing can be diagnosed.
 def doctor(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|BASE", help="A recipe file, or (with -e) the base model.")],
     expert: Annotated[
-        list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert (repeatable).")
+        list[str] | None, typer.Option("--expert", "-e", metavar="[NAME=]PATH", help="An expert (repeatable).")
     ] = None,
     exact: Annotated[
         bool, typer.Option(help="Compute ranks and overlaps from whole matrices instead of sketches (slower).")
@@ -47,7 +47,7 @@ def doctor(
 ) -> None:
     """Examine experts before they are merged: lengths, angles, conflicts, wrong bases, copies, what to change."""
     from consilience.api import diagnose
-    from consilience.cli.app import read_input
+    from consilience.cli.inputs import read_input
 
     if html is not None:
         _writable(html)

@@ -64,6 +64,10 @@ def learning_lines(plan: Plan) -> list[str]:
     tasks = [run.asked(name, own_prompts=own, key=plan.method.rows_key, rows=count) for name in asked_of]
     given = run.target(count) if plan.method.reads_target else tasks
     rows = {task.name: len(task.rows) or own for task in given if task is not None}
+    if plan.method.collect is not None:
+        lines = ["statistics (collected before the merge, block by block)"]
+        lines.append("  rows: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
+        return lines
     lines = ["learning (before the merge; the coefficients above are where it starts)"]
     if "grouping" in values:
         start = groups_of(run, values["grouping"], values["exclude"], values["alphabar"])

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.packed import packing
+from consilience.cli.adapter_listing import adapter_facts, adapter_lines
 from consilience.errors import InputError, printable
 from consilience.methods.registry import load, names
 
@@ -69,16 +70,7 @@ def inspect_facts(path: str, tensors: bool, fingerprint: bool) -> dict[str, Any]
         "files": [{"file": Path(file).name, "bytes": size} for file, size, _ in model.identity()],
     }
     if model.adapter is not None:
-        ranks = Counter(pair.rank for pair in model.adapter.pairs.values())
-        scales = sorted({round(pair.scale, 6) for pair in model.adapter.pairs.values()})
-        facts["adapter"] = {
-            "pairs": len(model.adapter.pairs),
-            "ranks": dict(ranks),
-            "scales": scales,
-            "whole": sorted(model.adapter.whole),
-            "rows": {name: len(tokens.rows) for name, tokens in sorted(model.adapter.tokens.items())},
-            "parameters": sorted({name for one in model.adapter.parameters for name in one.options}),
-        }
+        facts["adapter"] = adapter_facts(model.adapter)
     packed = packing(model.checkpoint)
     if packed.weights:
         facts["quantised"] = {"weights": len(packed.weights), "format": packed.formats}
@@ -154,7 +146,8 @@ def inspect_lines(facts: dict[str, Any]) -> list[str]:
         f"  {facts['tensors']} tensors, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:.1f} MB, "
         + ", ".join(f"{count} {name}" for name, count in facts["dtypes"].items()),
     ]
-    for key in ("architectures", "tied_embeddings", "adapter", "quantised", "lineage", "coefficients", "fingerprint"):
+    lines += adapter_lines(facts["adapter"]) if "adapter" in facts else []
+    for key in ("architectures", "tied_embeddings", "quantised", "lineage", "coefficients", "fingerprint"):
         if facts.get(key) is not None:
             lines.append(f"  {key.replace('_', ' ')}: {_text(facts[key])}")
     lines += [f"  file {entry['file']}  {entry['bytes'] / 1e6:.1f} MB" for entry in facts["files"]]

@@ -42,7 +42,7 @@ Setting = Annotated[
 
 def loaded(folder: Path, base: str | None, device: str, dtype: str, settings: list[str] | None) -> Any:
     """Load a routed model with settings changed."""
-    from consilience.cli.app import parse_values
+    from consilience.cli.inputs import parse_values
     from consilience.routing import Settings, load_routed
     from consilience.routing.folder import store
 
@@ -92,7 +92,7 @@ def add(
 
     Example: consilience route add routed/ law=adapters/law --data law.jsonl
     """
-    from consilience.cli.app import parse_assignment
+    from consilience.cli.inputs import parse_assignment
     from consilience.routing.folder.change import add_expert
 
     name, adapter = parse_assignment(expert, "-e")

@@ -16,7 +16,7 @@ EPILOG = """Examples:
       --statistics code=stats/code --statistics math=stats/math
 
 \b
-Kinds: gram (mean of x x^T of what each linear layer is given; for regmean), mean (of x), fisher (mean squared
+Kinds: gram (mean of x x^T of what each linear layer is given; for regmean, lot), mean (of x), fisher (mean squared
 slope of the log-likelihood of every weight; for fisher). Rows are JSONL, as for evaluate; they need no responses
 but for --fisher empirical (the row's own response) and exact (all of a row's choices).
 """

@@ -60,7 +60,7 @@ def wanted(text: str) -> Wanted:
     from consilience.recipe.yaml_file import parse_yaml
 
     name, _, rest = text.partition(":")
-    if load(name).learn is not None:
+    if load(name).learn is not None or load(name).collect is not None:
         raise InputError(f"--try {text!r}: {name} learns; merge with it, then measure with 'consilience evaluate'")
     parameters: dict[str, Any] = {}
     for part in rest.split(",") if rest else []:

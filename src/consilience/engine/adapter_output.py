@@ -2,7 +2,8 @@
 
     delta = sum_k w_k s_k B_k A_k
 
-``cat`` is exact for methods that are weighted sums: A = [A_1; ...; A_K], B = [w_1 s_1 B_1, ..., w_K s_K B_K].
+``cat`` is exact for methods that are weighted sums: A = [A_1; ...; A_K], B = [w_1 s_1 B_1, ..., w_K s_K B_K], the
+weights given or found from inner products, which factors have too: <B_i A_i, B_j A_j> = <B_i^T B_j, A_i A_j^T>.
 ``svd`` keeps the best rank-r part of each tensor's merged update and reports the energy it discards. For weighted sums
 it goes through the r x r core of two QR factorisations and never forms the product; other methods (TIES, DARE, ...)
 merge the dense update first. (sum A)(sum B) never stands in for sum AB.
@@ -35,6 +36,7 @@ from consilience.engine.unchanged import check_still
 from consilience.errors import InputError, option
 from consilience.experts.expert_set import Opened
 from consilience.experts.model import Model
+from consilience.methods.program import Elementwise, Over, Sums
 from consilience.methods.weighted_sum import low_rank_weights
 from consilience.numbers import is_count
 from consilience.progress import NullProgress, Progress
@@ -110,6 +112,23 @@ def check_low_rank(plan: Plan) -> None:
                     f"{expert.reference}: adapts {name!r} of an nn.MultiheadAttention, which PEFT loads from no file "
                     f"but its own; leave {option('as_adapter', 'cat')} out"
                 )
+    _check_base_stays(plan)
+
+
+def _check_base_stays(plan: Plan) -> None:
+    """Refuse what would multiply the base itself.
+
+    Raises:
+        InputError: weights that do not sum to 1 multiply models, not task vectors.
+    """
+    for tensor in plan.tensors:
+        program = tensor.program
+        weights = low_rank_weights(program) if program is not None and program.space == "weights" else None
+        if weights is not None and abs(sum(weights) - 1) > 1e-9:
+            raise InputError(
+                f"{option('as_adapter', 'cat')}: method {plan.method.name!r} multiplies tensor {tensor.name!r} of the "
+                f"base by {sum(weights):g}, which an adapter cannot do; let weights sum to 1, or leave the option out"
+            )
 
 
 def _is_base(base: Model, expert: Model, name: str) -> bool:
@@ -128,6 +147,8 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
         if rank is not None:
             raise InputError(f"{option('rank', str(rank))}: only goes with {option('as_adapter', 'svd')}")
         return None
+    if not plan.merges:
+        raise InputError(f"{option('as_adapter', kind)}: a mixture of experts is a model, no adapter; leave it out")
     if kind not in ("cat", "svd"):
         raise InputError(f"{option('as_adapter', repr(kind))}: choose cat (exact) or svd (with a rank)")
     if (kind == "svd") != (rank is not None):
@@ -145,10 +166,28 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
     return kind
 
 
-def stacked(tensor: TensorPlan) -> tuple[Array, Array]:
+def factor_weights(tensor: TensorPlan) -> tuple[float, ...] | None:
+    """Return the experts' multipliers if the merge is a weighted sum of their task vectors and no more."""
+    program = tensor.program
+    found = isinstance(program, Elementwise) and program.needs == "gram" and program.over == Over()
+    if isinstance(program, Elementwise) and found and program.space == "task_vectors" and tensor.stack.low_rank:
+        assert program.finish is not None
+        program = program.finish(Sums(gram=_gram(tensor), exponents=(0,) * len(tensor.rows)))
+    return low_rank_weights(program)
+
+
+def _gram(tensor: TensorPlan) -> Array:
+    """Return the inner products [K, K] of low-rank task vectors from their factors."""
+    gram, factors = np.zeros((len(tensor.rows),) * 2), replace(tensor.stack, wide=True).factors()
+    for i, one in enumerate(factors):
+        for other in factors[: i + 1]:
+            product = ((one.left.T @ other.left) * (one.right @ other.right.T)).sum() * one.scale * other.scale
+            gram[one.row, other.row] = gram[other.row, one.row] = product
+    return gram
+
+
+def stacked(tensor: TensorPlan, weights: tuple[float, ...]) -> tuple[Array, Array]:
     """Return (left [rows, R], right [R, columns]) of a weighted sum: all experts' factors side by side, in float64."""
-    weights = low_rank_weights(tensor.program)
-    assert weights is not None
     lefts: list[Array] = []
     rights: list[Array] = []
     for row, left, right, scale in replace(tensor.stack, wide=True).factors():
@@ -181,8 +220,9 @@ def _adapted_as(plan: Plan, tensor: TensorPlan) -> dict[str, LoraPair]:
 
 
 def _factors(plan: Plan, tensor: TensorPlan, kind: Kind, rank: int, threads: int | None) -> list[_Factors]:
-    if low_rank_weights(tensor.program) is not None:
-        left, right = stacked(tensor)
+    weights = factor_weights(tensor)
+    if weights is not None:
+        left, right = stacked(tensor, weights)
         found = truncate(left, right, rank) if kind == "svd" else LowRank(left, right, 1.0, 1.0)
     elif kind == "cat":
         raise InputError(
@@ -343,6 +383,8 @@ def _write_papers(result: Path, plan: Plan, title: str, kind: Kind, notes: list[
         "loader": loader,
         "notes": notes,
     }
+    if plan.recipe.overrides:
+        document["overrides"] = [asdict(one) for one in plan.recipe.overrides]
     write_chosen(result, adapter_files(plan))
     (result / OURS).mkdir()
     write_json(result / OURS / "lineage.json", document)

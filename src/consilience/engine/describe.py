@@ -1,12 +1,14 @@
 """A plan in words: what a dry run prints."""
 
-from dataclasses import dataclass
-from typing import Any
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 from consilience.engine.differences import by_level
 from consilience.engine.output import tie_notes
 from consilience.engine.plan import SEGMENT, Plan, TensorPlan
 from consilience.experts.block import LARGEST_BLOCK, block_size
+from consilience.experts.model import Model
 from consilience.methods.program import Elementwise, Matrix, Program, Top
 
 #: What one core did on the machine the defaults were measured on; a dry run's time is an estimate from these.
@@ -41,6 +43,8 @@ def _scratch(tensor: TensorPlan) -> int:
     ranking = rows * SEGMENT // 4 if tensor.ranks is not None else SEGMENT // 4 if _scores(tensor.program) else 0
     if isinstance(tensor.program, Matrix):
         ranking = int(tensor.program.copies * rows * tensor.numel * (8 if tensor.wide else 4))
+    if isinstance(tensor.program, Elementwise) and tensor.program.needs == "gram":
+        ranking = 30 * rows * rows * (tensor.numel // max(1, tensor.program.over.length(tensor.shape)))
     factors = max((s.pair.a.numel + s.pair.b.numel for s in tensor.rows if s.pair), default=0) * 8
     return block + ranking + factors + LARGEST_BLOCK * 8
 
@@ -81,25 +85,101 @@ def describe_tensor(tensor: TensorPlan, owner: str) -> str:
     return f"{tensor.name}  {shape}  {dtype}  {action}"
 
 
-def describe(plan: Plan, threads: int) -> list[str]:
-    """Return the lines of a dry run."""
-    cost = estimate(plan, threads)
+def counted(plan: Plan) -> str:
+    """Say how many tensors the output has, and how many of them are merged."""
     merged = sum(t.program is not None for t in plan.tensors)
+    return f"{len(plan.tensors)}" + (f": {merged} merged, {len(plan.tensors) - merged} copied" if plan.merges else "")
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Return a key that sorts names as people count: ``layers.2`` before ``layers.10``."""
+    parts = re.split(r"(\d+)", name)
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts))
+
+
+def notes_of(plan: Plan) -> list[str]:
+    """Return all that is to be said of a plan before it is carried out."""
+    return [*plan.alignment.notes, *tie_notes(plan), *plan.notes, *by_level(plan.differences, "note")]
+
+
+def summary_lines(plan: Plan, threads: int) -> list[str]:
+    """Return what a dry run says of the whole: models, method, tensors, files, cost, warnings and notes."""
+    cost = estimate(plan, threads)
     lines = [f"method   {plan.method.name}: {plan.method.summary}"]
     if plan.base is not None:
         lines.append(f"base     {plan.base.reference}")
     for expert in plan.experts:
-        kind = f"LoRA, {len(expert.adapter.pairs)} pairs" if expert.adapter else "full weights"
-        lines.append(f"expert   {expert.name}: {expert.reference} ({kind})")
-    notes = [*plan.alignment.notes, *tie_notes(plan), *plan.notes, *by_level(plan.differences, "note")]
-    lines += [f"warning  {text}" for text in by_level(plan.differences, "warning")]
-    lines += [f"note     {note}" for note in notes]
-    lines += [f"private  {name}: {', '.join(tensors)}" for name, tensors in plan.alignment.private.items()]
-    lines.append(f"tensors  {len(plan.tensors)}: {merged} merged, {len(plan.tensors) - merged} copied")
-    lines += [f"  {describe_tensor(tensor, plan.alignment.owner(tensor.name))}" for tensor in plan.tensors]
-    lines += [f"file     {file.name}  {file.size / 1e6:.1f} MB" for file in plan.layout.files]
+        lines.append(f"expert   {expert.name}: {expert.reference} ({_kind(expert)})")
+    parameters = sum(t.numel for t in plan.tensors)
+    lines.append(f"tensors  {counted(plan)}; {parameters / 1e6:.1f} M parameters")
+    files = plan.layout.files
+    if len(files) > 4:
+        lines.append(f"files    {len(files)}: {files[0].name} ... {files[-1].name}, {plan.layout.size / 1e6:.1f} MB")
+    else:
+        lines += [f"file     {file.name}  {file.size / 1e6:.1f} MB" for file in files]
     lines.append(
         f"cost     read {cost.read / 1e9:.2f} GB, write {cost.written / 1e9:.2f} GB, about {cost.memory / 1e6:.0f} MB "
         f"of memory, about {cost.seconds:.0f} s with {threads} threads"
     )
+    lines += [f"warning  {text}" for text in by_level(plan.differences, "warning")]
+    lines += [f"note     {note}" for note in notes_of(plan)]
+    lines += [f"private  {name}: {', '.join(tensors)}" for name, tensors in plan.alignment.private.items()]
     return lines
+
+
+def _kind(expert: Model) -> str:
+    return f"LoRA, {len(expert.adapter.pairs)} pairs" if expert.adapter else "full weights"
+
+
+def tensor_lines(plan: Plan) -> list[str]:
+    """Return a line for each tensor, in the order of layers."""
+    tensors = sorted(plan.tensors, key=lambda tensor: natural(tensor.name))
+    return [f"  {describe_tensor(tensor, plan.alignment.owner(tensor.name))}" for tensor in tensors]
+
+
+def plan_facts(plan: Plan, threads: int) -> dict[str, Any]:
+    """Return what there is to say of a plan as plain values, tensors apart."""
+    cost = estimate(plan, threads)
+    return {
+        "method": plan.method.name,
+        "base": plan.base.reference if plan.base is not None else None,
+        "experts": [expert.name for expert in plan.experts],
+        "tensors": len(plan.tensors),
+        "merged": sum(t.program is not None for t in plan.tensors),
+        "parameters": sum(t.numel for t in plan.tensors),
+        "bytes_read": cost.read,
+        "bytes_written": cost.written,
+        "memory": cost.memory,
+        "seconds": cost.seconds,
+        "threads": threads,
+        "overrides": [asdict(one) for one in plan.recipe.overrides],
+        "warnings": by_level(plan.differences, "warning"),
+        "notes": notes_of(plan),
+        "differences": [asdict(one) for one in plan.differences],
+    }
+
+
+def tensor_facts(plan: Plan) -> list[dict[str, Any]]:
+    """Return what is done with each tensor as plain values, in the order of layers."""
+    return [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "dtype": tensor.base.dense.dtype.name if tensor.base.dense else None,
+            "out_dtype": tensor.out_dtype.name,
+            "merged": tensor.program is not None,
+            "parameters": {key.rstrip("_"): _by_expert(value, tensor) for key, value in tensor.parameters.items()}
+            if tensor.program is not None
+            else {},
+        }
+        for tensor in sorted(plan.tensors, key=lambda tensor: natural(tensor.name))
+    ]
+
+
+def _by_expert(value: Any, tensor: TensorPlan) -> Any:
+    if isinstance(value, tuple):
+        values = cast(tuple[Any, ...], value)
+        return (
+            dict(zip(tensor.row_names, values, strict=True)) if len(values) == len(tensor.row_names) else list(values)
+        )
+    return value

@@ -18,6 +18,8 @@ from consilience.methods.weighted_sum import PiecewiseSum
 def effect_notes(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
     """Return a line for a result that is the base's, or for every expert that adds nothing to it."""
     merged = [tensor for tensor in plan.tensors if tensor.program is not None]
+    if not plan.merges or (plan.base is None and len(plan.experts) == 1):
+        return []  # copies are what was asked for
     if not merged:
         why = "'private' leaves none to merge" if plan.recipe.private else "no expert changes any"
         return [f"the result is the base, byte for byte: no tensor is merged ({why})"]
@@ -35,7 +37,16 @@ def effect_notes(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
         )
         why = small if lost else "nothing of the experts is in it; look at weights, densities and lora_alpha"
         notes.append(f"the result is the base: {why}")
-    return notes + _copies(plan, merged, pieces)
+    return notes + _measured(plan, records) + _copies(plan, merged, pieces)
+
+
+def _measured(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
+    """Return what the method says of its measures, summed over all tensors."""
+    measured = {record.tensor: np.array(record.measured) for record in records.values() if record.measured}
+    if plan.method.notes is None or not measured:
+        return []
+    first = plan.tensors[min(measured)]
+    return plan.method.notes(first.row_names, np.sum(list(measured.values()), 0), first.parameters)
 
 
 def _is_base(plan: Plan, tensor: TensorPlan, records: Iterable[Record]) -> bool:

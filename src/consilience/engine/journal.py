@@ -66,7 +66,9 @@ def _valid(value: Any, plan: Plan) -> Record:
     """Return the record a line holds; raise ValueError or TypeError for anything this plan could not have written."""
     record = Record(**value)
     tensor = plan.tensors[record.tensor] if 0 <= record.tensor < len(plan.tensors) else None
-    numbers: list[Any] = [*chain(*record.inputs), *record.output, *chain(*record.below), *record.rounding]
+    numbers: list[Any] = [
+        *chain(*record.inputs), *record.output, *chain(*record.below), *record.rounding, *chain(*record.measured)
+    ]  # fmt: skip
     shapes = {len(record.output), len(record.rounding), *map(len, record.inputs)} == {2}
     if (
         tensor is None
@@ -75,6 +77,7 @@ def _valid(value: Any, plan: Plan) -> Record:
         or len(record.inputs) != len(tensor.rows) + 1
         or len(record.below) not in (0, len(tensor.rows))
         or any(len(counts) != 4 for counts in record.below)
+        or len(record.measured) not in (0, len(tensor.rows))
         or not all(isinstance(number, int | float) for number in numbers)
     ):
         raise ValueError("not a record of this plan")

@@ -43,11 +43,11 @@ def checkpoint_fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
 
 def fingerprints(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Return the tensors' fingerprints of every input that was read (by model name) and of the output."""
-    sums: dict[tuple[str, str], list[int]] = {}
+    sums: dict[tuple[str, str, int], list[int]] = {}  # an input tensor may be read for several of the output
     sizes: dict[tuple[str, str], int] = {}
 
     def collect(model: str, name: str, nbytes: int, mark: list[int]) -> None:
-        total = sums.setdefault((model, name), [0, 0])
+        total = sums.setdefault((model, name, record.tensor), [0, 0])
         total[0] += mark[0]
         total[1] += mark[1]
         sizes[(model, name)] = nbytes
@@ -64,7 +64,7 @@ def fingerprints(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, di
                 collect(name, source.dense.name, source.dense.nbytes, mark)
     inputs: dict[str, dict[str, str]] = {}
     output: dict[str, str] = {}
-    for (model, name), (low, high) in sums.items():
+    for (model, name, _), (low, high) in sums.items():
         (inputs.setdefault(model, {}) if model else output)[name] = digest(low, high, sizes[(model, name)])
     for tensor in plan.tensors:
         output.setdefault(tensor.name, digest(0, 0, 0))
@@ -106,9 +106,12 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         "differences": [asdict(one) for one in plan.differences],
         "output": {"fingerprint": whole, "tensors": output},
     }
+    if plan.recipe.overrides:
+        document["overrides"] = [asdict(one) for one in plan.recipe.overrides]
     if plan.statistics:
         document["statistics"] = [
-            {"folder": str(one.path)} | {key: value for key, value in asdict(one.facts).items() if key != "alias"}
+            ({} if plan.method.collect else {"folder": str(one.path)})  # collected in a folder that goes
+            | {key: value for key, value in asdict(one.facts).items() if key != "alias"}
             for one in plan.statistics
         ]
     if plan.alignment.untied:

@@ -1,7 +1,7 @@
 """Merging state dicts in memory, with the same plan, kernels and bytes as a merge of files."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,17 +25,21 @@ class MemorySink:
 
 
 def merge_in_memory(
-    plan: Plan, like: StateDict, threads: int | None = None, progress: Progress | None = None
+    plan: Plan,
+    like: StateDict,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    noted: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a plan over state dicts and return the merged one, in the same library as ``like``.
+    """Run a plan over state dicts and return the merged one, in the same library and on the devices of ``like``.
 
-    What a merge of files notes in its summary is logged here.
+    ``noted`` is told what a merge of files notes in its summary; without it that is logged.
     """
     check_copies(plan)
     sink = MemorySink(plan)
     records = Streamer(plan, sink, threads=threads, progress=progress).run()
     for note in [*plan.alignment.notes, *plan.notes, *integer_notes(plan), *effect_notes(plan, records)]:
-        logging.getLogger("consilience").warning(note)
+        (noted or logging.getLogger("consilience").warning)(note)
     return {t.name: to_like(sink.arrays[t.name], t.out_dtype, t.shape, like[t.name]) for t in plan.tensors}
 
 

@@ -32,13 +32,15 @@ from consilience.engine.summary import Summary, below_unit, rounding
 from consilience.engine.unchanged import check_files, check_stamps, check_unchanged
 from consilience.engine.verify import verify_headers, verify_segment
 from consilience.engine.worker import Record
-from consilience.errors import InputError, MachineError
+from consilience.errors import InputError, MachineError, one_line
 from consilience.progress import NullProgress, Progress
 from consilience.workdir import OURS, Workdir, json_text, workdir, write_file, write_json
 
 
 def recipe_value(plan: Plan) -> dict[str, Any]:
     """Return the resolved recipe: what was given, with names, seed and every default that counts spelled out."""
+    if plan.own_recipe is not None:
+        return plan.own_recipe
     value: dict[str, Any] = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     value = {"merge_method": plan.recipe.merge_method} | value | {"seed": plan.recipe.seed}
     names = iter([expert.name for expert in plan.experts])
@@ -53,8 +55,9 @@ def recipe_value(plan: Plan) -> dict[str, Any]:
 
 
 def recipe_text(plan: Plan) -> str:
-    """Return the resolved recipe as YAML."""
-    return yaml.safe_dump(recipe_value(plan), sort_keys=False, allow_unicode=True)
+    """Return the resolved recipe as YAML; comments before it say what of the recipe as it was read was replaced."""
+    told = "".join(f"# {one_line(override.note)}\n" for override in plan.recipe.overrides)
+    return told + yaml.safe_dump(recipe_value(plan), sort_keys=False, allow_unicode=True)
 
 
 def _resume(work: Workdir, plan: Plan) -> dict[Piece, Record]:
@@ -132,14 +135,14 @@ def _write_papers(result: Path, plan: Plan, document: dict[str, Any], text: str,
 
 
 def check_learned(plan: Plan) -> None:
-    """Refuse a plan whose coefficients are still to be learned.
+    """Refuse a plan whose coefficients are still to be learned, or statistics to be collected.
 
     Raises:
         InputError: names the method.
     """
     if plan.unlearned:
         raise InputError(
-            f"{plan.where}: method {plan.method.name!r} has not learned its coefficients yet; call merge_recipe, which "
+            f"{plan.where}: method {plan.method.name!r} has not learned from its rows yet; call merge_recipe, which "
             "learns first"
         )
 
@@ -236,6 +239,7 @@ def stream_in(
         notes += [*licences(plan)[1], *_policy_notes(plan), *effect_notes(plan, records)]
         document, fingerprint = lineage(plan, records)
         document |= {"recipe": recipe_value(plan), "defaults": plan.defaults, "loader": loader, "notes": notes}
+        document |= plan.facts
         text = recipe_text(plan)
         if work.folder:
             card = render_card(plan, work.out.name, fingerprint, text, notes)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -19,13 +20,14 @@ from consilience.errors import InputError, option
 from consilience.experts.align import Alignment, align
 from consilience.experts.expert_set import comparable, expert_names
 from consilience.experts.model import Model, Source, open_model
+from consilience.experts.routers import merged_note, routers, spelled_out
 from consilience.experts.stack import Stack
 from consilience.experts.statistics import Statistics, check_of, open_statistics
 from consilience.methods.program import Arithmetic, Elementwise, Matrix, Program, Ranks, Step
 from consilience.methods.registry import load
 from consilience.methods.signature import Method, TensorSpec
 from consilience.methods.ties import elect
-from consilience.methods.weighted_sum import PiecewiseSum, weighted
+from consilience.methods.weighted_sum import PiecewiseSum, low_rank_weights, weighted
 from consilience.name_filter import any_filter, name_filter
 from consilience.recipe.resolve import Settings, depths
 from consilience.recipe.schema import Recipe
@@ -47,6 +49,11 @@ def _segment(unit: int) -> int:
 def segments(numel: int, unit: int = 1) -> int:
     """Return how many pieces workers take of a tensor of which ``unit`` elements stay together."""
     return -(-numel // _segment(unit))
+
+
+def segments_of(elements: int, count: int) -> int:
+    """Return how many segments make up so many elements; ``count``, that is all of them, if they do not fit."""
+    return elements // SEGMENT if elements % SEGMENT == 0 else count
 
 
 def span(numel: int, segment: int, unit: int = 1) -> tuple[int, int]:
@@ -168,8 +175,25 @@ class Plan:
 
     @property
     def unlearned(self) -> bool:
-        """Whether coefficients have to be learned before this plan (now at the anchor) is what was asked for."""
+        """Whether coefficients have to be learned, or statistics collected, before this plan is what was asked for."""
+        if self.method.collect is not None:
+            return not self.statistics
         return self.method.learn is not None and self.coefficients is None
+
+    @property
+    def merges(self) -> bool:
+        """Whether values are merged; else tensors of several models are put together as they are."""
+        return True
+
+    @property
+    def own_recipe(self) -> dict[str, Any] | None:
+        """What was given, where that is no merge's recipe; None: ``recipe`` is."""
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the lineage says beside what it says of every merge."""
+        return {}
 
     @property
     def correction(self) -> Path | None:
@@ -254,7 +278,7 @@ def check_count(method: Method, base: Model | None, experts: int, where: str) ->
         raise InputError(
             f"{where}: method {method.name!r} needs a base_model; name the model the experts were tuned from"
         )
-    count = experts + (1 if method.counts_base else 0)
+    count = experts + (1 if method.counts_base and base is not None else 0)
     if count < method.minimum or (method.maximum is not None and count > method.maximum):
         of = "models with the base" if method.counts_base else "expert" if method.maximum == 1 else "models"
         need = f"exactly {method.minimum}" if method.minimum == method.maximum else f"at least {method.minimum}"
@@ -322,22 +346,28 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     program: Program | None = None
     parameters: dict[str, Any] = {}
     if merged:
-        stack = ([donor] if context.method.counts_base else []) + context.experts
+        stack = ([donor] if context.counts_base else []) + context.experts
         rows = tuple(alignment.source(model, target) for model in stack)
-        spec = TensorSpec(target, info.shape, info.numel, tuple(m.name for m in stack), context.statistics)
+        names = tuple(m.name for m in stack)
+        spec = TensorSpec(target, info.shape, info.numel, names, context.statistics, context.base is not None)
         parameters = context.settings.at(target, context.depths.get(target, 0.0))
         running = name.endswith(_RUNNING)
         program, parameters = _program(context, spec, parameters, running)
-        if program is None or (program.space == "task_vectors" and all(row.untouched for row in rows)):
-            program, rows = None, ()
+        alone = stack == [donor] and low_rank_weights(program) == (1.0,)
+        if (
+            program is None
+            or (alone and program.space == "weights")
+            or (program.space == "task_vectors" and all(row.untouched for row in rows))
+        ):
+            program, rows = None, ()  # its value is the donor's
     converted = context.out_dtype is not None and info.dtype.mergeable and not packed
     out_dtype = context.out_dtype if converted and context.out_dtype is not None else info.dtype
     dtypes = [s.dense.dtype for s in (base, *rows) if s.dense is not None]
-    wide = out_dtype.bits > 16 if program is not None else out_dtype.bits > 32
-    wide = wide or any(dtype.bits > 32 for dtype in dtypes)
+    exact = isinstance(program, Elementwise)  # whole matrices have rounding of their own, of float32's size
+    wide = out_dtype.bits > (16 if exact else 32) or any(dtype.bits > 32 for dtype in dtypes)
     return TensorPlan(
         index, name, info.shape, info.numel, out_dtype, -1, -1, wide, base, rows,
-        tuple(m.name for m in (([donor] if context.method.counts_base else []) + context.experts)) if rows else (),
+        tuple(m.name for m in (([donor] if context.counts_base else []) + context.experts)) if rows else (),
         program, parameters, target,
     )  # fmt: skip
 
@@ -354,6 +384,12 @@ class _Context:
     coefficients: Coefficients | None
     where: str
     statistics: tuple[Statistics, ...] = ()
+    base: Model | None = None
+
+    @property
+    def counts_base(self) -> bool:
+        """Whether the base is the stack's first row."""
+        return self.method.counts_base and self.base is not None
 
 
 def make_plan(
@@ -367,6 +403,7 @@ def make_plan(
     models: tuple[Model | None, list[tuple[Model, int]]] | None = None,
     single: str = "model.safetensors",
     coefficients: Coefficients | None = None,
+    statistics: Sequence[Path] = (),
 ) -> Plan:
     """Plan a merge: from headers, and from values where a model may hold two of what another ties.
 
@@ -381,6 +418,7 @@ def make_plan(
         single: name of the weight file when there is only one.
         coefficients: what a learned method found; the recipe's own file, if it names one, by default. Without either a
             learned method is planned at its anchor.
+        statistics: every expert's folder, where the method collects them itself.
 
     Raises:
         InputError: anything in the recipe or the models does not fit; nothing has been written.
@@ -397,17 +435,19 @@ def make_plan(
     check_count(method, base, len(numbered), where)
     base, numbered = comparable(base, numbered)
     experts = [model for model, _ in numbered]
-    is_private = any_filter(recipe.private, f"{where}: private")
-    alignment = align(base, experts, recipe.private)
+    named = base or experts[0]
+    filters = spelled_out(recipe.private, {} if named.checkpoint is None else named.checkpoint.tensors)
+    is_private = any_filter(filters, f"{where}: private")
+    alignment = align(base, experts, filters)
     donor = alignment.donor
     check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
-    learning = settings.once() if method.learn is not None else {}
+    learning = settings.once() if method.learn is not None or method.collect is not None else {}
     private = {name for name in names if is_private(name) or name in alignment.heads.tensors}
     unused = [
         pattern
-        for pattern in recipe.private
+        for pattern in filters
         if not any(map(name_filter(pattern, f"{where}: private"), [*names, *chain(*alignment.private.values())]))
     ]
     if unused:
@@ -427,15 +467,18 @@ def make_plan(
         coefficients = fit(coefficients, [m.name for m in experts], sizes, named, frozen=private)
     elif method.name == "coefficients":
         raise InputError(f"{where}: method 'coefficients' needs a coefficients file; name one as coefficients: PATH")
-    statistics = _statistics(recipe, method, numbered, where, root)
+    opened = _statistics(recipe, method, numbered, where, root, statistics)
     context = _Context(
-        method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where, statistics
+        method, alignment, experts, settings, depths(names), private, out_dtype, coefficients, where, opened, base
     )
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
     merged = [t.name for t in planned if t.parameters or t.program is not None]
-    notes = [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
-    notes += _without_statistics(method, planned, where)
+    notes = [one.note for one in recipe.overrides]
+    notes += [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
+    notes += _without_statistics(method, planned, opened, where)
+    taken = {t.name for t in planned if t.program is not None}
+    notes += merged_note(name for name in routers(alignment.tensors) if name in taken)
     metadata = {"format": "pt"} | {
         k: v
         for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()
@@ -451,20 +494,23 @@ def make_plan(
     return Plan(
         settings.spelled_out(recipe), method, base, tuple(experts), alignment, placed, layout, stochastic,
         allow_nonfinite, coefficients, learning, where, root, tuple(number for _, number in numbered), shard_size,
-        single, settings.used_defaults, tuple(notes), statistics,
+        single, settings.used_defaults, tuple(notes), opened,
     )  # fmt: skip
 
 
 def _statistics(
-    recipe: Recipe, method: Method, experts: list[tuple[Model, int]], where: str, root: Path | None
-) -> tuple[Statistics, ...]:
-    """Open every expert's statistics, if the method reads any.
+    recipe: Recipe, method: Method, experts: list[tuple[Model, int]], where: str, root: Path | None,
+    collected: Sequence[Path],
+) -> tuple[Statistics, ...]:  # fmt: skip
+    """Open every expert's statistics, if the method reads any; those that it collects itself, once they are there.
 
     Raises:
         InputError: an expert has none, or those of another model.
     """
     if method.statistics is None:
         return ()
+    if method.collect is not None:
+        return tuple(map(open_statistics, collected))
     found: list[Statistics] = []
     for model, number in experts:
         data = recipe.models[number].data
@@ -479,13 +525,15 @@ def _statistics(
     return tuple(found)
 
 
-def _without_statistics(method: Method, planned: list[TensorPlan], where: str) -> list[str]:
+def _without_statistics(
+    method: Method, planned: list[TensorPlan], statistics: tuple[Statistics, ...], where: str
+) -> list[str]:
     """Say which merged matrices have no statistics and are treated as other tensors.
 
     Raises:
         InputError: that is all of them.
     """
-    if method.statistics is None:
+    if method.statistics is None or not statistics:
         return []
     matrices = [t for t in planned if t.rows and len(t.shape) == 2]
     without = [t.name for t in matrices if not isinstance(t.program, Matrix)]
@@ -508,7 +556,8 @@ def _unread(recipe: Recipe, method: Method, where: str) -> list[str]:
     entries = [entry for entry in recipe.models if entry.data is not None and entry.data.calibration is not None]
     if entries and not method.reads_calibration:
         notes.append(f"{where}: data.calibration: has no effect, since method {method.name!r} reads none")
-    if method.statistics is None and any(entry.data and entry.data.statistics for entry in recipe.models):
+    reads = method.statistics is not None and method.collect is None
+    if not reads and any(entry.data and entry.data.statistics for entry in recipe.models):
         notes.append(f"{where}: data.statistics: has no effect, since method {method.name!r} reads none")
     notes += [
         f"{where}: models.{number}.parameters: has no effect, since {entry.model} is the base"
@@ -528,6 +577,21 @@ def _too_small(shard_size: int, tensors: list[TensorPlan], alignment: Alignment)
         f"the shard size of {shard_size} bytes is less than {len(larger)} tensors take, up to {largest.name} with "
         f"{largest.nbytes} bytes; they have a file each, as no tensor is cut"
     ]
+
+
+def with_statistics(plan: Plan, folders: Sequence[Path]) -> Plan:
+    """Return the plan of a method that collects statistics, with those of every expert; see ``with_coefficients``."""
+    return make_plan(
+        plan.recipe,
+        where=plan.where,
+        root=plan.root,
+        shard_size=plan.shard_size,
+        stochastic=plan.stochastic,
+        allow_nonfinite=plan.allow_nonfinite,
+        models=(plan.base, list(zip(plan.experts, plan.numbers, strict=True))),
+        single=plan.single,
+        statistics=folders,
+    )
 
 
 def with_coefficients(plan: Plan, coefficients: Coefficients, learned: Path | None = None) -> Plan:

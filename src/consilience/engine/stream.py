@@ -14,7 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import numpy as np
 
 from consilience.checkpoints.checkpoint import same_bytes
-from consilience.engine.plan import SEGMENT, Plan, TensorPlan
+from consilience.engine.grams import STRIP, Grams, Peaks, out_of_range
+from consilience.engine.plan import SEGMENT, Plan, TensorPlan, segments_of
 from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import RowTallies, Summation, Tallies
 from consilience.engine.worker import Record, Sink, Stopped, Worker, all_kept
@@ -152,13 +153,14 @@ class Streamer:
 
     def _statistics(self, tensor: TensorPlan, program: Elementwise, selection: Selection | None, each: _Each) -> Sums:
         """One pass for what a program needs to know of a whole tensor."""
+        if program.needs == "gram":
+            return self._inner_products(tensor, program, each)
         if program.needs == "quantiles":
             return self._quantiles(tensor, program, each)
         if program.needs == "by_row":
             return self._by_row(tensor, program, each)
         tallies = Tallies(program) if program.needs == "tally" else None
-        kind = "gram" if program.needs == "gram" else "l1"
-        summation = Summation(kind, len(tensor.rows), tensor.unit)
+        summation = Summation(len(tensor.rows), tensor.unit)
 
         def run(segment: int) -> None:
             worker = self._worker()
@@ -191,6 +193,32 @@ class Streamer:
         for segment in range(tensor.segments):
             self._tick(tensor, segment)
         return tallies.result()
+
+    def _inner_products(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Sums:
+        rows, pieces = len(tensor.rows), range(tensor.segments)
+        sums = self._gram(tensor, Grams(rows, tensor.shape, program.over), each)
+        if not (tensor.wide and out_of_range(sums)):
+            return sums
+        highest = Peaks(rows)  # rare: magnitudes whose squares float64 cannot hold
+        each([lambda s=s: highest.add(self._worker().loader(tensor, first=False), *tensor.span(s)) for s in pieces])
+        if not any(highest.exponents):
+            return sums
+        return self._gram(tensor, Grams(rows, tensor.shape, program.over, highest.exponents), each, again=True)
+
+    def _gram(self, tensor: TensorPlan, grams: Grams, each: _Each, *, again: bool = False) -> Sums:
+        """Return the inner products over all segments; with ``again`` by a pass that was not planned."""
+
+        def run(segments: Iterable[int]) -> None:
+            for segment in segments:
+                marks = None if again else self._marks(tensor, segment)
+                grams.add(self._worker().loader(tensor, first=not again), *tensor.span(segment), marks)
+                if not again:
+                    self._tick(tensor, segment)
+
+        pieces = range(tensor.segments)
+        together = max(1, segments_of(STRIP, tensor.segments)) if grams.over.across else 1
+        each([lambda at=at: run(pieces[at : at + together]) for at in range(0, tensor.segments, together)])
+        return grams.result()
 
     def _model_trim(self, pool: ThreadPoolExecutor, tensors: Sequence[TensorPlan]) -> None:
         """A trim that ranks the magnitudes of all tensors together."""

@@ -3,18 +3,19 @@
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from consilience.experts.block import Loader, Marks
 from consilience.kernels.fused import Scored, no_score, tallied
-from consilience.kernels.reduce import LEAF, leaf_magnitudes, leaf_products, unit_magnitudes
+from consilience.kernels.reduce import LEAF, leaf_magnitudes, unit_magnitudes
 from consilience.kernels.select import Kept
 from consilience.methods.program import Elementwise, Sums, Top
 
 
-def _exact_sum(values: Any) -> float:
+def exact_sum(values: Any) -> float:
+    """Return the sum, correctly rounded; NaN where there is none."""
     try:
         return math.fsum(values)
     except (ValueError, OverflowError):  # infinities of both signs, or a sum beyond float64
@@ -27,10 +28,13 @@ def block_length(loader: Loader, unit: int) -> int:
 
 
 class Summation:
-    """Accumulates one tensor's sums, leaf by leaf, from any thread; ``unit``: elements that blocks do not cut, or 1."""
+    """Accumulates one tensor's sums of magnitudes, leaf by leaf, from any thread.
 
-    def __init__(self, kind: Literal["gram", "l1"], rows: int, unit: int = 1) -> None:
-        self.kind, self.rows, self.unit = kind, rows, unit
+    ``unit``: elements that blocks do not cut, or 1.
+    """
+
+    def __init__(self, rows: int, unit: int = 1) -> None:
+        self.rows, self.unit = rows, unit
         self._leaves: dict[tuple[int, int], list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -65,28 +69,18 @@ class Summation:
         size = block_length(loader, self.unit)
         for at in range(start, stop, size):
             stack, _ = loader.load(at, min(stop, at + size), marks)
-            if self.kind == "gram":
-                for i in range(self.rows):
-                    for j in range(i + 1):
-                        record((i, j), leaf_products, stack[i], stack[j])
-            else:
-                for k in range(self.rows):
-                    magnitudes((k, 0), stack[k])
-                step(stack, at)
-                for k in range(self.rows):
-                    magnitudes((k, 1), stack[k])
+            for k in range(self.rows):
+                magnitudes((k, 0), stack[k])
+            step(stack, at)
+            for k in range(self.rows):
+                magnitudes((k, 1), stack[k])
         with self._lock:
             for key, parts in found.items():
                 self._leaves.setdefault(key, []).extend(parts)
 
     def result(self) -> Sums:
         """Return the sums: the leaves' exact total, whatever their order."""
-        exact = {key: _exact_sum(np.concatenate(parts)) for key, parts in self._leaves.items()}
-        if self.kind == "gram":
-            gram = np.zeros((self.rows, self.rows))
-            for (i, j), value in exact.items():
-                gram[i, j] = gram[j, i] = value
-            return Sums(gram=gram)
+        exact = {key: exact_sum(np.concatenate(parts)) for key, parts in self._leaves.items()}
         both = np.array([[exact.get((k, part), 0.0) for k in range(self.rows)] for part in (0, 1)])
         return Sums(l1=both[0], l1_stepped=both[1])
 
@@ -114,7 +108,7 @@ class Tallies:
 
     def result(self) -> Sums:
         """Return the exact totals of the tiles' numbers, whatever their order."""
-        return Sums(tally=np.array([_exact_sum(column) for column in np.concatenate(self._parts).T]))
+        return Sums(tally=np.array([exact_sum(column) for column in np.concatenate(self._parts).T]))
 
 
 class RowTallies:

@@ -23,7 +23,7 @@ from consilience.kernels.ingest import Taken, taken_numbers
 from consilience.kernels.lowrank import add_product
 from consilience.kernels.select import Kept, keep
 from consilience.kernels.settle import Settled, encodes, scale_add, settle, settled
-from consilience.methods.program import Elementwise, Matrix, Program, Top, Update
+from consilience.methods.program import Elementwise, Matrix, Measured, Program, Top, Update
 
 
 class Stopped(ConsilienceError):
@@ -44,7 +44,7 @@ class Record:
 
     ``inputs`` are the fingerprint sums of the dense inputs (base, then rows), ``output`` that of the bytes written;
     ``below`` per row: changed entries, those below one unit in the last place, L1 norm, the part below;
-    ``rounding``: squared rounding error, squared change; ``differs``: names whose integer values are not the base's.
+    ``rounding``: squared rounding error, squared change; ``measured`` per row: what the method measured.
     """
 
     tensor: int
@@ -53,6 +53,7 @@ class Record:
     output: list[int]
     below: list[list[float]] = field(default_factory=list[list[float]])
     rounding: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    measured: list[list[float]] = field(default_factory=list[list[float]])
 
 
 def all_kept() -> Kept:
@@ -175,17 +176,23 @@ class Worker:
         """Return what takes a block of the base to another type."""
 
         def block(start: int, stop: int) -> None:
-            base = loader.base(start, stop, record.inputs)
+            try:
+                base = loader.base(start, stop, record.inputs)
+            except NonFinite as error:
+                raise NonFinite(self.plan.alignment.owner(tensor.name), error.name, error.source) from None
             self._store(tensor, start, base, base, record)
 
         return block
 
     def _below(self, tensor: TensorPlan, program: Program, counts: Any) -> Below:
-        starts, table = program.table
-        scaled = (np.array(table, np.float64) * program.scale).astype(counts.dtype if tensor.wide else np.float32)
+        count, real = len(tensor.rows), counts.dtype if tensor.wide else np.float32
+        table, factors = (
+            (np.array(part, np.float64).reshape(shape) * program.scale).astype(real)
+            for part, shape in ((program.table.weights, (-1, count)), (program.table.factors, (count, -1)))
+        )
         narrow = program.space == "task_vectors" and tensor.out_dtype.bits <= 16
         unit = np.float32(2.0**-tensor.out_dtype.significand if narrow else 0.0)
-        return Below(np.array(starts, np.int64), scaled, unit, counts)
+        return Below(np.array(program.table.starts, np.int64), table, program.table.inner, factors, unit, counts)
 
     def _merged(
         self, tensor: TensorPlan, program: Elementwise, loader: Loader, kept: Kept, record: Record
@@ -249,6 +256,8 @@ class Worker:
         """Run a matrix method, and return what adds a block of its update to the base."""
         real = loader.real
         update = program.function(tensor.stack, **program.parameters)
+        if isinstance(update, Measured):
+            update, record.measured = update.update, np.asarray(update.values, np.float64).tolist()
         sides = update if isinstance(update, Update) else (update,)
         *left, right = (np.ascontiguousarray(side, real) for side in sides)
         shape = (len(left[0]), right.shape[1]) if left else right.shape

@@ -3,6 +3,7 @@
 Nothing is planned: a merge decides what is done with the stacks, extraction and the doctor only read them.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from consilience.experts.fused_experts import in_form_of, place_parameters
 from consilience.experts.model import Model, open_model
 from consilience.experts.names import follow_base
 from consilience.experts.quantised import in_floats, packed_target
+from consilience.experts.routers import spelled_out
 from consilience.experts.stack import Stack
 from consilience.name_filter import any_filter
 
@@ -119,34 +121,62 @@ def open_experts(
     on, numbered = comparable(open_model("base", base, root, base=True), [(model, k) for k, model in enumerate(opened)])
     assert on is not None
     models = [model for model, _ in numbered]
+    private = spelled_out(private, on.checkpoint.tensors if on.checkpoint is not None else {})
     alignment = align(on, models, private)
     kept = any_filter(private, f"{where}: private")
     apart = frozenset(name for name in alignment.tensors if kept(name) or name in alignment.heads.tensors)
     return ExpertSet(on, tuple(models), alignment, apart)
 
 
-def _short_name(reference: str) -> str:
-    """Return the last part of a reference that tells models apart: of a file called as all are, its folder's name."""
-    path = Path(reference.rstrip("/"))
+def _parts(reference: str) -> list[str]:
+    """Return a reference's parts, less its file's name if all are called so, as a name may hold them."""
+    path = Path(reference.rstrip("/") or "/")
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))  # not resolved: a link's own name is the one that was given
     if path.suffix in (".safetensors", *TORCH_SUFFIXES):
         path = path.parent if path.stem in _USUAL_FILES and path.parent.name else path.with_suffix("")
-    return path.name.split("@")[0].replace(".", "-") or "expert"
+    parts = [part for part in path.parts if part not in ("..", path.anchor)] or ["expert"]
+    parts[-1] = parts[-1].split("@")[0]
+    return [part.replace(".", "-").replace("=", "-") for part in parts]
+
+
+def _last_parts(references: Sequence[str], taken: set[str]) -> list[str]:
+    """Name each reference by its last part, preceded by as many parents as tell it from the others."""
+    parts = [_parts(reference) for reference in references]
+    depths = [1] * len(parts)
+    while True:
+        names = ["-".join(each[-depth:]) for each, depth in zip(parts, depths, strict=True)]
+        others: dict[str, set[tuple[str, ...]]] = {}
+        for name, each in zip(names, parts, strict=True):
+            others.setdefault(name, set()).add(tuple(each))
+        deeper = [
+            depth + ((len(others[name]) > 1 or name in taken) and depth < len(each))
+            for name, each, depth in zip(names, parts, depths, strict=True)
+        ]
+        if deeper == depths:
+            return names
+        depths = deeper
 
 
 def expert_names(references: Sequence[tuple[str, str | None]], where: str) -> list[str]:
-    """Name each model: as the recipe does, else by the last part of its reference; refuse duplicates the user chose."""
+    """Name each model: as the recipe does, else by the last part of its reference; refuse duplicates the user chose.
+
+    Two references that end alike are told apart by their parents (``a-checkpoint-100``, ``b-checkpoint-100``), and one
+    that is given twice by a number.
+    """
     taken = {"base"}  # the name of the base itself, in messages and in the lineage
     for _, name in references:
         if name is not None and (name in taken or not name or any(c in name for c in "/\\\0.=")):
             raise InputError(
                 f"{where}: model name {name!r} is used twice (the base is 'base'), empty, or holds '/', '.' or '='; "
-                "choose another"
+                "rename it: choose another"
             )
         taken |= {name} if name is not None else set()
+    stems = iter(_last_parts([reference for reference, name in references if name is None], taken))
     out: list[str] = []
-    for reference, name in references:
+    for _, name in references:
         if name is None:
-            stem = _short_name(reference)
+            stem = next(stems)
             name, number = stem, 2
             while name in taken:
                 name, number = f"{stem}-{number}", number + 1

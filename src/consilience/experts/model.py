@@ -97,9 +97,12 @@ class Model:
         """
         dense = storage = pair = pair_storage = None
         if self.checkpoint is not None:
-            names = (name, self.ties.get(name), stand_in)
-            present = next((other for other in names if other in self.checkpoint.tensors), name)
-            dense = self.checkpoint.tensors.get(present)  # None: of a module that this model does not have
+            tensors = self.checkpoint.tensors
+            dense = tensors.get(name)
+            if dense is None:
+                names = (self.ties.get(name), stand_in)
+                # None: of a module that this model does not have
+                dense = next((tensors[other] for other in names if other in tensors), None)
             storage = self.checkpoint.storage if dense is not None else None
         if self.adapter is not None:
             pair_storage = self.adapter.checkpoint.storage

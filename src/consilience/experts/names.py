@@ -37,7 +37,7 @@ def follow_base(model: Model, base: Checkpoint) -> Model:
     checkpoint, adapter = model.checkpoint, model.adapter
     configs = [base.config, *([checkpoint.config] if checkpoint is not None else [])]
     names: dict[str, str] = {}
-    if checkpoint is not None and checkpoint is not base:
+    if checkpoint is not None and checkpoint.tensors.keys() - base.tensors.keys():
         fits = {name: same_shape(info) for name, info in checkpoint.tensors.items()}
         renames = renamed(fits, base.tensors, rules_for(*configs))
         tensors = {renames.get(name, name): info for name, info in checkpoint.tensors.items()}

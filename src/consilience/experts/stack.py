@@ -179,16 +179,22 @@ class Stack:
         Raises:
             InputError: a value is NaN or Inf.
         """
-        from consilience.kernels.reduce import LEAF, leaf_products
+        from consilience.experts.block import finite_errors
+        from consilience.kernels.gram import gram_whole
+        from consilience.kernels.ingest import TILE
 
-        count, buffer = len(self.rows), np.empty(LEAF)
-        leaves: list[list[Any]] = [[] for _ in range(count * count)]
-        for start, stop, vectors, _ in self.blocks(check=check):
-            for i in range(count):
-                for j in range(i + 1):
-                    part = np.empty(-(-(stop - start) // LEAF))
-                    leaf_products(vectors[i], vectors[j], buffer, part)
-                    leaves[i * count + j].append(part)
-        sums = [math.fsum(np.concatenate(parts)) if parts else 0.0 for parts in leaves]
-        lower = np.array(sums).reshape(count, count)
-        return np.tril(lower) + np.tril(lower, -1).T
+        count, loader = len(self.rows), self.loader(check=check)
+        leaves = np.empty((count * (count + 1) // 2, -(-self.numel // TILE)))
+        with finite_errors():
+            for at in range(0, self.numel, loader.size):
+                size = min(self.numel - at, loader.size)
+                taken = loader.take(at, at + size, marked=False)
+                part = np.empty((len(leaves), -(-size // TILE)))
+                gram_whole(taken, size, loader.like, loader.nothing, part)
+                loader.finish(taken, None)
+                leaves[:, at // TILE : at // TILE + part.shape[1]] = part
+        gram = np.empty((count, count))
+        pairs = [(i, j) for i in range(count) for j in range(i + 1)]
+        for sums, (i, j) in zip(leaves, pairs, strict=True):
+            gram[i, j] = gram[j, i] = math.fsum(sums)
+        return gram

@@ -1,5 +1,6 @@
 """State dicts in memory as models: numpy arrays or torch tensors by name."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -65,6 +66,33 @@ def from_state_dict(name: str, state: StateDict) -> Model:
     return Model(name, name, Checkpoint(name, tensors, MemoryStorage(arrays)))
 
 
+def state_of(model: Any) -> StateDict:
+    """Return a state dict as it is, or that of a torch module."""
+    return cast(StateDict, model) if isinstance(model, Mapping) else model.state_dict()
+
+
+def into_module(module: Any, merged: dict[str, Any]) -> Any:
+    """Return a copy of a torch module whose parameters and buffers are ``merged``, in the types these have.
+
+    What the module ties stays tied, and what its state dict leaves out is as in the module.
+
+    Raises:
+        InputError: the module cannot be copied, or its state dict has what is neither a parameter nor a buffer.
+    """
+    try:
+        result = copy.deepcopy(module)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"base: the module cannot be copied ({reason}); pass its state_dict()") from None
+    places = dict(result.named_parameters(remove_duplicate=False)) | dict(result.named_buffers(remove_duplicate=False))
+    strange = next((name for name in merged if name not in places), None)
+    if strange is not None:
+        raise InputError(f"base: {strange!r} is no parameter or buffer of the module; pass its state_dict()")
+    for name, tensor in merged.items():
+        places[name].data = tensor
+    return result
+
+
 def numpy_dtype(dtype: DType) -> Any:
     """Return the numpy dtype of a checkpoint dtype (bfloat16 from ml_dtypes)."""
     if dtype.name == "BF16":
@@ -83,5 +111,6 @@ def to_like(raw: Bytes, dtype: DType, shape: tuple[int, ...], like: Any) -> Any:
 
         torch = import_torch("returning torch tensors")
         kind = getattr(torch, TORCH_NAMES[dtype.name]) if dtype.mergeable else like.dtype
-        return torch.from_numpy(raw).view(kind).reshape(shape) if raw.size else torch.empty(shape, dtype=kind)
+        value = torch.from_numpy(raw).view(kind).reshape(shape) if raw.size else torch.empty(shape, dtype=kind)
+        return value.to(like.device)
     return raw.view(numpy_dtype(dtype)).reshape(shape)

@@ -1,6 +1,7 @@
 """Statistics of a model on rows, as files: what some merges need of data, without the data.
 
     gram    G [n, n] = mean over tokens of x x^T       of what a linear layer is given
+            g [n]    = mean over tokens of x^2         of what a norm's scale multiplies: a diagonal layer's diagonal
     mean    m [n]    = mean over tokens of x
     fisher  F        = mean over rows of (d log p(y | x) / d theta)^2, for every element of a tensor
 
@@ -74,7 +75,8 @@ class Statistics:
         file = self._file(key)
         if file is None:
             return False
-        held, due = file.tensors[key].shape, shape if kind == "fisher" else shape[-1:] * (2 if kind == "gram" else 1)
+        square = kind == "gram" and len(shape) > 1
+        held, due = file.tensors[key].shape, shape if kind == "fisher" else shape[-1:] * (2 if square else 1)
         if held != due:
             raise InputError(
                 f"{self.path}: its {kind} of {name!r} has shape {list(held)}, and the tensor, {list(shape)}, needs "
@@ -171,7 +173,7 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._names: list[str] = []
+        self.names: list[str] = []
 
     def add(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Write one more file."""
@@ -179,14 +181,14 @@ class Writer:
 
         if not tensors:
             return
-        name = f"statistics-{len(self._names) + 1:05d}.safetensors"
+        name = f"statistics-{len(self.names) + 1:05d}.safetensors"
         save_file({key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}, self.folder / name)
-        self._names.append(name)
+        self.names.append(name)
 
     def finish(self, facts: Facts) -> None:
         """Write what they are of."""
-        write_json(self.folder / FACTS, {"version": VERSION, **asdict(facts), "files": self._names})
-        for name in self._names:  # safetensors lets nobody else read what it writes
+        write_json(self.folder / FACTS, {"version": VERSION, **asdict(facts), "files": self.names})
+        for name in self.names:  # safetensors lets nobody else read what it writes
             (self.folder / name).chmod((self.folder / FACTS).stat().st_mode)
 
 

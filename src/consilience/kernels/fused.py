@@ -9,17 +9,21 @@ from consilience.kernels.encode import below_unit
 from consilience.kernels.ingest import TILE, take
 from consilience.kernels.select import collect, count_zeros, keep, keep_scored
 from consilience.kernels.settle import scale_add, settle_tile
+from consilience.kernels.vectors import spread
 
 
 class Below(NamedTuple):
     """What is measured of rows against a unit in the last place of the base.
 
-    ``starts`` [P] are the first elements, in the tensor, of stretches with multipliers ``table`` [P, K]; ``per_unit``
-    is 2^-(significand bits) of the output, 0 where nothing is measured; ``counts`` [K, 4] is added to.
+    ``starts`` [P] are the first elements, in the tensor, of stretches with multipliers ``table`` [P, K]; or, with
+    ``inner`` > 0, multipliers are ``factors`` [K, G], as ``kernels.vectors.spread`` has them. ``per_unit`` is
+    2^-(significand bits) of the output, 0 where nothing is measured; ``counts`` [K, 4] is added to.
     """
 
     starts: Any
     table: Any
+    inner: int
+    factors: Any
     per_unit: Any
     counts: Any
 
@@ -49,7 +53,21 @@ class Scored(NamedTuple):
 
 
 @kernel
+def _measure_vectors(rows: Any, base: Any, start: int, below: Any) -> None:
+    scaled = np.empty(rows.shape[1], rows.dtype)
+    for k in range(rows.shape[0]):
+        spread(below.factors[k], start, below.inner, scaled)
+        row = rows[k]
+        for i in range(scaled.size):
+            scaled[i] *= row[i]
+        below_unit(scaled, rows.dtype.type(1), base, below.per_unit, below.counts[k])
+
+
+@kernel
 def _measure(rows: Any, base: Any, start: int, below: Any) -> None:
+    if below.inner > 0:
+        _measure_vectors(rows, base, start, below)
+        return
     stop = start + rows.shape[1]
     for p in range(below.starts.size):
         low = max(below.starts[p], start)

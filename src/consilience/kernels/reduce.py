@@ -48,18 +48,6 @@ def unit_magnitudes(row: Any, unit: int, buffer: Any, out: Any) -> None:
 
 
 @kernel
-def leaf_products(a: Any, b: Any, buffer: Any, out: Any) -> None:
-    """Write ``sum a*b`` of each leaf to ``out`` [ceil(n / LEAF)]; ``buffer`` is [LEAF] float64."""
-    for leaf in range(out.size):
-        begin = leaf * buffer.size
-        size = min(buffer.size, a.size - begin)
-        for i in range(size):
-            buffer[i] = np.float64(a[begin + i]) * np.float64(b[begin + i])
-        buffer[size:] = 0.0
-        out[leaf] = halve(buffer)
-
-
-@kernel
 def leaf_magnitudes(a: Any, buffer: Any, out: Any) -> None:
     """Write ``sum |a|`` of each leaf to ``out`` [ceil(n / LEAF)]; ``buffer`` is [LEAF] float64."""
     for leaf in range(out.size):

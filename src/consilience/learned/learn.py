@@ -1,5 +1,7 @@
 """From a plan to its coefficients: data checked first, state kept in the folder that a run is given."""
 
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
 
 from consilience.coefficients import Coefficients
@@ -77,9 +79,38 @@ def learn_plan(
         plan, plan.root, folder, tensorboard, Machine(device, threads, trust_remote_code), progress or NullProgress(),
         plan.where,
     )  # fmt: skip
+    with _explained(), compilation_shown(run.progress), gradients():
+        return plan.method.learn(run, **plan.learning)
+
+
+def collect_plan(
+    plan: Plan,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    tensorboard: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Collect the statistics that a plan's method makes with the model; return every expert's folder in ``folder``."""
+    from consilience.tasks.load import check_device, require_transformers
+
+    require_transformers(f"method {plan.method.name!r}")
+    check_device(device)
+    assert plan.method.collect is not None
+    assert tensorboard is None
+    machine = Machine(device, threads, trust_remote_code)
+    run = Run(plan, plan.root, folder, None, machine, progress or NullProgress(), plan.where)
+    with _explained(), compilation_shown(run.progress):
+        return plan.method.collect(run, folder)
+
+
+@contextlib.contextmanager
+def _explained() -> Generator[None]:
+    """Turn a lack of memory into an error of the machine that says what to do."""
     try:
-        with compilation_shown(run.progress), gradients():
-            return plan.method.learn(run, **plan.learning)
+        yield
     except MemoryError as error:
         raise _full(str(error)) from error
     except RuntimeError as error:

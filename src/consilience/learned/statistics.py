@@ -19,8 +19,7 @@ from consilience.checkpoints.reference import Reference, resolve
 from consilience.errors import InputError
 from consilience.experts.model import open_model
 from consilience.experts.statistics import KINDS, Facts, Fisher, Kind, Writer, mark_of, open_statistics
-from consilience.learned.gram import tokens_of
-from consilience.learned.inputs import leaders, passes, watched
+from consilience.learned.inputs import InputSums, leaders, passes, watched
 from consilience.numbers import is_count
 from consilience.progress import Progress, ProgressOption, open_progress
 from consilience.student.factored import layers_of
@@ -177,32 +176,6 @@ def _computing(settings: Collecting) -> Generator[None]:
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
-class _Listener:
-    """Sums of what layers are given, over the tokens of passes."""
-
-    def __init__(self, kinds: Sequence[Kind]) -> None:
-        self.kinds = kinds
-        self.sums: dict[str, Any] = {}
-        self.counts: dict[str, int] = {}
-        self.mask: Any = None
-
-    def take(self, name: str, x: Any) -> None:
-        """Add the tokens of a pass to a layer's sums."""
-        rows = tokens_of(x, self.mask)
-        if self.mask is not None and len(rows) == x.shape[:-1].numel() != int(self.mask.sum()):
-            raise InputError(f"layer {name!r} is given what a router chose, with padding in it; use batch_size=1")
-        with torch.autocast(x.device.type, enabled=False):
-            rows = rows.float()
-            self.counts[name] = self.counts.get(name, 0) + len(rows)
-            if "gram" in self.kinds:
-                self._add(f"gram/{name}", rows.T @ rows)
-            if "mean" in self.kinds:
-                self._add(f"mean/{name}", rows.sum(0))
-
-    def _add(self, key: str, value: Any) -> None:
-        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
-
-
 def _activations(
     model: Any, parameters: dict[str, Any], rows: Sequence[Encoded], writer: Writer, settings: Collecting,
     bar: Progress, where: str,
@@ -221,9 +194,11 @@ def _activations(
     kinds: list[Kind] = [kind for kind in settings.kinds if kind != "fisher"]
     parts = list(passes({name: 4 * layers[name].in_features ** 2 for name in leader.values()}, BYTES))
     bar.phase("activations", len(parts) * len(rows), "rows")
-    for wanted in parts:
-        heard = _Listener(kinds)
-        with watched(layers, wanted, heard.take), _computing(settings):
+    norms = _norms(model, parameters) if "gram" in kinds else {}
+    for number, wanted in enumerate(parts):
+        heard = InputSums(kinds)
+        own = norms if number == 0 else {}
+        with watched(layers, wanted, heard.take), watched(own, own, heard.take_scaled(own)), _computing(settings):
             for batch, mask, inputs in _batches(model, rows, settings):
                 heard.mask = mask
                 model(**inputs, use_cache=False)
@@ -234,6 +209,17 @@ def _activations(
                 raise InputError(f"{where}: activations at {key.partition('/')[2]!r} are not finite; use float32")
         writer.add({key: total.cpu().numpy() for key, total in heard.sums.items()})
     return {f"{kind}/{name}": f"{kind}/{lead}" for kind in kinds for name, lead in leader.items() if name != lead}
+
+
+def _norms(model: Any, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the module of every vector that scales what its module has normalised, and is its own alone."""
+    names = {id(value): name for name, value in parameters.items() if value.ndim == 1}
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        name = names.get(id(getattr(module, "weight", None)))
+        if name is not None and type(module).__name__.endswith("Norm"):
+            found[name] = module
+    return found
 
 
 def _batches(

@@ -23,6 +23,46 @@ Floats = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Over:
+    """The vectors whose inner products a method asks for, and how a tensor's elements lie in them.
+
+    ``tensor``: the whole tensor is one. ``last``: those along its last dimension; ``rows``: those of the matrix of its
+    first dimension; ``first``: those along its first dimension. A tensor of one dimension is one vector.
+    """
+
+    name: Literal["tensor", "last", "rows", "first"] = "tensor"
+
+    @property
+    def across(self) -> bool:
+        """Whether a vector's elements lie apart; else they lie side by side."""
+        return self.name == "first"
+
+    def length(self, shape: tuple[int, ...]) -> int:
+        """Return a vector's number of elements."""
+        numel = math.prod(shape)
+        if self.name == "tensor" or len(shape) < 2 or not numel:
+            return numel
+        return numel // shape[0] if self.name == "rows" else shape[-1] if self.name == "last" else shape[0]
+
+    def inner(self, shape: tuple[int, ...]) -> int:
+        """Return how many neighbours are of the same vector: element i is of vector i // inner, modulo their number."""
+        return 1 if self.across and len(shape) > 1 else self.length(shape)
+
+
+class Table(NamedTuple):
+    """The rows' multipliers over a tensor, for reports.
+
+    On stretches that begin at elements ``starts`` [P] they are ``weights`` [P, K]; or, where ``inner`` > 0, element i
+    has those of number (i // inner) % G in ``factors`` [K, G].
+    """
+
+    starts: Any
+    weights: Any
+    inner: int = 0
+    factors: Any = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Changes the rows of a tile in place: ``function(rows, start, keys, *args)``, a kernel.
 
@@ -136,8 +176,8 @@ class Merge(Protocol):
         ...
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
-        """First elements of stretches of the tensor, and the rows' multipliers in each, for reports."""
+    def table(self) -> Table:
+        """The rows' multipliers all over the tensor, for reports."""
         ...
 
 
@@ -150,9 +190,9 @@ class Arithmetic:
     args: tuple[Any, ...] = ()
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    def table(self) -> Table:
         """One stretch."""
-        return (0,), (self.weights,)
+        return Table((0,), (self.weights,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +214,15 @@ class Ranks:
 class Sums:
     """Whole-tensor sums that ``Elementwise.finish`` receives, in float64, equal for any block size and thread count.
 
-    ``gram`` [K, K] are the inner products of the raw rows; ``l1`` [K] and ``l1_stepped`` [K] the sums of magnitudes
-    before and after all that the program does to rows (ranks and steps); ``tally`` [count], ``quantiles`` [Q] and
-    ``by_row`` [rows of the matrix] are what the program's fields of these names ask for. Only what
-    ``Elementwise.needs`` names is filled.
+    ``gram`` [K, K] are the inner products of the raw rows, or [K, K, G] those of the G vectors that the program is
+    ``over`` (not of a single one, which is the tensor), with row k times 2^-exponents[k]: all 0, unless float64 could
+    not hold them. ``l1`` [K] and ``l1_stepped`` [K] are the sums of magnitudes before and after all that the program
+    does to rows (ranks and steps); ``tally`` [count], ``quantiles`` [Q] and ``by_row`` [rows of the matrix] are what
+    the program's fields of these names ask for. Only what ``Elementwise.needs`` names is filled.
     """
 
     gram: npt.NDArray[np.float64] | None = None
+    exponents: tuple[int, ...] = ()
     l1: npt.NDArray[np.float64] | None = None
     l1_stepped: npt.NDArray[np.float64] | None = None
     tally: npt.NDArray[np.float64] | None = None
@@ -192,8 +234,9 @@ class Sums:
 class Elementwise:
     """The treatment of one tensor by an element-wise method.
 
-    ``needs`` names what has to be known of the whole tensor; ``finish`` then turns this program into the next, which
-    may need something again: ``stages`` says how many do. ``keep`` is chosen before all that, once.
+    ``needs`` names what has to be known of the whole tensor, ``gram`` inner products of the vectors ``over``;
+    ``finish`` then turns this program into the next, which may need something again: ``stages`` says how many do.
+    ``keep`` is chosen before all that, once.
     """
 
     space: Literal["task_vectors", "weights"]
@@ -208,6 +251,7 @@ class Elementwise:
     quantiles: Quantiles | None = None
     by_row: RowTally | None = None
     stages: int = 1
+    over: Over = Over()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -215,8 +259,8 @@ class Elementwise:
         return self.merge.weights
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
-        """Stretches of the tensor, and the rows' multipliers in each."""
+    def table(self) -> Table:
+        """The rows' multipliers all over the tensor."""
         return self.merge.table
 
     @property
@@ -232,15 +276,25 @@ class Update(NamedTuple):
     right: Floats
 
 
+class Measured(NamedTuple):
+    """A merged task vector [m, n], and numbers of each expert [K, q], of whose sums over all tensors notes are made."""
+
+    update: Floats | Update
+    values: Floats
+
+
+Merged = Floats | Update | Measured
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """The treatment of one tensor by a matrix method: ``function(stack, **parameters)`` returns the merged task vector.
 
-    That is an array [m, n] or an ``Update``; the engine multiplies it by ``scale`` and adds the base. ``copies`` is how
-    many times the stack, [K, m, n] in the compute type, the function holds at its peak.
+    That is an array [m, n], an ``Update``, or with measures a ``Measured``; the engine multiplies it by ``scale`` and
+    adds the base. ``copies`` is how many times the stack, [K, m, n] in the compute type, the function holds at most.
     """
 
-    function: Callable[..., Floats | Update]
+    function: Callable[..., Merged]
     parameters: Mapping[str, Any]
     weights: tuple[float, ...]
     copies: float
@@ -251,9 +305,9 @@ class Matrix:
     needs: ClassVar[Literal["none"]] = "none"
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    def table(self) -> Table:
         """One stretch."""
-        return (0,), (self.weights,)
+        return Table((0,), (self.weights,))
 
 
 Program = Elementwise | Matrix

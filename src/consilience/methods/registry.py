@@ -44,8 +44,15 @@ BUILT_IN: dict[str, str] = {
     "core_space": "consilience.methods.core_space",
     "svc": "consilience.methods.svc",
     "regmean": "consilience.methods.regmean",
+    "regmean_pp": "consilience.learned.regmean_pp",
+    "lot": "consilience.methods.lot",
     "fisher": "consilience.methods.fisher",
     "slerp": "consilience.methods.slerp",
+    "nuslerp": "consilience.methods.nuslerp",
+    "multislerp": "consilience.methods.multislerp",
+    "karcher": "consilience.methods.karcher",
+    "model_stock": "consilience.methods.model_stock",
+    "passthrough": "consilience.methods.passthrough",
     "coefficients": "consilience.methods.coefficients",
     "expert_merging": "consilience.learned.expert_merging",
     "least_squares": "consilience.learned.least_squares",
@@ -57,13 +64,6 @@ BUILT_IN: dict[str, str] = {
     "glue": "consilience.learned.glue",
     "lorahub": "consilience.learned.lorahub",
 }
-
-
-#: mergekit's methods that are not here.
-_MERGEKIT = (
-    "karcher", "model_stock", "multislerp", "nuslerp",
-    "passthrough",
-)  # fmt: skip
 
 
 def names() -> list[str]:
@@ -86,6 +86,4 @@ def load(name: str) -> Method:
                 raise InputError(f"method {name!r}: entry point {point.value} is not a consilience Method")
             return loaded
     known = names()
-    if name in _MERGEKIT:
-        raise InputError(f"merge_method {name!r} is mergekit's and not in this version (known: {', '.join(known)})")
     raise InputError(f"merge_method {name!r} is unknown{nearest(name, known)} (known: {', '.join(known)})")

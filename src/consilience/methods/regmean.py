@@ -1,6 +1,6 @@
 """RegMean: the matrix whose outputs are nearest to every expert's own, on that expert's inputs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import numpy as np
@@ -38,6 +38,25 @@ def regmean(
     expert alone stays itself. Codes do not say what they do with layers that share an input; here they share a matrix.
     """
     del lambda_, others  # the engine's
+    return nearest_outputs(stack, grams, off_diagonal, ridge)
+
+
+def nearest_outputs(
+    stack: Stack,
+    grams: Iterable[Floats],
+    off_diagonal: float,
+    ridge: float,
+    keep: Callable[[Floats], int] | None = None,
+) -> Floats | Update:
+    """Return the task vector whose outputs are nearest to every expert's own, see ``regmean``.
+
+    Args:
+        stack: of one matrix [m, n].
+        grams: every expert's G_k [n, n].
+        off_diagonal: multiplier of their off-diagonal entries.
+        ridge: pull to the mean.
+        keep: how many eigenvalues of the sum are inverted, see ``closed_form.nearest``; by default all above rounding.
+    """
     size = stack.shape[1]
     low = {one.row: one for one in stack.factors()} if stack.low_rank else {}
     vectors = [] if stack.low_rank else list(stack.whole().astype(np.float64))
@@ -54,7 +73,7 @@ def regmean(
     total += lift * np.eye(size)
     share = lift / len(stack.rows)
     if not stack.low_rank:
-        return divided(np.sum(pulled, 0) + share * np.sum(vectors, 0), total)
+        return divided(np.sum(pulled, 0) + share * np.sum(vectors, 0), total, keep)
     rights = [rows + share * one.right for rows, one in zip(pulled, low.values(), strict=True)]
     lefts = [one.left.astype(np.float64) * one.scale for one in low.values()]
-    return Update(np.concatenate(lefts, 1), divided(np.concatenate(rights), total))
+    return Update(np.concatenate(lefts, 1), divided(np.concatenate(rights), total, keep))

@@ -21,18 +21,23 @@ same names. So each part of learning (an objective, an optimizer, the data) owns
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from consilience.methods.program import Elementwise, Floats, Matrix, Program, Update
+from consilience.errors import InputError
+from consilience.methods.program import Elementwise, Floats, Matrix, Merged, Program
 from consilience.methods.weighted_sum import weighted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from consilience.experts.statistics import Kind, Statistics
 
 PerExpert = tuple[float, ...]
+#: Makes lines of a run's summary of the experts' names, what a method measured of them [K, q], and its parameters.
+Notes = Callable[[Sequence[str], Floats, Mapping[str, Any]], list[str]]
 T = TypeVar("T")
 
 
@@ -65,13 +70,17 @@ class NoEffect:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a method may know of a tensor without its data; ``statistics``: every expert's, if it reads any."""
+    """What a method may know of a tensor without its data.
+
+    ``statistics``: every expert's, if it reads any; ``base``: whether there is one to take task vectors from.
+    """
 
     name: str
     shape: tuple[int, ...]
     numel: int
     experts: tuple[str, ...]
     statistics: "tuple[Statistics, ...]" = ()
+    base: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +148,8 @@ class Method:
 
     ``learn`` is set for learned methods: it finds the coefficients that ``plan`` alone would take from the anchor.
     ``mergekit`` has the defaults of mergekit's method of this name that differ from ours; ``statistics`` is the kind
-    that it reads of every expert.
+    that it reads of every expert, ``notes`` what it says of a run's measures. ``collect`` makes the statistics with the
+    model before the merge: a function of a ``Run`` and of the folder that they go to, to every expert's own.
     """
 
     name: str
@@ -155,6 +165,8 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     mergekit: Mapping[str, Any] = field(default_factory=dict[str, Any])
     statistics: "Kind | None" = None
+    notes: Notes | None = None
+    collect: "Callable[[Any, Path], list[Path]] | None" = None
 
     @property
     def reads_target(self) -> bool:
@@ -270,9 +282,10 @@ def elementwise(
     Args:
         source: where it is published.
         base: whether a base model is needed; ``unused`` methods average weights and use a base, where one is named,
-            only for its config, tokenizer and tensor order (and under adapters).
+            only for its config, tokenizer and tensor order (and under adapters); methods with an ``optional`` one say
+            by ``TensorSpec.base`` what they do.
         experts: least and greatest number of stack rows.
-        counts_base: the base is row 0 of the stack (SLERP's first end point).
+        counts_base: the base, where there is one, is row 0 of the stack (SLERP's first end point).
         mergekit: defaults of mergekit's method of this name, where they differ: recipes in its form take them. A text
             is also what a plain ``true`` means there.
     """
@@ -309,7 +322,11 @@ def matrix(
     experts: tuple[int, int | None] = (1, None),
     name: str | None = None,
     reads: "Kind | None" = None,
-) -> Callable[[Callable[..., Floats | Update]], Method]:
+    notes: Notes | None = None,
+    data: str | None = None,
+    collect: "Callable[[Any, Path], list[Path]] | None" = None,
+    scales: bool = False,
+) -> Callable[[Callable[..., Merged]], Method]:
     """Make a method of a function of one matrix, ``function(stack, **parameters)``: its merged task vector.
 
     With ``reads`` it is ``function(stack, statistics, **parameters)``, an iterator over every expert's of the kind, and
@@ -324,9 +341,13 @@ def matrix(
         experts: least and greatest number of experts.
         name: of the method, where it is not the function's.
         reads: the kind of statistics it reads.
+        notes: makes lines of the summary of what the function measured, if it returns ``Measured``.
+        data: the data it needs, where it is not statistics alone.
+        collect: makes those statistics from the experts' rows, see ``Method``.
+        scales: it merges norms' scales, vectors, by the diagonals of their Gram matrices, too.
     """
 
-    def decorate(function: Callable[..., Floats | Update]) -> Method:
+    def decorate(function: Callable[..., Merged]) -> Method:
         parameters = parameters_of(function)
         if "others" not in parameters:
             raise TypeError(f"{function.__name__}: a matrix method has a parameter others")
@@ -335,7 +356,8 @@ def matrix(
         def plan(tensor: TensorSpec, **values: Any) -> Program:
             count, scale = len(tensor.experts), values.get("lambda_", 1.0)
             held = tensor.statistics
-            if reads is not None and all(one.has(reads, tensor.name, tensor.shape) for one in held):
+            due = reads == "fisher" or len(tensor.shape) == 2 or (scales and len(tensor.shape) == 1)
+            if reads is not None and due and all(one.has(reads, tensor.name, tensor.shape) for one in held):
                 own = _with_statistics(function, held, reads, tensor.name)
                 return Matrix(own, values, (1.0,) * count, copies, scale)
             if reads is None and len(tensor.shape) == 2:
@@ -345,18 +367,24 @@ def matrix(
 
         return Method(
             name or function.__name__, cast(MethodFunction, plan), parameters, "required", *experts,
-            "none" if reads is None else f"statistics: {reads} of every expert", source, counts_base=False,
-            statistics=reads,
+            data or ("none" if reads is None else f"statistics: {reads} of every expert"), source, counts_base=False,
+            statistics=reads, notes=notes, collect=collect,
         )  # fmt: skip
 
     return decorate
 
 
 def _with_statistics(
-    function: Callable[..., Floats | Update], parts: "tuple[Statistics, ...]", kind: "Kind", tensor: str
-) -> Callable[..., Floats | Update]:
+    function: Callable[..., Merged], parts: "tuple[Statistics, ...]", kind: "Kind", tensor: str
+) -> Callable[..., Merged]:
     from consilience.experts.statistics import read_all
 
+    if not parts:  # planned before they are collected
+
+        def refused(*_: Any, **__: Any) -> Floats:
+            raise InputError(f"tensor {tensor!r}: its statistics are not collected yet; call merge_recipe, which does")
+
+        return refused
     return lambda stack, **values: function(stack, read_all(parts, kind, tensor), **values)
 
 

@@ -14,6 +14,10 @@ from consilience.methods.program import Update
 
 #: A Gram matrix whose eigenvalues differ more loses the weaker ones' directions, to float32's digits.
 LEAST = 1e-8
+#: Singular values may differ as much for products in float32 to be as exact as LAPACK's triples in float32.
+WEAK = 0.1
+#: An inverse root with larger entries magnifies rounding in float32 as much.
+LARGE = 8.0
 
 Triples = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
@@ -39,28 +43,64 @@ def leading(left: npt.NDArray[Any], right: npt.NDArray[Any] | None, count: int) 
 
 
 def _by_gram(matrix: npt.NDArray[Any], count: int) -> Triples:
-    """Return the leading triples of a float32 matrix from the eigenvectors of its smaller Gram matrix."""
+    """Return the leading triples of a float32 matrix from the eigenvectors of its smaller Gram matrix.
+
+    The Gram matrix and its eigenvectors are float64. The other side's vectors are products in float32, as long as their
+    rounding, which is of the largest singular value's size, is small for the weakest.
+    """
     wide = matrix.shape[0] < matrix.shape[1]
-    tall = (matrix.T if wide else matrix).astype(np.float64)
-    values, vectors = np.linalg.eigh(tall.T @ tall)
+    rows = matrix if wide else matrix.T
+    exact = rows.astype(np.float64)
+    values, vectors = np.linalg.eigh(exact @ exact.T)
     s = np.sqrt(np.maximum(values[::-1], 0))
     floor = s[0] * max(matrix.shape) * np.finfo(np.float32).eps if s.size else 0.0
     kept = min(count, int((s > floor).sum()))
-    s, right = s[:kept], vectors[:, ::-1][:, :kept]
-    left = tall @ (right / s)
-    u, v = (right, left.T) if wide else (left, right.T)
-    return u.astype(np.float32), s.astype(np.float32), v.astype(np.float32)
+    s, own = s[:kept], np.ascontiguousarray(vectors[:, ::-1][:, :kept])
+    if kept and s[-1] > WEAK * s[0]:
+        del exact
+        other = (own / s).T.astype(np.float32) @ rows
+    else:
+        other = ((own / s).T @ exact).astype(np.float32)
+    own = own.astype(np.float32)
+    return (own, s.astype(np.float32), other) if wide else (other.T, s.astype(np.float32), own.T)
+
+
+def inverse_root(columns: npt.NDArray[Any]) -> npt.NDArray[np.float64] | None:
+    """Return (A^T A)^(-1/2) of columns A in float64; None where they nearly depend on each other."""
+    if columns.dtype != np.float32 or not columns.shape[1]:
+        return None
+    exact = columns.astype(np.float64)
+    values, vectors = np.linalg.eigh(exact.T @ exact)
+    if values[0] <= LEAST * values[-1]:
+        return None
+    return (vectors / np.sqrt(values)) @ vectors.T
 
 
 def polar(columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the nearest matrix with orthonormal columns: U V^T of an SVD, or A (A^T A)^(-1/2) where that is exact."""
-    if columns.dtype == np.float32 and columns.shape[1]:
-        wide = columns.astype(np.float64)
-        values, vectors = np.linalg.eigh(wide.T @ wide)
-        if values[0] > LEAST * values[-1]:
-            return (wide @ ((vectors / np.sqrt(values)) @ vectors.T)).astype(np.float32)
+    """Return the nearest matrix with orthonormal columns: A (A^T A)^(-1/2), or U V^T of an SVD where that is not exact.
+
+    The inverse root is float64, so that its error is that of a float32 matrix' own rounding.
+    """
+    root = inverse_root(columns)
+    if root is not None:
+        return (columns @ root).astype(np.float32)
     u, _, v = np.linalg.svd(columns, full_matrices=False)
     return u @ v
+
+
+def orthogonal(u: npt.NDArray[Any], s: npt.NDArray[Any], v: npt.NDArray[Any]) -> Update:
+    """Return ``polar(u) diag(s) polar(v^T)^T`` of columns u [m, c] and rows v [c, n].
+
+    Where both have inverse roots, products are of [c, c] but for one: u ((u^T u)^(-1/2) diag(s) (v v^T)^(-1/2)) v. A
+    root that is large meets its own vectors in float64, before anything is rounded.
+    """
+    left, right = inverse_root(u), inverse_root(v.T)
+    if left is None or right is None:
+        return Update(polar(u) * s, polar(v.T).T)
+    left *= s
+    if right.diagonal().max() < LARGE:
+        return Update((u @ (left @ right)).astype(u.dtype), v)
+    return Update((u @ left).astype(u.dtype), (right @ v).astype(v.dtype))
 
 
 def summed(stack: Stack) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:

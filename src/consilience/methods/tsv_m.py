@@ -7,7 +7,7 @@ import numpy as np
 from consilience.experts.stack import Stack
 from consilience.methods.program import Update
 from consilience.methods.signature import Default, Others, matrix
-from consilience.methods.svd import Triples, leading, nothing, polar
+from consilience.methods.svd import Triples, leading, nothing, orthogonal
 
 
 def triples_of(stack: Stack, count: int) -> list[Triples]:
@@ -38,4 +38,4 @@ def tsv_m(
     u, s, v = (np.concatenate(parts, axis) for parts, axis in zip(zip(*triples, strict=True), (1, 0, 0), strict=True))
     if not s.size:
         return nothing(stack.shape, s)
-    return Update(polar(u) * s, polar(v.T).T)
+    return orthogonal(u, s, v)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from consilience.jit import kernel
-from consilience.methods.program import Arithmetic, Elementwise
+from consilience.methods.program import Arithmetic, Elementwise, Table
 
 
 @kernel
@@ -20,6 +20,16 @@ def weighted_sum(rows: Any, base: Any, start: int, weights: Any, out: Any) -> No
         out[i] = total
 
 
+@kernel
+def weighted_sum_wide(rows: Any, base: Any, start: int, weights: Any, out: Any) -> None:
+    """``weighted_sum`` in float64, for weights so large that what they multiply nearly cancels."""
+    for i in range(out.size):
+        total = 0.0
+        for k in range(len(weights)):
+            total += weights[k] * np.float64(rows[k, i])
+        out[i] = rows.dtype.type(total)
+
+
 def weighted(weights: tuple[float, ...]) -> Arithmetic:
     """Return the merge ``sum_k weights[k] * row_k``."""
     return Arithmetic(weighted_sum, weights)
@@ -29,7 +39,7 @@ def low_rank_weights(program: object) -> tuple[float, ...] | None:
     """Return the rows' multipliers if a program is their weighted sum and no more: factors then stay factors."""
     if not isinstance(program, Elementwise) or program.masks or program.needs != "none":
         return None
-    plain = isinstance(program.merge, Arithmetic) and program.merge.function is weighted_sum
+    plain = isinstance(program.merge, Arithmetic) and program.merge.function in (weighted_sum, weighted_sum_wide)
     return tuple(weight * program.scale for weight in program.weights) if plain else None
 
 
@@ -73,6 +83,6 @@ class PiecewiseSum:
         return np.array(self.starts, np.int64), np.array(self.pieces, np.float64)
 
     @property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[float, ...], ...]]:
+    def table(self) -> Table:
         """The pieces."""
-        return self.starts, self.pieces
+        return Table(self.starts, self.pieces)

@@ -138,6 +138,14 @@ def _texts(setting: Setting) -> Setting:
     return [f"{value:g}" for value in cast(list[float], values)]
 
 
+def default_values(recipe: Recipe, method: Method) -> dict[str, Any]:
+    """Return the defaults: the preset's, if the recipe names one, mergekit's in a recipe of its form, else ours."""
+    name = recipe.parameters.get("preset")
+    preset = method.presets.get(name, {}) if isinstance(name, str) else {}
+    ours = {key: parameter.default for key, parameter in method.parameters.items()}
+    return {**ours, **(method.mergekit if recipe.mergekit else {}), **preset}
+
+
 class Settings:
     """The settings of a recipe for one method, resolved tensor by tensor."""
 
@@ -147,7 +155,7 @@ class Settings:
         self.experts = list(experts)
         self._shared = self._group(recipe.parameters, "parameters")
         #: What stands for a parameter where the recipe is silent; and, of those that were needed, their values.
-        self._defaults = self._default_values(recipe)
+        self._defaults = default_values(recipe, method)
         self._flags = {key: each for key, each in method.mergekit.items() if isinstance(each, str)}
         self._flags = self._flags if recipe.mergekit else {}
         self.used_defaults: dict[str, Any] = {}
@@ -155,6 +163,9 @@ class Settings:
             name: self._group(recipe.models[index].parameters, f"models.{index}.parameters", own=True)
             for name, index in experts.items()
         }
+        settings = [each for group in (self._shared, *self._own.values()) for each in group.values()]
+        self._filters = [choice for each in settings for choice in each.choices if choice.pattern is not None]
+        self._found: dict[tuple[float | bool, ...], dict[str, Any]] = {}
 
     def _group(self, parameters: dict[str, Setting], place: str, own: bool = False) -> dict[str, _Resolved]:
         known = self.method.parameters
@@ -170,13 +181,6 @@ class Settings:
                 )
         given = {key: _texts(value) if known[key].kind == "texts" else value for key, value in parameters.items()}
         return {key: _Resolved(value, f"{self.where}: {place}.{key}") for key, value in given.items()}
-
-    def _default_values(self, recipe: Recipe) -> dict[str, Any]:
-        """Return the defaults: the preset's, if the recipe names one, mergekit's in a recipe of its form, else ours."""
-        name = recipe.parameters.get("preset")
-        preset = self.method.presets.get(name, {}) if isinstance(name, str) else {}
-        ours = {key: parameter.default for key, parameter in self.method.parameters.items()}
-        return {**ours, **(self.method.mergekit if recipe.mergekit else {}), **preset}
 
     def _value(self, key: str, expert: str | None, name: str, t: float) -> Any:
         parameter = self.method.parameters[key]
@@ -218,7 +222,13 @@ class Settings:
         return self.at("", 0.0)
 
     def at(self, name: str, t: float) -> dict[str, Any]:
-        """Return the method's keyword arguments for one tensor."""
+        """Return the method's keyword arguments for one tensor: the same for the same depth and matching filters."""
+        key = (t, *(choice.matches(name) for choice in self._filters))
+        if key not in self._found:
+            self._found[key] = self._at(name, t)
+        return self._found[key].copy()
+
+    def _at(self, name: str, t: float) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, parameter in self.method.parameters.items():
             argument = key if key != "lambda" else "lambda_"

@@ -4,7 +4,8 @@ import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -221,6 +222,25 @@ class ModelEntry(Closed):
     data: DataPaths | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A value of a recipe that was replaced after it was read.
+
+    Attributes:
+        option: how it was asked for (``--set density=0.3``).
+        key: the place of the new value (``parameters.density``, ``models.math.parameters.weight``, ``out_dtype``).
+        value: the new value.
+        replaced: the values that no longer count, by their places.
+        note: all this in words.
+    """
+
+    option: str
+    key: str
+    value: Any
+    replaced: dict[str, Any]
+    note: str
+
+
 class Recipe(Closed):
     """A merge: method, base, models, parameters, output dtype, seed; whose config, tokenizer and template it has."""
 
@@ -241,6 +261,8 @@ class Recipe(Closed):
     ] = None
     _mergekit: bool = PrivateAttr(default=False)
     _where: str = PrivateAttr(default="recipe")
+    _file: Path | None = PrivateAttr(default=None)
+    _overrides: tuple["Override", ...] = PrivateAttr(default=())
 
     @model_validator(mode="wrap")
     @classmethod
@@ -266,6 +288,22 @@ class Recipe(Closed):
     def where(self) -> str:
         """What errors call it: its file, "arguments", or "recipe"."""
         return self._where
+
+    @property
+    def file(self) -> Path | None:
+        """The file it was read from: relative paths may start from its folder."""
+        return self._file
+
+    @property
+    def overrides(self) -> tuple["Override", ...]:
+        """What was replaced in it after it was read (``override_recipe``)."""
+        return self._overrides
+
+    def overridden(self, changes: Mapping[str, Any], overrides: Iterable["Override"], *, mergekit: bool) -> "Recipe":
+        """Return the recipe with ``changes``, of which ``overrides`` tell; ``mergekit`` as the property."""
+        recipe = self.model_copy(update=dict(changes))
+        recipe._mergekit, recipe._overrides = mergekit, (*self._overrides, *overrides)
+        return recipe
 
     def with_method(self, method: str, parameters: dict[str, Any], models: list[ModelEntry]) -> "Recipe":
         """Return a merge of ``models`` onto the same base by another method, which takes our defaults."""
@@ -352,6 +390,8 @@ def parse_recipe(value: Any, where: str) -> Recipe:
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise InputError(f"{where}: a recipe is a mapping with merge_method and models, not a {kind}; is it a recipe?")
+    if "experts" in value and "models" not in value:
+        raise InputError(f"{where}: is the recipe of a mixture of experts, which 'consilience merge' and 'check' take")
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
@@ -366,4 +406,6 @@ def parse_recipe(value: Any, where: str) -> Recipe:
 
 def read_recipe(path: Path | str) -> Recipe:
     """Read a recipe from a YAML file."""
-    return parse_recipe(read_yaml(path_of(path, "recipe")), str(path))
+    recipe = parse_recipe(read_yaml(path_of(path, "recipe")), str(path))
+    recipe._file = Path(path)  # pyright: ignore[reportPrivateUsage] - set here alone
+    return recipe

@@ -165,7 +165,7 @@ class Student:
             if not tensor.rows or tensor.name != tensor.stream or tensor.name in self.factored:
                 continue
             if tensor.name not in self.parameters:
-                self._check_unheld(tensor, expert)
+                self.check_unheld(tensor, expert)
                 continue
             flat = self.parameters[tensor.name].data.view(-1)
             if not tensor.rows[expert].untouched:
@@ -187,7 +187,7 @@ class Student:
         for made in self.factored.values():
             made.forget()
 
-    def _check_unheld(self, tensor: TensorPlan, expert: int) -> None:
+    def check_unheld(self, tensor: TensorPlan, expert: int) -> None:
         """Refuse to play an expert that changes a tensor which the loaded model does not hold as it is stored."""
         import torch
 
@@ -270,8 +270,14 @@ class Student:
         return found
 
 
-def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
+def make_student(plan: Plan, bank: Bank, settings: Settings, *, factored: bool = True) -> Student:
     """Load the base and make its merged weights trainable leaves; every other weight is frozen.
+
+    Args:
+        plan: the plan.
+        bank: the tensors that get coefficients.
+        settings: how the student computes.
+        factored: let adapters of linear layers work on activations.
 
     Raises:
         InputError: the base is no transformers folder, or a merged tensor is not a parameter of the loaded model.
@@ -290,7 +296,7 @@ def make_student(plan: Plan, bank: Bank, settings: Settings) -> Student:
     for name in bank.tensors:
         if not parameters[name].data.is_contiguous():
             parameters[name].data = parameters[name].data.contiguous()
-    if settings.precision != "bfloat16":  # there the merged weight's rounding is part of what is learned
+    if factored and settings.precision != "bfloat16":  # there the merged weight's rounding is part of what is learned
         _factor(student)
     if settings.precision == "mixed":
         _narrow(student)
