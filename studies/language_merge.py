@@ -41,9 +41,10 @@ MATRIX = frozenset({
 })  # fmt: skip
 MATRIX_STRENGTHS = (0.5, 1.0, 1.5)
 #: Further strengths of methods whose best was the first or the last of these.
-FURTHER_STRENGTHS = dict.fromkeys(("wudi", "wudi_v2", "actmat", "tact"), (0.35, 0.7)) | dict.fromkeys(
-    ("iso_c", "iso_cts", "svc"), (2.0, 3.0)
-)
+FURTHER_STRENGTHS: dict[str, Sequence[float]] = {
+    "wudi": (0.35, 0.7), "wudi_v2": (0.35, 0.7), "actmat": (0.35, 0.7), "tact": (0.35, 0.7),
+    "iso_c": (2.0, 3.0), "iso_cts": (2.0, 3.0), "svc": (2.0, 3.0),
+}  # fmt: skip
 #: A disjoint mean is about a fourth of the sum of four task vectors, so it is tried at larger strengths.
 MEAN_STRENGTHS = (0.75, 1.0, 1.5, 2.0)
 
@@ -164,7 +165,11 @@ def _picture(cells: Sequence[Cell], base: Cell) -> bytes:
             (c.setting["strength"], mean_loss(c.result["validation"])) for c in cells if c.setting.get("label") == label
         )
         if points:
-            style = {"color": colours[number % len(colours)], "marker": "osD^v"[number % 5], "linewidth": 1.2}
+            style: dict[str, Any] = {
+                "color": colours[number % len(colours)],
+                "marker": "osD^v"[number % 5],
+                "linewidth": 1.2,
+            }
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.axhline(mean_loss(base.result["validation"]), color="grey", linestyle="--", label="base")
     axes.set_xlabel("strength (multiplier of the merged task vector)")
