@@ -69,6 +69,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "seed": 1,
     },
     "slerp": {"method": "slerp", "t": 0.3},
+    "breadcrumbs_ties": {"method": "breadcrumbs_ties", "rescale": "l1", "weight": 0.5, "density": 0.4},
+    "sce": {"method": "sce", "select_topk": 0.3},
+    "ramplus_tl": {"method": "ramplus_tl", "epsilon": 0.02},
+    "della": {"method": "della", "density": 0.6, "epsilon": 0.2, "seed": 4},
+    "della_l1": {"method": "della_linear", "density": 0.6, "rescale": "l1"},
+    "arcee_fusion": {"method": "arcee_fusion"},
+    "pcb": {"method": "pcb", "ratio": 0.3},
     "nuslerp-rows": {"method": "nuslerp", "nuslerp_flatten": False, "weight": {"math": 0.3, "code": 0.5}},
     "nuslerp-columns": {"method": "nuslerp", "nuslerp_flatten": False, "nuslerp_row_wise": True},
     "model_stock-filters": {"method": "model_stock", "filter_wise": True},
@@ -79,7 +86,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def experts_of(run: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
-    count = {"slerp": 1, "nuslerp": 2}.get(run["method"], 3)
+    count = {"slerp": 1, "arcee_fusion": 1, "nuslerp": 2}.get(run["method"], 3)
     return {name: models[name] for name in ["math", "code", "chat"][:count]}
 
 

@@ -100,15 +100,6 @@ def test_weights_that_are_no_numbers(tmp_path: Path, weight: str, told: str) -> 
     refused(cli("check", tmp_path / "r.yaml"), "r.yaml", "models.0.parameters.weight", told)
 
 
-@real_file(11, family="recipe", option="mergekit's other methods", expected=LEADS, before="wrong cause named", now=TRUE)
-@pytest.mark.parametrize("method", ["sce", "breadcrumbs_ties", "della"])
-def test_methods_of_mergekit_that_are_not_here(tmp_path: Path, method: str) -> None:
-    models(tmp_path)
-    outcome = cli("check", recipe(tmp_path, merge_method=method))
-    refused(outcome, "r.yaml", repr(method), "mergekit's", "not in this version")
-    without(outcome, "did you mean")
-
-
 @real_file(11, family="recipe", option="an unknown method", expected=LEADS, before="wrong cause named", now=TRUE)
 def test_an_unknown_method_names_the_file(tmp_path: Path) -> None:
     refused(cli("check", recipe(tmp_path, method="dare-ties")), "r.yaml", "did you mean 'dare_ties'")

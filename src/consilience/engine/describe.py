@@ -9,7 +9,7 @@ from consilience.engine.output import tie_notes
 from consilience.engine.plan import SEGMENT, Plan, TensorPlan
 from consilience.experts.block import LARGEST_BLOCK, block_size
 from consilience.experts.model import Model
-from consilience.methods.program import Elementwise, Matrix
+from consilience.methods.program import Elementwise, Matrix, Program, Top
 
 #: What one core did on the machine the defaults were measured on; a dry run's time is an estimate from these.
 READ_RATE, WRITE_RATE, VALUE_RATE = 3.0e9, 0.8e9, 4.0e8
@@ -38,14 +38,27 @@ def estimate(plan: Plan, threads: int) -> Cost:
 
 def _scratch(tensor: TensorPlan) -> int:
     rows = len(tensor.rows)
-    block = block_size(rows, tensor.wide) * (rows + 8) * (8 if tensor.wide else 4)
-    ranking = rows * SEGMENT // 4 if tensor.ranks is not None else 0
+    together = max(tensor.unit, _columns(tensor.program))
+    block = max(block_size(rows, tensor.wide), together) * (rows + 8) * (8 if tensor.wide else 4)
+    ranking = rows * SEGMENT // 4 if tensor.ranks is not None else SEGMENT // 4 if _scores(tensor.program) else 0
     if isinstance(tensor.program, Matrix):
         ranking = int(tensor.program.copies * rows * tensor.numel * (8 if tensor.wide else 4))
     if isinstance(tensor.program, Elementwise) and tensor.program.needs == "gram":
         ranking = 30 * rows * rows * (tensor.numel // max(1, tensor.program.over.length(tensor.shape)))
     factors = max((s.pair.a.numel + s.pair.b.numel for s in tensor.rows if s.pair), default=0) * 8
     return block + ranking + factors + LARGEST_BLOCK * 8
+
+
+def _scores(program: Program | None) -> bool:
+    """Whether scores are ranked, now or after a first look."""
+    later = isinstance(program, Elementwise) and program.stages > 1
+    return later or (isinstance(program, Elementwise) and isinstance(program.keep, Top))
+
+
+def _columns(program: Program | None) -> int:
+    """Return how many elements the rows have that a method looks at as a whole."""
+    by_row = program.by_row if isinstance(program, Elementwise) else None
+    return 0 if by_row is None else by_row.columns
 
 
 def _values(parameters: dict[str, Any], names: tuple[str, ...]) -> str:

@@ -42,9 +42,13 @@ CORRECTION = "correction"
 SHARD_SIZE = 5_000_000_000
 
 
-def segments(numel: int) -> int:
-    """Return how many pieces workers take of a tensor."""
-    return -(-numel // SEGMENT)
+def _segment(unit: int) -> int:
+    return max(1, SEGMENT // unit) * unit
+
+
+def segments(numel: int, unit: int = 1) -> int:
+    """Return how many pieces workers take of a tensor of which ``unit`` elements stay together."""
+    return -(-numel // _segment(unit))
 
 
 def segments_of(elements: int, count: int) -> int:
@@ -52,9 +56,10 @@ def segments_of(elements: int, count: int) -> int:
     return elements // SEGMENT if elements % SEGMENT == 0 else count
 
 
-def span(numel: int, segment: int) -> tuple[int, int]:
+def span(numel: int, segment: int, unit: int = 1) -> tuple[int, int]:
     """Return the first and last-plus-one element of a segment."""
-    return segment * SEGMENT, min(numel, (segment + 1) * SEGMENT)
+    size = _segment(unit)
+    return segment * size, min(numel, (segment + 1) * size)
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,23 @@ class TensorPlan:
     @property
     def segments(self) -> int:
         """Number of pieces workers take: one of what a method has to see whole."""
-        return 1 if isinstance(self.program, Matrix) else segments(self.numel)
+        return 1 if isinstance(self.program, Matrix) else segments(self.numel, self.unit)
+
+    @property
+    def unit(self) -> int:
+        """Elements that stay together: whole rows of a matrix where a method needs them."""
+        by_row = self.program.row_step if isinstance(self.program, Elementwise) else None
+        return 1 if by_row is None else by_row.unit
 
     def span(self, segment: int) -> tuple[int, int]:
         """First and last-plus-one element of a segment."""
-        return (0, self.numel) if isinstance(self.program, Matrix) else span(self.numel, segment)
+        return (0, self.numel) if isinstance(self.program, Matrix) else span(self.numel, segment, self.unit)
 
     @property
     def ranks(self) -> Ranks | None:
         """What is kept of the rows by magnitude; None: all of it."""
-        return None if self.program is None else self.program.keep
+        keep = None if self.program is None else self.program.keep
+        return keep if isinstance(keep, Ranks) else None
 
     @cached_property
     def reads_base(self) -> bool:
@@ -116,7 +128,8 @@ class TensorPlan:
             return 1
         if isinstance(self.program, Matrix):
             return 2  # for the arithmetic, then for fingerprints and what is lost to rounding
-        return 1 + (self.program.keep is not None) + (self.program.needs != "none")
+        stages = self.program.stages if self.program.needs != "none" else 0
+        return 1 + (self.program.keep is not None) + stages
 
     @property
     def bytes_read(self) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 
 from consilience.errors import InputError
 from consilience.experts.block import Loader, Marks
-from consilience.kernels.fused import scan
+from consilience.kernels.fused import Scored, scan, scan_scores
 from consilience.kernels.select import LARGEST, Kept, magnitudes
+from consilience.methods.program import Quantiles, Score
 
 Piece = tuple[int, int]
 #: One of so many tiles of ``TILE`` elements is sampled; rankings of no more elements than ``SMALL`` are not.
@@ -26,23 +27,25 @@ MARGINS = (6.0, 40.0, math.inf)
 
 
 class _Part(NamedTuple):
-    """What a piece has: magnitude bits between the bounds, and how many are above, at the upper, at the lower one."""
+    """What a piece has: bits between the bounds; how many are above, at the upper, at the lower one, and are 0."""
 
     between: Any
     above: int
     high: int
     low: int
+    zeros: int
 
 
 @dataclass
 class _Cut:
     """The ``count``-th largest magnitude of a row, ``threshold``, and how many equal to it are within the count.
 
-    ``low`` and ``high`` bound its bits.
+    ``low`` and ``high`` bound its bits. With a ``density`` the count is that share of what is not 0, rounded down.
     """
 
     row: int
     count: int
+    density: float | None = None
     low: int = 0
     high: int = LARGEST
     sample: list[Any] = field(default_factory=list[Any])
@@ -54,16 +57,24 @@ class _Cut:
         """Set the bounds from the sample."""
         sample = np.sort(np.concatenate(self.sample)) if self.sample else np.empty(0, np.uint32)
         share, size = self.count / numel, len(sample)
+        if self.density is not None:
+            sample = sample[np.searchsorted(sample, 1) :]
+            share, size = self.density, len(sample)
         slack = margin * math.sqrt(share * (1.0 - share) * size) + margin
         first, last = (size * (1.0 - share) + sign * slack for sign in (-1, 1))
         self.low = int(sample[math.floor(first)]) if first >= 0 else 0
         self.high = int(sample[math.ceil(last)]) if last < size - 1 else LARGEST
         self.parts = {}
 
-    def settle(self) -> bool:
-        """Find the threshold between the bounds; False if it is not there."""
-        above, high, low = (sum(part[i] for part in self.parts.values()) for i in (1, 2, 3))
+    def settle(self, numel: int) -> bool:
+        """Find the threshold between the bounds, of ``numel`` elements; False if it is not there."""
+        above, high, low, zeros = (sum(part[i] for part in self.parts.values()) for i in (1, 2, 3, 4))
         between = np.concatenate([part.between for part in self.parts.values()])
+        if self.density is not None:
+            self.count = int(self.density * (numel - zeros))
+            if self.count == 0:
+                self.threshold, self.parts = np.float32(np.inf), {}
+                return True
         wanted = self.count - above
         if 0 < wanted <= high:
             bits, self.total = self.high, wanted
@@ -95,15 +106,43 @@ class Selection:
 
     ``pieces`` are (tensor index, segment) in index order, ``numel`` elements in all. ``find`` has to be called first;
     ``missed`` says how often its bounds did not hold and cost one more pass.
+
+    With a ``score`` that is ranked instead.
     """
 
-    def __init__(self, last: Sequence[int], numel: int, pieces: list[Piece], first: Sequence[int] = ()) -> None:
-        self.numel, self.pieces, self.missed = numel, pieces, 0
+    def __init__(
+        self,
+        last: Sequence[int],
+        numel: int,
+        pieces: list[Piece],
+        first: Sequence[int] = (),
+        score: Score | None = None,
+    ) -> None:
+        self.numel, self.pieces, self.missed, self.score = numel, pieces, 0, score
         first = first or [0] * len(last)
         self._last = [self._cut(row, count) for row, count in enumerate(last)]
         self._first = [self._cut(row, count) for row, count in enumerate(first)]
         self._before: dict[tuple[int, Piece], int] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def top(cls, score: Score, density: float, numel: int, pieces: list[Piece]) -> "Selection":
+        """Return the selection of a share of the scores that are not 0."""
+        found = cls([0], numel, pieces, score=score)
+        found._last = [_Cut(0, -1, density)]
+        return found
+
+    @classmethod
+    def quantiles(cls, wanted: Quantiles, numel: int, pieces: list[Piece]) -> "Selection":
+        """Return the selection that finds the ``counts[q]``-th largest scores; see ``thresholds``."""
+        found = cls([0] * len(wanted.counts), numel, pieces, score=wanted.score)
+        found._last = [_Cut(row, count) for row, count in zip(wanted.rows, wanted.counts, strict=True)]
+        return found
+
+    @property
+    def thresholds(self) -> Any:
+        """The magnitude, or score, of the last rank of each row that is kept, [K] float32."""
+        return np.array([cut.threshold for cut in self._last], np.float32)
 
     def _cut(self, row: int, count: int) -> _Cut:
         cut = _Cut(row, count)
@@ -113,7 +152,7 @@ class Selection:
 
     @property
     def _open(self) -> list[_Cut]:
-        return [cut for cut in (*self._last, *self._first) if 0 < cut.count < self.numel]
+        return [cut for cut in (*self._last, *self._first) if cut.threshold is None]
 
     def find(
         self,
@@ -132,12 +171,12 @@ class Selection:
         if self.numel > SMALL:
             sample(self._sample)
         for margin in MARGINS:
-            missing = [cut for cut in self._open if cut.threshold is None]
+            missing = self._open
             if self.numel > SMALL:
                 for cut in missing:
                     cut.bound(self.numel, margin)
             scan(lambda *place, missing=missing: self._collect(missing, *place))
-            if all([cut.settle() for cut in missing]):
+            if all([cut.settle(self.numel) for cut in missing]):
                 break
             self.missed += 1
         self._share_ties()
@@ -145,7 +184,11 @@ class Selection:
     def _sample(self, loader: Loader, start: int, stop: int) -> None:
         found: dict[int, list[Any]] = {cut.row: [] for cut in self._open}
         for at in range(start, stop, SHARE * TILE):
-            rows, _ = loader.load(at, min(stop, at + TILE))
+            rows, base = loader.load(at, min(stop, at + TILE))
+            if self.score is not None:
+                scores = np.empty((self.score.count, rows.shape[1]), np.float32)
+                self.score.function(rows, loader.nothing if base is None else base, at, scores, *self.score.args)
+                rows = scores
             for row, parts in found.items():
                 bits = np.empty(rows.shape[1], np.uint32)
                 magnitudes(rows[row], bits)
@@ -161,20 +204,29 @@ class Selection:
         chosen = np.array([cut.row for cut in cuts], np.int64)
         low, high = (np.array([getattr(cut, side) for cut in cuts], np.uint32) for side in ("low", "high"))
         between: list[list[Any]] = [[] for _ in cuts]
-        counts = np.zeros((count, 3), np.int64)
+        counts = np.zeros((count, 4), np.int64)
+        scored = (
+            None
+            if self.score is None
+            else (scan_scores(self.score.function), Scored(self.score.count, self.score.args))
+        )
         for at in range(start, stop, loader.size):
             end = min(stop, at + loader.size)
             taken = loader.take(at, end, marked=marks is not None)
             bits = loader.scratch.array("bits", (count, end - at + 1), np.uint32)
             found = np.zeros(count, np.int64)
-            scan(taken, end - at, chosen, low, high, bits, found, counts, loader.like)
+            if scored is None:
+                scan(taken, end - at, chosen, low, high, bits, found, counts, loader.like)
+            else:
+                run, score = scored
+                run(taken, score, end - at, at, chosen, low, high, bits, found, counts, loader.like)
             loader.finish(taken, marks)
             for parts, row, number in zip(between, bits, found, strict=True):
                 parts.append(row[:number].copy())
         counts[:, 2] *= low < high  # bounds that meet are counted once
         with self._lock:
-            for cut, parts, (above, upper, lower) in zip(cuts, between, counts.tolist(), strict=True):
-                cut.parts[piece] = _Part(np.concatenate(parts), above, upper, lower)
+            for cut, parts, numbers in zip(cuts, between, counts.tolist(), strict=True):
+                cut.parts[piece] = _Part(np.concatenate(parts), *numbers)
 
     def _share_ties(self) -> None:
         for number, cut in enumerate((*self._last, *self._first)):

@@ -11,18 +11,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+import numpy as np
+
 from consilience.checkpoints.checkpoint import same_bytes
 from consilience.engine.grams import STRIP, Grams, Peaks, out_of_range
-from consilience.engine.plan import Plan, TensorPlan, segments_of
+from consilience.engine.plan import SEGMENT, Plan, TensorPlan, segments_of
 from consilience.engine.selection import Piece, Selection
-from consilience.engine.sums import Summation
-from consilience.engine.worker import Record, Sink, Stopped, Worker
+from consilience.engine.sums import RowTallies, Summation, Tallies
+from consilience.engine.worker import Record, Sink, Stopped, Worker, all_kept
 from consilience.errors import InputError, MachineError, option
 from consilience.experts.block import Loader, Marks, NonFinite, count_tensor
 from consilience.experts.expert_set import Opened
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
-from consilience.methods.program import Elementwise, Matrix, Program, Sums
+from consilience.methods.program import Elementwise, Matrix, Program, Sums, Top
 from consilience.methods.ties import kept
 from consilience.numbers import check_threads
 from consilience.progress import NullProgress, Progress
@@ -137,28 +139,60 @@ class Streamer:
     def _passes(self, tensor: TensorPlan, each: _Each) -> None:
         program, selection = tensor.program, None
         assert isinstance(program, Elementwise)
-        if program.keep is not None:
-            pieces = [(tensor.index, s) for s in range(tensor.segments)]
+        pieces = [(tensor.index, s) for s in range(tensor.segments)]
+        if isinstance(program.keep, Top):
+            selection = Selection.top(program.keep.score, program.keep.density, tensor.numel, pieces)
+        elif program.keep is not None:
             selection = Selection(program.keep.last, tensor.numel, pieces, program.keep.first)
+        if selection is not None:
             self._select(selection, each)
-        if program.needs != "none":
-            program = self._sums(tensor, program, each)
+        while program.needs != "none":
+            assert program.finish is not None
+            program = program.finish(self._statistics(tensor, program, selection, each))
         each([lambda s=s: self._finish(tensor, s, program, selection) for s in self._open(tensor)])
 
-    def _sums(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Elementwise:
-        assert program.finish is not None
+    def _statistics(self, tensor: TensorPlan, program: Elementwise, selection: Selection | None, each: _Each) -> Sums:
+        """One pass for what a program needs to know of a whole tensor."""
         if program.needs == "gram":
-            return program.finish(self._inner_products(tensor, program, each))
-        summation = Summation(len(tensor.rows))
+            return self._inner_products(tensor, program, each)
+        if program.needs == "quantiles":
+            return self._quantiles(tensor, program, each)
+        if program.needs == "by_row":
+            return self._by_row(tensor, program, each)
+        tallies = Tallies(program) if program.needs == "tally" else None
+        summation = Summation(len(tensor.rows), tensor.unit)
 
         def run(segment: int) -> None:
             worker = self._worker()
-            step = worker.step(tensor, program)
-            summation.add(worker.loader(tensor), *tensor.span(segment), step, self._marks(tensor, segment))
+            kept = selection.kept((tensor.index, segment)) if selection is not None else all_kept()
+            loader, place, marks = worker.loader(tensor), tensor.span(segment), self._marks(tensor, segment)
+            if tallies is not None:
+                tallies.add(loader, *place, kept, marks)
+            else:
+                summation.add(loader, *place, worker.step(tensor, program, kept), marks)
             self._tick(tensor, segment)
 
         each([lambda s=s: run(s) for s in range(tensor.segments)])
-        return program.finish(summation.result())
+        return tallies.result() if tallies is not None else summation.result()
+
+    def _quantiles(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Sums:
+        wanted = program.quantiles
+        assert wanted is not None
+        pieces = [(tensor.index, s) for s in range(tensor.segments)]
+        selection = Selection.quantiles(wanted, tensor.numel, pieces)
+        self._select(selection, each)
+        return Sums(quantiles=selection.thresholds.astype(np.float64))
+
+    def _by_row(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Sums:
+        tallies = RowTallies(program, tensor.numel)
+
+        def run(start: int, stop: int) -> None:
+            tallies.add(self._worker().loader(tensor), start, stop)
+
+        each([lambda piece=piece: run(*piece) for piece in tallies.pieces(SEGMENT)])
+        for segment in range(tensor.segments):
+            self._tick(tensor, segment)
+        return tallies.result()
 
     def _inner_products(self, tensor: TensorPlan, program: Elementwise, each: _Each) -> Sums:
         rows, pieces = len(tensor.rows), range(tensor.segments)

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from consilience.experts.block import Loader, Marks
-from consilience.kernels.reduce import LEAF, leaf_magnitudes
-from consilience.methods.program import Sums
+from consilience.kernels.fused import Scored, no_score, tallied
+from consilience.kernels.reduce import LEAF, leaf_magnitudes, unit_magnitudes
+from consilience.kernels.select import Kept
+from consilience.methods.program import Elementwise, Sums, Top
 
 
 def exact_sum(values: Any) -> float:
@@ -20,11 +22,19 @@ def exact_sum(values: Any) -> float:
         return math.nan
 
 
-class Summation:
-    """Accumulates one tensor's sums of magnitudes, leaf by leaf, from any thread."""
+def block_length(loader: Loader, unit: int) -> int:
+    """Return how many elements are read at a time where ``unit`` elements stay together."""
+    return max(1, loader.size // unit) * unit
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+
+class Summation:
+    """Accumulates one tensor's sums of magnitudes, leaf by leaf, from any thread.
+
+    ``unit``: elements that blocks do not cut, or 1.
+    """
+
+    def __init__(self, rows: int, unit: int = 1) -> None:
+        self.rows, self.unit = rows, unit
         self._leaves: dict[tuple[int, int], list[Any]] = {}
         self._lock = threading.Lock()
 
@@ -38,7 +48,7 @@ class Summation:
     ) -> None:
         """Sum one segment.
 
-        ``step(rows, start)`` is the program's, in place; ``marks`` collects the fingerprint sums.
+        ``step(rows, start)`` is all that the program does to rows, in place; ``marks`` collects the fingerprint sums.
         """
         found: dict[tuple[int, int], list[Any]] = {}
         buffer = loader.scratch.array("leaf", (LEAF,), np.float64)
@@ -48,13 +58,22 @@ class Summation:
             run(*rows, buffer, out)
             found.setdefault(key, []).append(out)
 
-        for at in range(start, stop, loader.size):
-            stack, _ = loader.load(at, min(stop, at + loader.size), marks)
+        def magnitudes(key: tuple[int, int], row: Any) -> None:
+            if self.unit == 1:
+                record(key, leaf_magnitudes, row)
+                return
+            out = np.empty(-(-row.size // self.unit), np.float64)
+            unit_magnitudes(row, self.unit, buffer, out)
+            found.setdefault(key, []).append(out)
+
+        size = block_length(loader, self.unit)
+        for at in range(start, stop, size):
+            stack, _ = loader.load(at, min(stop, at + size), marks)
             for k in range(self.rows):
-                record((k, 0), leaf_magnitudes, stack[k])
+                magnitudes((k, 0), stack[k])
             step(stack, at)
             for k in range(self.rows):
-                record((k, 1), leaf_magnitudes, stack[k])
+                magnitudes((k, 1), stack[k])
         with self._lock:
             for key, parts in found.items():
                 self._leaves.setdefault(key, []).extend(parts)
@@ -64,3 +83,57 @@ class Summation:
         exact = {key: exact_sum(np.concatenate(parts)) for key, parts in self._leaves.items()}
         both = np.array([[exact.get((k, part), 0.0) for k in range(self.rows)] for part in (0, 1)])
         return Sums(l1=both[0], l1_stepped=both[1])
+
+
+class Tallies:
+    """Accumulates what a program's tally says of the tiles of one tensor, from any thread."""
+
+    def __init__(self, program: Elementwise) -> None:
+        assert program.tally is not None
+        self.tally, self.scored, score = program.tally, Scored(0, ()), no_score
+        if isinstance(program.keep, Top):
+            self.scored, score = Scored(1, program.keep.score.args), program.keep.score.function
+        self._run = tallied(self.tally.function, score)
+        self._parts: list[Any] = []
+
+    def add(self, loader: Loader, start: int, stop: int, kept: Kept, marks: Marks | None = None) -> None:
+        """Tally one segment; ``kept`` and ``marks`` as for a merge's."""
+        for at in range(start, stop, loader.size):
+            end = min(stop, at + loader.size)
+            taken = loader.take(at, end, marked=marks is not None)
+            out = np.zeros((-(-(end - at) // LEAF), self.tally.count))
+            self._run(taken, kept, self.scored, self.tally.args, end - at, at, loader.like, out)
+            loader.finish(taken, marks)
+            self._parts.append(out)
+
+    def result(self) -> Sums:
+        """Return the exact totals of the tiles' numbers, whatever their order."""
+        return Sums(tally=np.array([exact_sum(column) for column in np.concatenate(self._parts).T]))
+
+
+class RowTallies:
+    """What a program's ``by_row`` says of every row of one tensor, from any thread: 8 bytes a row are held."""
+
+    def __init__(self, program: Elementwise, numel: int) -> None:
+        assert program.by_row is not None
+        self.tally, self.numel = program.by_row, numel
+        self.out = np.zeros(numel // self.tally.columns)
+
+    def pieces(self, size: int) -> list[tuple[int, int]]:
+        """Return the first and last-plus-one elements of pieces of whole rows, of about ``size`` elements."""
+        step = max(1, size // self.tally.columns) * self.tally.columns
+        return [(at, min(self.numel, at + step)) for at in range(0, self.numel, step)]
+
+    def add(self, loader: Loader, start: int, stop: int) -> None:
+        """Look at the rows of a piece."""
+        columns = self.tally.columns
+        size = block_length(loader, columns)
+        for at in range(start, stop, size):
+            end = min(stop, at + size)
+            stack, base = loader.load(at, end)
+            on = loader.nothing if base is None else base
+            self.tally.function(stack, on, columns, self.out[at // columns : end // columns], *self.tally.args)
+
+    def result(self) -> Sums:
+        """Return the numbers."""
+        return Sums(by_row=self.out)

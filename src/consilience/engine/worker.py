@@ -12,16 +12,18 @@ from consilience.checkpoints.checkpoint import raw
 from consilience.checkpoints.values import count_nonfinite, decode
 from consilience.engine.plan import Plan, TensorPlan
 from consilience.engine.selection import Selection
+from consilience.engine.sums import block_length
 from consilience.errors import ConsilienceError, InputError, option
 from consilience.experts.block import Loader, Marks, NonFinite, Scratch
 from consilience.kernels import random_bits
 from consilience.kernels.encode import round_stochastically
 from consilience.kernels.fingerprint import mix
-from consilience.kernels.fused import Below, Change, fused, measure, no_step
+from consilience.kernels.fused import Below, Change, Scored, fused, measure, no_score, no_step
+from consilience.kernels.ingest import Taken, taken_numbers
 from consilience.kernels.lowrank import add_product
-from consilience.kernels.select import Kept
+from consilience.kernels.select import Kept, keep
 from consilience.kernels.settle import Settled, encodes, scale_add, settle, settled
-from consilience.methods.program import Elementwise, Matrix, Measured, Program, Update
+from consilience.methods.program import Elementwise, Matrix, Measured, Program, Top, Update
 
 
 class Stopped(ConsilienceError):
@@ -54,6 +56,12 @@ class Record:
     measured: list[list[float]] = field(default_factory=list[list[float]])
 
 
+def all_kept() -> Kept:
+    """Return the ranks that keep every row as it is."""
+    none = np.empty(0, np.float32)
+    return Kept(none, none, np.zeros((2, 0), np.int64))
+
+
 class Worker:
     """Runs segments with one thread's buffers."""
 
@@ -72,11 +80,14 @@ class Worker:
         keys = [random_bits.stream_key(seed, tensor.stream, name, "drop") for name in tensor.row_names]
         return np.array(keys, np.uint64)
 
-    def step(self, tensor: TensorPlan, program: Elementwise) -> Callable[[Any, int], None]:
-        """Return the function that applies a program's step to a block (rows, start), in place."""
-        keys, step = self._keys(tensor), program.step
+    def step(self, tensor: TensorPlan, program: Elementwise, kept: Kept) -> Callable[[Any, int], None]:
+        """Return the function that does to a block (rows, start) all that a program does to rows, in place."""
+        keys, step, by_row = self._keys(tensor), program.step, program.row_step
 
         def apply(rows: Any, start: int) -> None:
+            if by_row is not None:
+                by_row.function(rows, start, by_row.columns, keys, *by_row.args)
+            keep(rows, kept)
             if step is not None:
                 step.function(rows, start, keys, *step.args)
 
@@ -152,17 +163,14 @@ class Worker:
         elif isinstance(program, Matrix):
             block = self._updated(tensor, program, loader, record)
         else:
-            kept = selection.kept((tensor.index, segment)) if selection is not None else self._all_kept(loader)
+            kept = selection.kept((tensor.index, segment)) if selection is not None else all_kept()
             block = self._merged(tensor, program, loader, kept, record)
-        for at in range(start, stop, loader.size):
+        size = block_length(loader, tensor.unit)
+        for at in range(start, stop, size):
             if self.stop.is_set():
                 raise Stopped("stopped")
-            block(at, min(stop, at + loader.size))
+            block(at, min(stop, at + size))
         return record
-
-    def _all_kept(self, loader: Loader) -> Kept:
-        none = loader.like[:0].astype(np.float32)
-        return Kept(none, none, np.zeros((2, 0), np.int64))
 
     def _converted(self, tensor: TensorPlan, loader: Loader, record: Record) -> Callable[[int, int], None]:
         """Return what takes a block of the base to another type."""
@@ -196,20 +204,26 @@ class Worker:
         below, step = self._below(tensor, program, counts), program.step
         keys = np.empty(0, np.uint64) if step is None else self._keys(tensor)
         change = Change(keys, step.args if step is not None else ())
-        run = fused(program.merge.function, step.function if step is not None else no_step)
+        seen = below if program.row_step is None else below._replace(per_unit=np.float32(0.0))
+        scored, score = Scored(0, ()), no_score
+        if isinstance(program.keep, Top):
+            scored, score = Scored(1, program.keep.score.args), program.keep.score.function
+        run = fused(program.merge.function, step.function if step is not None else no_step, score)
+        taking = self._taking(tensor, program, loader, below, record)
         weights = tuple(map(float, program.weights))
         encode = encodes(dtype, real) and not self.plan.stochastic
 
         def block(start: int, stop: int) -> None:
-            taken = loader.take(start, stop, marked=True)
+            taken = taking(start, stop)
             exact = loader.nothing if encode else self.scratch.array("merged", (stop - start,), real)
             encoded = self._room(tensor, stop - start)
             ready = settled(exact, dtype, encoded, start * dtype.itemsize, encode=encode)
             run(
-                taken, below, kept, change, weights, program.merge.args, stop - start, start, real(program.scale),
-                vectors, ready,
+                taken, seen, kept, scored, change, weights, program.merge.args, stop - start, start,
+                real(program.scale), vectors, ready,
             )  # fmt: skip
-            loader.finish(taken, record.inputs)
+            if program.row_step is None:
+                loader.finish(taken, record.inputs)
             record.below = counts.tolist()
             if encode:
                 self._write(tensor, start, stop - start, encoded, ready, record)
@@ -218,6 +232,23 @@ class Worker:
                 self._store(tensor, start, exact, less if vectors else loader.nothing, record)
 
         return block
+
+    def _taking(
+        self, tensor: TensorPlan, program: Elementwise, loader: Loader, below: Below, record: Record
+    ) -> Callable[[int, int], Taken]:
+        """Return what brings in a block for the compiled pass; steps on whole rows come before that."""
+        by_row, keys = program.row_step, self._keys(tensor)
+        if by_row is None:
+            return lambda start, stop: loader.take(start, stop, marked=True)
+
+        def take(start: int, stop: int) -> Taken:
+            rows, base = loader.load(start, stop, record.inputs)
+            if below.per_unit > 0:
+                measure(rows, base, start, below)
+            by_row.function(rows, start, by_row.columns, keys, *by_row.args)
+            return taken_numbers(rows, base, [[0, 0] for _ in record.inputs])
+
+        return take
 
     def _updated(
         self, tensor: TensorPlan, program: Matrix, loader: Loader, record: Record

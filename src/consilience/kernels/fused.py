@@ -7,7 +7,7 @@ import numpy as np
 from consilience.jit import kernel, specialised
 from consilience.kernels.encode import below_unit
 from consilience.kernels.ingest import TILE, take
-from consilience.kernels.select import collect, keep
+from consilience.kernels.select import collect, count_zeros, keep, keep_scored
 from consilience.kernels.settle import scale_add, settle_tile
 from consilience.kernels.vectors import spread
 
@@ -38,6 +38,18 @@ class Change(NamedTuple):
 @kernel
 def no_step(rows: Any, start: int, keys: Any) -> None:
     """Leave the rows as they are."""
+
+
+@kernel
+def no_score(rows: Any, base: Any, start: int, out: Any) -> None:
+    """Rank elements by nothing but each row's magnitude."""
+
+
+class Scored(NamedTuple):
+    """A score's arguments; ``rows`` is how many it gives, 0 where rows are ranked by their own magnitudes."""
+
+    rows: int
+    args: Any
 
 
 @kernel
@@ -78,15 +90,18 @@ def measure(rows: Any, base: Any, start: int, below: Any) -> None:
 
 _step: Any = no_step
 _merge: Any = None
+_score: Any = no_score
+_tally: Any = None
 
 
 def _fused(
-    taken: Any, below: Any, kept: Any, change: Any, weights: Any, args: Any, size: int, start: int, scale: Any,
-    vectors: bool, settled: Any,
+    taken: Any, below: Any, kept: Any, scored: Any, change: Any, weights: Any, args: Any, size: int, start: int,
+    scale: Any, vectors: bool, settled: Any,
 ) -> None:  # fmt: skip
     real, count = settled.exact.dtype, len(weights)
     all_rows, all_base = np.empty((count, TILE), real), np.empty(TILE, real)
     room, rounded = np.empty(TILE, real), np.empty(TILE, real)
+    all_scores = np.empty((scored.rows, TILE), np.float32)
     based = taken.subtract or taken.base.size > 0
     for at in range(0, size, TILE):
         end = min(size, at + TILE)
@@ -95,7 +110,12 @@ def _fused(
         take(taken, at, end, rows, base, 0)
         if below.per_unit > 0:
             _measure(rows, base, start + at, below)
-        keep(rows, kept)
+        if scored.rows:
+            scores = all_scores if end - at == TILE else np.empty((scored.rows, end - at), np.float32)
+            _score(rows, base, start + at, scores, *scored.args)
+            keep_scored(rows, scores, kept)
+        else:
+            keep(rows, kept)
         _step(rows, start + at, change.keys, *change.args)
         merged = room[: end - at] if settled.encode else settled.exact[at:end]
         _merge(rows, base, start + at, weights, merged, *args)
@@ -105,9 +125,59 @@ def _fused(
             settle_tile(merged, merged, less, at, rounded, settled)
 
 
-def fused(merge: Any, step: Any) -> Any:
-    """Return the pass with a merge's function and a step's (``no_step``) compiled into it."""
-    return specialised(_fused, _merge=merge, _step=step)
+def fused(merge: Any, step: Any, score: Any = no_score) -> Any:
+    """Return the pass with a merge's function, a step's (``no_step``) and a score's compiled into it."""
+    return specialised(_fused, _merge=merge, _step=step, _score=score)
+
+
+def _tallied(
+    taken: Any, kept: Any, scored: Any, args: Any, size: int, start: int, like: Any, out: Any
+) -> None:  # fmt: skip
+    all_rows, all_base = np.empty((like.size, TILE), like.dtype), np.empty(TILE, like.dtype)
+    all_scores = np.empty((scored.rows, TILE), np.float32)
+    based = taken.subtract or taken.base.size > 0
+    for at in range(0, size, TILE):
+        end = min(size, at + TILE)
+        rows = all_rows if end - at == TILE else np.empty((like.size, end - at), like.dtype)
+        base = all_base[: end - at] if based else all_base[:0]
+        take(taken, at, end, rows, base, 0)
+        if scored.rows:
+            scores = all_scores if end - at == TILE else np.empty((scored.rows, end - at), np.float32)
+            _score(rows, base, start + at, scores, *scored.args)
+            keep_scored(rows, scores, kept)
+        else:
+            keep(rows, kept)
+        _tally(rows, base, start + at, out[at // TILE], *args)
+
+
+def tallied(tally: Any, score: Any = no_score) -> Any:
+    """Return the pass that writes what a tally's function says of every tile to ``out`` [tiles, count]."""
+    return specialised(_tallied, _tally=tally, _score=score)
+
+
+def _scan_scores(
+    taken: Any, scored: Any, size: int, start: int, chosen: Any, low: Any, high: Any, out: Any, found: Any,
+    counts: Any, like: Any,
+) -> None:  # fmt: skip
+    all_rows, all_base = np.empty((like.size, TILE), like.dtype), np.empty(TILE, like.dtype)
+    all_scores = np.empty((scored.rows, TILE), np.float32)
+    based = taken.subtract or taken.base.size > 0
+    for at in range(0, size, TILE):
+        end = min(size, at + TILE)
+        rows = all_rows if end - at == TILE else np.empty((like.size, end - at), like.dtype)
+        scores = all_scores if end - at == TILE else np.empty((scored.rows, end - at), np.float32)
+        base = all_base[: end - at] if based else all_base[:0]
+        take(taken, at, end, rows, base, 0)
+        _score(rows, base, start + at, scores, *scored.args)
+        for c in range(chosen.size):
+            row = scores[chosen[c]]
+            found[c] += collect(row, low[c], high[c], out[c, found[c] :], counts[c])
+            counts[c, 3] += count_zeros(row)
+
+
+def scan_scores(score: Any) -> Any:
+    """Return ``scan`` of scores, which also counts those that are 0, in ``counts[c, 3]``."""
+    return specialised(_scan_scores, _score=score)
 
 
 @kernel

@@ -95,12 +95,24 @@ def trim(row: Any, threshold: Any, quota: int) -> int:
 def shave(row: Any, threshold: Any, quota: int) -> int:
     """Zero the entries above ``threshold``, and the first ``quota`` equal to it; return the quota left."""
     zero = row.dtype.type(0)
-    for i in range(row.size):
-        magnitude = abs(np.float32(row[i]))
-        equal = magnitude == threshold and quota > 0
-        quota -= equal
-        row[i] = zero if magnitude > threshold or equal else row[i]
-    return quota
+    equal = 0
+    if quota > 0:
+        for i in range(row.size):
+            equal += abs(np.float32(row[i])) == threshold
+    if equal == 0:
+        for i in range(row.size):
+            row[i] = zero if abs(np.float32(row[i])) > threshold else row[i]
+    elif equal <= quota:
+        for i in range(row.size):
+            row[i] = zero if abs(np.float32(row[i])) >= threshold else row[i]
+    else:
+        left = quota
+        for i in range(row.size):
+            magnitude = abs(np.float32(row[i]))
+            first = magnitude == threshold and left > 0
+            left -= first
+            row[i] = zero if magnitude > threshold or first else row[i]
+    return max(0, quota - equal)
 
 
 class Kept(NamedTuple):
@@ -112,6 +124,27 @@ class Kept(NamedTuple):
     last: Any
     first: Any
     quota: Any
+
+
+@kernel
+def count_zeros(row: Any) -> int:
+    """Return how many entries are 0."""
+    zeros = 0
+    for i in range(row.size):
+        zeros += row[i] == 0
+    return zeros
+
+
+@kernel
+def keep_scored(rows: Any, scores: Any, kept: Any) -> None:
+    """Zero, in all rows, the elements whose score in ``scores`` [1, n], which is overwritten, is outside the ranks."""
+    zero = rows.dtype.type(0)
+    score = scores[0]
+    kept.quota[0, 0] = trim(score, kept.last[0], kept.quota[0, 0])
+    for k in range(rows.shape[0]):
+        row = rows[k]
+        for i in range(row.size):
+            row[i] = row[i] if score[i] > 0 else zero
 
 
 @kernel

@@ -4,7 +4,24 @@ What a method of one's own needs is here: see docs/methods/own.md.
 """
 
 from consilience.jit import kernel
-from consilience.methods.program import Arithmetic, Elementwise, Measured, Merge, Over, Ranks, Step, Sums, Table, Update
+from consilience.methods.program import (
+    Arithmetic,
+    Elementwise,
+    Measured,
+    Merge,
+    Over,
+    Quantiles,
+    Ranks,
+    RowStep,
+    RowTally,
+    Score,
+    Step,
+    Sums,
+    Table,
+    Tally,
+    Top,
+    Update,
+)
 from consilience.methods.registry import load, names
 from consilience.methods.signature import (
     Default,
@@ -30,12 +47,18 @@ __all__ = [
     "Over",
     "Parameter",
     "PerExpert",
+    "Quantiles",
     "Range",
     "Ranks",
+    "RowStep",
+    "RowTally",
+    "Score",
     "Step",
     "Sums",
     "Table",
+    "Tally",
     "TensorSpec",
+    "Top",
     "Update",
     "elementwise",
     "kernel",

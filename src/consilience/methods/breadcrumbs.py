@@ -2,9 +2,10 @@
 
 from typing import Annotated
 
-from consilience.methods.mergekit import Int8Mask, UnusedRescale
-from consilience.methods.program import Elementwise, Ranks
+from consilience.methods.mergekit import Int8Mask
+from consilience.methods.program import Elementwise
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
+from consilience.methods.trims import RescaleL1, band, rescaled
 from consilience.methods.weighted_sum import weighted
 
 
@@ -16,7 +17,7 @@ def breadcrumbs(
     density: Annotated[PerExpert, Default(0.14), Range(0, 1), "share of each task vector that is kept"],
     gamma: Annotated[PerExpert, Default(0.01), Range(0, 1), "share of each task vector that is dropped at the top"],
     lambda_: Annotated[float, Default(1.0), "multiplier of the sum"],
-    rescale: UnusedRescale,
+    rescale: RescaleL1,
     int8_mask: Int8Mask,
 ) -> Elementwise:
     """Drop the ``gamma`` largest entries of each task vector, keep the ``density`` largest of the rest, add the sum.
@@ -25,13 +26,8 @@ def breadcrumbs(
     floor(density n)), else 0;   theta = theta_0 + lambda sum_k w_k tau'_k
 
     The paper masks both tails of every layer (here: of every tensor), keeping 14 % below the top 1 %, and scales by
-    0.3. Where fewer entries are left than the density asks for, fewer are dropped at the top, as in mergekit. Known
-    disagreement: where none is, mergekit 0.1.5 slices the sorted entries up to -0 and keeps nothing; here all are kept.
+    0.3. Where fewer entries are left than the density asks for, fewer are dropped at the top, as in mergekit.
     """
-    del rescale, int8_mask
-    size = tensor.numel
-    kept = [int(share * size) for share in density]
-    first = tuple(min(int(top * size), size - count) for top, count in zip(gamma, kept, strict=True))
-    last = tuple(top + count for top, count in zip(first, kept, strict=True))
-    ranks = Ranks(last, density, first) if any(first) or min(last) < size else None
-    return Elementwise("task_vectors", weighted(weight), keep=ranks, scale=lambda_)
+    del int8_mask
+    keep = band(tensor.numel, density, gamma)
+    return rescaled(Elementwise("task_vectors", weighted(weight), keep=keep, scale=lambda_), rescale)

@@ -10,6 +10,7 @@ from consilience.methods.linear import normalised
 from consilience.methods.mergekit import Int8Mask
 from consilience.methods.program import Elementwise, Merge, Step, Sums
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
+from consilience.methods.trims import l1_ratios
 from consilience.methods.weighted_sum import weighted
 
 Rescale = Literal["exact", "l1", True, False]
@@ -44,13 +45,7 @@ def dropped(merge: Merge, density: PerExpert, rescale: Rescale, scale: float) ->
     if rescale == "l1":
 
         def finish(sums: Sums) -> Elementwise:
-            assert sums.l1 is not None
-            assert sums.l1_stepped is not None
-            ratio = tuple(
-                float(before / after) if before >= 1e-7 and after >= 1e-7 else 1.0
-                for before, after in zip(sums.l1, sums.l1_stepped, strict=True)
-            )
-            return Elementwise("task_vectors", merge, step=drop(density, ratio), scale=scale)
+            return Elementwise("task_vectors", merge, step=drop(density, l1_ratios(sums)), scale=scale)
 
         plain = drop(density, (1.0,) * len(density))
         return Elementwise("task_vectors", merge, step=plain, scale=scale, needs="l1", finish=finish)

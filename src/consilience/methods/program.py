@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from consilience.kernels.reduce import LEAF
+
 Floats = npt.NDArray[Any]
 
 
@@ -69,6 +71,84 @@ class Step:
     """
 
     function: Callable[..., None]
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowStep:
+    """Changes whole rows of a matrix in place: ``function(rows, start, columns, keys, *args)``, a kernel.
+
+    ``rows`` [K, R * columns] are R whole rows of each task vector seen as a matrix of ``columns`` columns, ``start`` is
+    the index of their first element in the flattened tensor, ``keys`` as for ``Step``. It comes before ranks and steps.
+    A worker holds as many rows as make 4096 elements and whole 8-byte words, at least one and at most eight.
+    """
+
+    function: Callable[..., None]
+    columns: int
+    args: tuple[Any, ...] = ()
+
+    @property
+    def unit(self) -> int:
+        """Elements that stay together."""
+        step = 8 // math.gcd(8, self.columns)
+        return self.columns * step * -(-LEAF // (self.columns * step))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Gives every element numbers to rank it by: ``function(rows, base, start, out, *args)``, a kernel.
+
+    ``rows``, ``base`` and ``start`` are as for ``Merge``; ``out`` [count, n] float32 is to be filled, and nothing in it
+    below 0.
+    """
+
+    function: Callable[..., None]
+    args: tuple[Any, ...] = ()
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """Keep, in all rows, the elements of the ``floor(density * n)`` largest scores; n have a score other than 0.
+
+    The score's ``count`` is 1. Of equal scores that of lower index is kept. The others are zero in every row.
+    """
+
+    score: Score
+    density: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """The ``counts[q]``-th largest of the tensor's scores ``rows[q]``, for every q; 1 is the largest."""
+
+    score: Score
+    counts: tuple[int, ...]
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Sums over the tensor: ``function(rows, base, start, out, *args)``, a kernel, sums a tile of up to 4096 elements.
+
+    ``rows``, ``base`` and ``start`` are as for ``Merge``, and ``out`` [count] float64 is to be filled; what tiles give
+    is added exactly.
+    """
+
+    function: Callable[..., None]
+    count: int
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowTally:
+    """A number for every row of the matrix: ``function(rows, base, columns, out, *args)``, a kernel.
+
+    ``rows`` [K, R * columns] and ``base`` [R * columns] are R whole rows, ``out`` [R] float64 is to be filled.
+    """
+
+    function: Callable[..., None]
+    columns: int
     args: tuple[Any, ...] = ()
 
 
@@ -136,31 +216,41 @@ class Sums:
 
     ``gram`` [K, K] are the inner products of the raw rows, or [K, K, G] those of the G vectors that the program is
     ``over`` (not of a single one, which is the tensor), with row k times 2^-exponents[k]: all 0, unless float64 could
-    not hold them. ``l1`` [K] and ``l1_stepped`` [K] are the sums of magnitudes before and after the program's step.
-    Only what ``Elementwise.needs`` names is filled.
+    not hold them. ``l1`` [K] and ``l1_stepped`` [K] are the sums of magnitudes before and after all that the program
+    does to rows (ranks and steps); ``tally`` [count], ``quantiles`` [Q] and ``by_row`` [rows of the matrix] are what
+    the program's fields of these names ask for. Only what ``Elementwise.needs`` names is filled.
     """
 
     gram: npt.NDArray[np.float64] | None = None
     exponents: tuple[int, ...] = ()
     l1: npt.NDArray[np.float64] | None = None
     l1_stepped: npt.NDArray[np.float64] | None = None
+    tally: npt.NDArray[np.float64] | None = None
+    quantiles: npt.NDArray[np.float64] | None = None
+    by_row: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
     """The treatment of one tensor by an element-wise method.
 
-    ``needs`` names sums over the whole tensor, ``gram`` those of the vectors ``over``; ``finish`` then turns this
-    program into the one to run.
+    ``needs`` names what has to be known of the whole tensor, ``gram`` inner products of the vectors ``over``;
+    ``finish`` then turns this program into the next, which may need something again: ``stages`` says how many do.
+    ``keep`` is chosen before all that, once.
     """
 
     space: Literal["task_vectors", "weights"]
     merge: Merge
-    keep: Ranks | None = None
+    keep: Ranks | Top | None = None
     step: Step | None = None
     scale: float = 1.0
-    needs: Literal["none", "gram", "l1"] = "none"
+    needs: Literal["none", "gram", "l1", "tally", "quantiles", "by_row"] = "none"
     finish: "Callable[[Sums], Elementwise] | None" = None
+    row_step: RowStep | None = None
+    tally: Tally | None = None
+    quantiles: Quantiles | None = None
+    by_row: RowTally | None = None
+    stages: int = 1
     over: Over = Over()
 
     @property
@@ -176,7 +266,7 @@ class Elementwise:
     @property
     def masks(self) -> bool:
         """Whether entries of the rows are left out."""
-        return self.keep is not None or self.step is not None
+        return self.keep is not None or self.step is not None or self.row_step is not None
 
 
 class Update(NamedTuple):

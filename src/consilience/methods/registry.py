@@ -19,6 +19,17 @@ BUILT_IN: dict[str, str] = {
     "dare_linear": "consilience.methods.dare_linear",
     "dare_ties": "consilience.methods.dare_ties",
     "breadcrumbs": "consilience.methods.breadcrumbs",
+    "breadcrumbs_ties": "consilience.methods.breadcrumbs_ties",
+    "della": "consilience.methods.della",
+    "della_linear": "consilience.methods.della_linear",
+    "sce": "consilience.methods.sce",
+    "ram": "consilience.methods.ram",
+    "ramplus_tl": "consilience.methods.ramplus_tl",
+    "arcee_fusion": "consilience.methods.arcee_fusion",
+    "magmax": "consilience.methods.magmax",
+    "emr": "consilience.methods.emr",
+    "consensus": "consilience.methods.consensus",
+    "pcb": "consilience.methods.pcb",
     "nearswap": "consilience.methods.nearswap",
     "tsv_m": "consilience.methods.tsv_m",
     "iso_c": "consilience.methods.iso_c",
@@ -55,12 +66,6 @@ BUILT_IN: dict[str, str] = {
 }
 
 
-#: mergekit's methods that are not here.
-_MERGEKIT = (
-    "arcee_fusion", "breadcrumbs_ties", "della", "della_linear", "ram", "ramplus_tl", "sce",
-)  # fmt: skip
-
-
 def names() -> list[str]:
     """Return the names of all methods, built in first."""
     return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - BUILT_IN.keys())]
@@ -81,6 +86,4 @@ def load(name: str) -> Method:
                 raise InputError(f"method {name!r}: entry point {point.value} is not a consilience Method")
             return loaded
     known = names()
-    if name in _MERGEKIT:
-        raise InputError(f"merge_method {name!r} is mergekit's and not in this version (known: {', '.join(known)})")
     raise InputError(f"merge_method {name!r} is unknown{nearest(name, known)} (known: {', '.join(known)})")

@@ -4,10 +4,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from consilience.errors import InputError
 from consilience.jit import kernel
 from consilience.methods.mergekit import Int8Mask
 from consilience.methods.program import Arithmetic, Elementwise, Ranks
 from consilience.methods.signature import Default, PerExpert, Range, TensorSpec, elementwise
+from consilience.methods.trims import RescaleL1, rescaled
 
 
 @kernel
@@ -66,7 +68,7 @@ def ties(
     trim: Annotated[
         Literal["tensor", "model"], Default("tensor"), "rank magnitudes within each tensor or over the model"
     ],
-    rescale: Annotated[Literal[False], Default(False), "accepted from mergekit recipes; only false is supported"],
+    rescale: RescaleL1,
     int8_mask: Int8Mask,
 ) -> Elementwise:
     """Trim each task vector to its largest entries, elect a sign per element, merge the entries that agree.
@@ -80,6 +82,11 @@ def ties(
     (``normalize: false``, with lambda 0.3) is the default of several vision codes under the same name. An element whose
     weighted sum is exactly zero takes the sign + (as in mergekit); the paper's code gives it the model's majority sign.
     """
-    del rescale, int8_mask
+    del int8_mask
+    if rescale and trim == "model":
+        raise InputError(
+            "rescale: the norms to restore are of tensors, and trim: model trims none by itself; use false"
+        )
     ranks = Ranks(tuple(kept(tensor.numel, d) for d in density), density, scope=trim) if min(density) < 1 else None
-    return Elementwise("task_vectors", Arithmetic(agreeing_sum, weight, (normalize,)), keep=ranks, scale=lambda_)
+    merge = Arithmetic(agreeing_sum, weight, (normalize,))
+    return rescaled(Elementwise("task_vectors", merge, keep=ranks, scale=lambda_), rescale)
