@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from consilience.checkpoints.json_files import read_object
+from consilience.engine.templates import AUTO, NAMES, is_literal, resolved_template
 from consilience.errors import InputError, nearest
 from consilience.experts import rope
 from consilience.experts.config_parts import expanded, language_part, nested_like
@@ -62,11 +63,6 @@ class ChosenFiles:
             self.copied |= {str(p.relative_to(cast(Path, folder))): p for p in files if p.is_file()}
 
 
-def is_literal(template: str) -> bool:
-    """Whether a recipe's ``chat_template`` is a template itself and no model's name."""
-    return "{" in template
-
-
 def check_choices(recipe: Recipe, models: list[Model], where: str) -> None:
     """Refuse choices of models that are not there or that have nothing to choose.
 
@@ -75,6 +71,7 @@ def check_choices(recipe: Recipe, models: list[Model], where: str) -> None:
     """
     for key in ("config", "tokenizer", "chat_template"):
         value: Any = recipe.tokenizer_model if key == "tokenizer" else getattr(recipe, key)
+        value = resolved_template(recipe.chat_template, models, where) if key == "chat_template" else value
         if value is None:
             continue
         if models[0].folder is None:
@@ -125,7 +122,8 @@ def named_model(models: Sequence[Model], name: str, where: str) -> Model:
         if name in (model.name, model.reference):
             return model
     known = ["base", *(model.name for model in models[1:])]
-    own = ", or write the template itself" if where.endswith("chat_template") else ""
+    formats = f", or a format: {AUTO}, {', '.join(NAMES)}; or write the template itself"
+    own = formats if where.endswith("chat_template") else ", or union" if where.endswith("tokenizer") else ""
     hint = nearest(name, known) or f"; name one of {', '.join(known)}{own}"
     raise InputError(f"{where}: there is no model {name!r}{hint}")
 
@@ -133,6 +131,10 @@ def named_model(models: Sequence[Model], name: str, where: str) -> Model:
 def _models(plan: "Plan") -> list[Model]:
     donor = plan.alignment.donor
     return [donor, *(model for model in plan.models if model is not donor)]
+
+
+def _template(plan: "Plan") -> str | None:
+    return resolved_template(plan.recipe.chat_template, _models(plan), plan.where)
 
 
 def _choice(plan: "Plan", name: object) -> ModelFiles | None:
@@ -147,7 +149,7 @@ def files_of_output(plan: "Plan") -> ModelFiles:
     """Return the facts of the output: the base's, as far as the recipe chooses no other model's."""
     files = ModelFiles(plan.alignment.donor)
     config, tokenizer = _choice(plan, plan.recipe.config), _choice(plan, plan.recipe.tokenizer_model)
-    template = plan.recipe.chat_template
+    template = _template(plan)
     chosen_config, chosen_generation = output_configs(plan)
     if config is not None:
         files.processor = config.processor
@@ -301,7 +303,7 @@ def adapter_files(plan: "Plan") -> ChosenFiles:
     found = ChosenFiles()
     if plan.recipe.tokenizer_model not in (None, "base"):
         choose_tokens(plan, found)
-    elif plan.recipe.chat_template not in (None, "base"):
+    elif _template(plan) not in (None, "base", plan.alignment.donor.name):
         found.written["chat_template.jinja"] = (files_of_output(plan).templates or {}).get("default", "")
     return found
 
@@ -310,7 +312,7 @@ def choose_tokens(plan: "Plan", found: ChosenFiles) -> None:
     """Add what a recipe's ``tokenizer`` and ``chat_template`` take from other models."""
     recipe, donor = plan.recipe, ModelFiles(plan.alignment.donor)
     tokens = _choice(plan, recipe.tokenizer_model)
-    template = recipe.chat_template
+    template = _template(plan)
     if tokens is None and (template is None or template == "base"):
         return
     source = (tokens or donor).tokenizer_folder or plan.alignment.donor.folder

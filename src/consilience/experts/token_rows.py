@@ -96,7 +96,7 @@ class TokenRows:
         out[:] = values[skip : skip + out.size]
 
     def rows(self, top: int, bottom: int, *, means: bool = True) -> npt.NDArray[Any]:
-        """Return rows ``top`` to ``bottom`` (exclusive), [rows, columns]; without ``means`` zeros for the rows' mean."""
+        """Return rows ``top`` to ``bottom`` (exclusive), [rows, columns]; without ``means`` zeros for their mean."""
         kind = numpy_type(self.info.dtype)
         out = np.zeros((bottom - top, self._columns), kind)
         part, at = self._rows.part[top:bottom], self._rows.at[top:bottom]
@@ -135,8 +135,10 @@ class TokenRows:
             return self._factors[number]
 
     def _average(self, pairs: tuple[tuple[int, int], ...]) -> npt.NDArray[np.float64]:
-        rows = [self._values(number, at, at + 1)[0].astype(np.float64) for number, at in pairs]
-        return sum(rows[1:], rows[0]) / len(rows)
+        total = np.zeros(self._columns)
+        for number, at in pairs:
+            total += self._values(number, at, at + 1)[0]
+        return total / len(pairs)
 
     def _mean_row(self) -> npt.NDArray[np.float64]:
         """Return the mean of the rows that are tokens; one pass over them, once."""
@@ -148,7 +150,8 @@ class TokenRows:
                     if chosen.any():
                         values = self.rows(top, top + chosen.size, means=False)
                         total += values[chosen].astype(np.float64).sum(axis=0)
-                self._mean = total / max(int(self._rows.tokens.sum()), 1)
+                total /= max(int(self._rows.tokens.sum()), 1)
+                self._mean = total
             return self._mean
 
     def view(self, tensor: TensorInfo) -> Bytes:
