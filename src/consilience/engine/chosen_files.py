@@ -122,9 +122,10 @@ def named_model(models: Sequence[Model], name: str, where: str) -> Model:
         if name in (model.name, model.reference):
             return model
     known = ["base", *(model.name for model in models[1:])]
+    close = [*known, *((AUTO, *NAMES) if where.endswith("chat_template") else ())]
     formats = f", or a format: {AUTO}, {', '.join(NAMES)}; or write the template itself"
     own = formats if where.endswith("chat_template") else ", or union" if where.endswith("tokenizer") else ""
-    hint = nearest(name, known) or f"; name one of {', '.join(known)}{own}"
+    hint = nearest(name, close) or f"; name one of {', '.join(known)}{own}"
     raise InputError(f"{where}: there is no model {name!r}{hint}")
 
 

@@ -36,7 +36,8 @@ FURTHER: tuple[tuple[str, Level, str, str], ...] = (
         "error",
         "the token of a row of the vocabulary that the merge mixes: of base and expert, or of two experts that both "
         "changed it",
-        "the row would be the mean of two tokens: keep embeddings and head apart with `private`, or leave one out",
+        "the row would be the mean of two tokens: align rows by token with a `tokenizer`, or keep embeddings and head "
+        "apart with `private`",
     ),
     (
         "other-base",
@@ -312,7 +313,7 @@ def _conflict(tensors: "list[TensorPlan]", one: ModelFiles, other: ModelFiles, d
                 f"{i} of {mixed[0].name!r} would mix them{more}"
             )
             apart = ", ".join(f"{t.name!r}" for t in tensors)
-            mend = f"keep these tensors apart with private: [{apart}], or leave one of the two out"
+            mend = f"align rows by token with tokenizer: union, or keep these tensors apart with private: [{apart}]"
             return Difference("token-rows", "error", names, what, mend)
     return None
 

@@ -123,7 +123,7 @@ def _check_shape(model: Model, donor: Model, name: str, ours: TensorInfo, theirs
         and ("embed" in name or "lm_head" in name or "wte" in name)
     )
     hint = (
-        "the vocabularies differ: resize both to one tokenizer first"
+        "the vocabularies differ: align them by token (tokenizer: union), or resize both to one tokenizer"
         if vocabulary
         else "experts must share the base's architecture"
     )

@@ -177,7 +177,7 @@ def _check_sizes(donor: Model, experts: Iterable[Model], holders: Mapping[str, l
                 other = next(m for m in holders[name] if _rows(m, name) == after)
                 raise InputError(
                     f"{model.reference}: {name!r} has {own.shape[0]} rows and {after} in {other.reference}: their "
-                    "vocabularies differ in size; resize both to one tokenizer first"
+                    "vocabularies differ in size; align them by token (tokenizer: union), or resize both to one"
                 )
 
 
