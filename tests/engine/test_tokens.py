@@ -250,3 +250,93 @@ def test_an_interrupted_run_does_not_go_on_with_other_tokens(folders: dict[str, 
     assert make_plan(recipe).digest == first
     tiny.save_tokenizer(folders["y"], list(reversed(tiny.VOCABULARIES["y"][0])), tiny.VOCABULARIES["y"][1])
     assert make_plan(recipe).digest != first
+
+
+def slow(folder: Path, words: list[str], **config: Any) -> Path:
+    """Write a GPT-2 whose tokenizer is vocab.json and merges.txt."""
+    random = np.random.RandomState(len(words))
+    hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=len(words), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
+    state = {
+        name: (0.1 * random.standard_normal(array.shape)).astype(np.float32)
+        for name, array in load_file(folder / "model.safetensors").items()
+    }
+    tiny.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    roles = {"tokenizer_class": "GPT2Tokenizer", "unk_token": words[0], "bos_token": words[0], "eos_token": words[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tokenizer_without_its_fast_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = slow(tmp_path / "base", ["<|endoftext|>", "a", "b", "ab"])
+    other = slow(tmp_path / "other", ["<|endoftext|>", "b", "a", "c", "ab"])
+    recipe = {"method": "linear", "models": [{"model": str(base)}, {"model": str(other)}], "tokenizer": "union"}
+    state = merged(recipe, tmp_path / "out")
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == {
+        "<|endoftext|>": 0,
+        "a": 1,
+        "b": 2,
+        "ab": 3,
+        "c": 4,
+    }
+    one, two = (load_file(path / "model.safetensors")["transformer.wte.weight"] for path in (base, other))
+    np.testing.assert_allclose(
+        state["transformer.wte.weight"], [*(one + two[[0, 2, 1, 4]]) / 2, two[3]], rtol=1e-5, atol=1e-7
+    )
+    assert not (tmp_path / "out" / "vocab.json").exists()
+    monkeypatch.setattr("consilience.engine.tokenizer_files.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"without tokenizer.json.*pip install 'consilience\[hf\]'"):
+        merge_recipe(recipe, tmp_path / "no")
+    merge_recipe(recipe | {"tokenizer": "other"}, tmp_path / "own")  # ids of vocab.json are read as they are
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "own").get_vocab()["c"] == 3
+
+
+def test_a_tokenizer_that_nothing_can_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    without(folders["y"])
+    (folders["y"] / "tokenizer.model").write_bytes(b"no pieces")
+    with pytest.raises(InputError, match=r"y: its tokenizer has no tokenizer.json, and transformers makes none of it"):
+        merge_recipe(made(folders, "union"), tmp_path / "out")
+    (folders["y"] / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        merge_recipe(made(folders, "union"), tmp_path / "out")
+
+
+def test_what_a_run_says_and_repeats(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = {"source": "union", "pad_to_multiple_of": 8, "tokens": {
+        "<|n|>": {"source": {"kind": "zero"}}, "b": {"source": "x"}, "c": {},
+        "<|m|>": {"source": {"kind": "model_token", "model": "x", "token": "b"}},
+        "<|i|>": {"source": {"kind": "model_token", "model": "x", "token_id": 3}, "force": True}}}  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(made(folders, tokenizer)))
+    assert run(["merge", str(path), str(tmp_path / "no"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert not (tmp_path / "no").exists()
+    assert run(["merge", str(path), str(tmp_path / "out")]) == 0
+    summary = capsys.readouterr().out
+    lines = [
+        "vocabulary (union): 21 tokens in 24 rows, 3 without a token; base has 24",
+        "vocabulary of y: 14 of the output's tokens are its own, 2 taken from base, 4 taken from x, 1 zero",
+        "'<|n|>' (zero)", "'<|m|>' (x's 'b')", "'<|i|>' (x's 'a')", "'<|both|>' (mean of x and y)",
+    ]  # fmt: skip
+    for text in (said, summary, (tmp_path / "out" / "README.md").read_text()):
+        assert all(line in text for line in lines), text
+    assert run(["merge", str(tmp_path / "out" / "consilience" / "recipe.yaml"), str(tmp_path / "again")]) == 0
+    names = ("model.safetensors", "tokenizer.json", "config.json")
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
+    assert (
+        run(["merge", str(folders["base"]), str(tmp_path / "cli"), "-e", f"y={folders['y']}", "--tokenizer", "union"])
+        == 0
+    )
+    assert "<|y|>" in tiny.ids(tmp_path / "cli")
+    assert (
+        run(["merge", str(folders["base"]), str(tmp_path / "left"), "-e", f"y={folders['y']}", "--tokenizer", "base"])
+        == 0
+    )
+    assert "y has 4 tokens that the output lacks: 'k' (10), 'l' (11), '<|y|>' (12)" in capsys.readouterr().out
+    assert run(["doctor", str(folders["base"]), "-e", f"y={folders['y']}", "-e", f"x={folders['x']}", "-q"]) == 0

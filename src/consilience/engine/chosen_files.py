@@ -64,7 +64,7 @@ class ChosenFiles:
 
 
 def check_choices(recipe: Recipe, models: list[Model], where: str) -> None:
-    """Refuse choices of models that are not there or that have nothing to choose.
+    """Refuse choices of models that are not there or that have nothing to choose; the first of ``models`` is the base.
 
     Raises:
         InputError: names the key.
