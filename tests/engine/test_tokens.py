@@ -339,4 +339,4 @@ def test_what_a_run_says_and_repeats(
         == 0
     )
     assert "y has 4 tokens that the output lacks: 'k' (10), 'l' (11), '<|y|>' (12)" in capsys.readouterr().out
-    assert run(["doctor", str(folders["base"]), "-e", f"y={folders['y']}", "-e", f"x={folders['x']}", "-q"]) == 0
+    assert run(["doctor", str(path), "-q"]) == 0
