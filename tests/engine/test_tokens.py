@@ -340,3 +340,14 @@ def test_what_a_run_says_and_repeats(
     )
     assert "y has 4 tokens that the output lacks: 'k' (10), 'l' (11), '<|y|>' (12)" in capsys.readouterr().out
     assert run(["doctor", str(path), "-q"]) == 0
+
+
+def test_a_tokenizer_that_transformers_opens_otherwise_is_not_delivered(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSILIENCE_CACHE", str(tmp_path / "cache"))
+    answer = {"missing": [], "mismatched": ["k"], "unexpected": [], "error": ""}
+    monkeypatch.setattr("consilience.engine.load_check.LOADER.ask", lambda request: answer)
+    with pytest.raises(InputError, match=r"transformers would not open the output's tokenizer.*'k' has another id"):
+        merge_recipe(made(folders, "union"), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

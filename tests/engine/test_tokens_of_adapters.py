@@ -65,7 +65,8 @@ KINDS: dict[str, tuple[int | None, dict[str, Any]]] = {
 def test_an_adapter_with_tokens_of_its_own(kind: str, tmp_path: Path) -> None:
     rows, settings = KINDS[kind]
     base, other = base_and_other(tmp_path)
-    tuned = adapter(resized(base, rows), tmp_path / "a", **{"target_modules": ["q_proj"]} | settings)
+    given: dict[str, Any] = {"target_modules": ["q_proj"]} | settings
+    tuned = adapter(resized(base, rows), tmp_path / "a", **given)
     words = [*WORDS, *(f"u{i}" for i in range(16))] if rows else WORDS
     tiny.save_tokenizer(tmp_path / "a", words, ["<|a|>", "<|o|>"])
     models = [{"model": str(tmp_path / "a"), "name": "a", "parameters": {"weight": 1.0}},

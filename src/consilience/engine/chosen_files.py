@@ -23,6 +23,7 @@ from consilience.experts.ties import SCALED_OUTPUTS, scales_outputs
 from consilience.experts.token_map import TokenChoice
 from consilience.experts.vocabulary import TEMPLATES, is_tokenizer_file
 from consilience.recipe.schema import Recipe
+from consilience.recipe.tokens import UNION, TokenizerChoice
 
 if TYPE_CHECKING:
     from consilience.engine.plan import Plan
@@ -63,12 +64,23 @@ class ChosenFiles:
             self.copied |= {str(p.relative_to(cast(Path, folder))): p for p in files if p.is_file()}
 
 
-def check_choices(recipe: Recipe, models: list[Model], where: str) -> None:
-    """Refuse choices of models that are not there or that have nothing to choose; the first of ``models`` is the base.
+def check_choices(recipe: Recipe, models: list[Model], where: str, *, by_token: bool = False) -> None:
+    """Refuse choices of models that are not there or that have nothing to choose.
+
+    Args:
+        recipe: what was chosen.
+        models: all models, the base first.
+        where: how errors name the recipe.
+        by_token: whether whoever merges aligns rows by token, as a union and single tokens need.
 
     Raises:
         InputError: names the key.
     """
+    if not by_token and (recipe.tokenizer_source == UNION or isinstance(recipe.tokenizer, TokenizerChoice)):
+        raise InputError(
+            f"{where}: tokenizer: rows are aligned by token where whole models are merged ('models:'); here name base, "
+            "or a model whose ids the others share"
+        )
     for key in ("config", "tokenizer", "chat_template"):
         value: Any = recipe.tokenizer_model if key == "tokenizer" else getattr(recipe, key)
         value = resolved_template(recipe.chat_template, models, where) if key == "chat_template" else value

@@ -430,7 +430,7 @@ def make_plan(
     is_private = any_filter(filters, f"{where}: private")
     alignment = align(base, experts, filters, token_choice(recipe, base, experts, where))
     donor = alignment.donor
-    check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where)
+    check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where, by_token=True)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
     learning = settings.once() if method.learn is not None or method.collect is not None else {}

@@ -36,7 +36,7 @@ def token_choice(recipe: Recipe, base: Model | None, experts: Sequence[Model], w
     if recipe.tokenizer is None or donor.checkpoint is None:
         return None
     models = [donor, *(model for model in experts if model is not donor)]
-    check_choices(recipe, models, where)
+    check_choices(recipe, models, where, by_token=True)
     choice = recipe.tokenizer if isinstance(recipe.tokenizer, TokenizerChoice) else TokenizerChoice(recipe.tokenizer)
     place = f"{where}: tokenizer"
     reference = named_model(models, str(recipe.tokenizer_model), place)

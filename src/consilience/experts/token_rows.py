@@ -143,16 +143,16 @@ class TokenRows:
     def _mean_row(self) -> npt.NDArray[np.float64]:
         """Return the mean of the rows that are tokens; one pass over them, once."""
         with self._lock:
-            if self._mean is None:
+            found = self._mean
+            if found is None:
                 total, step = np.zeros(self._columns), max(1, _STEP // self._columns)
                 for top in range(0, self._rows.part.size, step):
                     chosen = self._rows.tokens[top : top + step]
                     if chosen.any():
                         values = self.rows(top, top + chosen.size, means=False)
                         total += values[chosen].astype(np.float64).sum(axis=0)
-                total /= max(int(self._rows.tokens.sum()), 1)
-                self._mean = total
-            return self._mean
+                self._mean = found = total / max(int(self._rows.tokens.sum()), 1)
+            return found
 
     def view(self, tensor: TensorInfo) -> Bytes:
         """Return all of the tensor's bytes."""

@@ -49,7 +49,7 @@ def recipe(case: str, folders: dict[str, Path]) -> dict[str, Any]:
     def placed(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
             return {k: placed(v, k) for k, v in value.items()}
-        named = key in ("model", "source", "tokenizer_source") and value in ("x", "y", "base") and key != "kind"
+        named = key in ("model", "source", "tokenizer_source") and value in ("x", "y", "base")
         return str(folders[value]) if named and not (key != "model" and value == "base") else value
 
     names = ["x", "y"] if based else ["base", "x", "y"]
