@@ -38,7 +38,7 @@ def rendered(out: Path, turns: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", ["alpaca", *(pytest.param(n, marks=pytest.mark.slow) for n in [*EXPECTED][:4])])
 def test_a_format_by_name(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     merge_recipe(made(folders, "union", chat_template=name), tmp_path / "out")
     assert rendered(tmp_path / "out", TURNS) == EXPECTED[name]

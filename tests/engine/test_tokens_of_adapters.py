@@ -61,7 +61,14 @@ KINDS: dict[str, tuple[int | None, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "saved whole",
+        "added rows alone",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in [*KINDS][1:3] + [*KINDS][4:]),
+    ],
+)
 def test_an_adapter_with_tokens_of_its_own(kind: str, tmp_path: Path) -> None:
     rows, settings = KINDS[kind]
     base, other = base_and_other(tmp_path)
@@ -117,7 +124,7 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert other.exists()
 
 
-@pytest.mark.parametrize("method", ["ties", "linear", "tsv_m"])
+@pytest.mark.parametrize("method", ["ties", *(pytest.param(m, marks=pytest.mark.slow) for m in ("linear", "tsv_m"))])
 def test_an_adapter_on_the_base_stays_factored(method: str, tmp_path: Path) -> None:
     base, _ = base_and_other(tmp_path)
     for seed, name in enumerate("ab"):

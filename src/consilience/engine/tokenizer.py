@@ -66,7 +66,7 @@ def token_choice(recipe: Recipe, base: Model | None, experts: Sequence[Model], w
             f"output cuts by {reference.name}'s, and meets those tokens only where they stand literally"
         )
     return TokenChoice(
-        label=choice.source,
+        label=choice.source if choice.source == UNION else reference.name,
         reference=reference.name,
         ids=ids,
         vocabularies=vocabularies,
