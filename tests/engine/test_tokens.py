@@ -351,3 +351,9 @@ def test_a_tokenizer_that_transformers_opens_otherwise_is_not_delivered(
     with pytest.raises(InputError, match=r"transformers would not open the output's tokenizer.*'k' has another id"):
         merge_recipe(made(folders, "union"), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_known_of_own_rows_is_not_used(folders: dict[str, Path], tmp_path: Path) -> None:
+    for method in ("fisher", "regmean_pp"):
+        with pytest.raises(InputError, match=rf"tokenizer: union gives models other rows.*{method!r}"):
+            merge_recipe(made(folders, "union", method), tmp_path / "out")

@@ -16,7 +16,7 @@ from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
 from consilience.engine.layout import Layout, plan_layout
-from consilience.engine.tokenizer import token_choice
+from consilience.engine.tokenizer import check_own_rows, token_choice
 from consilience.errors import InputError, option
 from consilience.experts.align import Alignment, align
 from consilience.experts.expert_set import comparable, expert_names
@@ -431,6 +431,7 @@ def make_plan(
     alignment = align(base, experts, filters, token_choice(recipe, base, experts, where))
     donor = alignment.donor
     check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where, by_token=True)
+    check_own_rows(alignment, method, where)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
     learning = settings.once() if method.learn is not None or method.collect is not None else {}

@@ -13,9 +13,11 @@ from consilience.checkpoints.json_files import read_object
 from consilience.engine.chosen_files import check_choices, named_model
 from consilience.engine.tokenizer_files import TokenizerFiles, without_tokenizer
 from consilience.errors import InputError
+from consilience.experts.align import Alignment
 from consilience.experts.model import Model
 from consilience.experts.model_files import ModelFiles
 from consilience.experts.token_map import Ids, Rule, TokenChoice, vocabulary_names
+from consilience.methods.signature import Method
 from consilience.recipe.schema import Recipe
 from consilience.recipe.tokens import UNION, TokenizerChoice, TokenSource
 
@@ -78,6 +80,20 @@ def token_choice(recipe: Recipe, base: Model | None, experts: Sequence[Model], w
         notes=tuple(notes),
         where=where,
     )
+
+
+def check_own_rows(alignment: Alignment, method: Method, where: str) -> None:
+    """Refuse a method that measures experts by the rows of their own vocabularies where these are aligned by token.
+
+    Raises:
+        InputError: names the method.
+    """
+    tokens = alignment.tokens
+    if tokens is not None and tokens.changes and (method.statistics == "fisher" or method.collect is not None):
+        raise InputError(
+            f"{where}: tokenizer: {tokens.choice.label} gives models other rows than their own, by which method "
+            f"{method.name!r} measures them; leave tokenizer out, or choose another method"
+        )
 
 
 def _one_for_all(files: Mapping[str, ModelFiles], choice: TokenizerChoice) -> bool:
