@@ -236,7 +236,7 @@ def merge(
     tensorboard: PathLike | None = None,
     trust_remote_code: bool = False,
     config: "str | Mapping[str, Any] | None" = None,
-    tokenizer: str | None = None,
+    tokenizer: "str | Mapping[str, Any] | None" = None,
     chat_template: str | None = None,
     strict: bool = False,
     check_load: bool = False,
@@ -289,8 +289,10 @@ def merge(
         trust_remote_code: run ``.py`` files that come with the base.
         config: whose config.json, generation config and preprocessor the output has, "base" or an expert's name; or
             values that replace the base's.
-        tokenizer: whose tokenizer files and special token ids it has.
-        chat_template: whose chat template, or a template itself.
+        tokenizer: whose vocabulary, tokenizer files and special token ids it has: "base", an expert's name, or "union";
+            or a mapping of ``source``, ``tokens`` and ``pad_to_multiple_of``, as in a recipe.
+        chat_template: whose chat template, a format's name (auto, alpaca, chatml, exaone, llama3, mistral), or a
+            template itself.
         strict: refuse experts that differ from the base in what the model computes, where ``config`` chooses nothing.
         check_load: open the output with its own library, even if nothing but values is new.
         progress: True for a bar (or lines) on standard error, a function called with (done, in all) of each part of the

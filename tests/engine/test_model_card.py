@@ -170,7 +170,7 @@ def test_a_model_and_its_adapter_are_both_linked(here: Path) -> None:
     assert matter["base_model"] == ["acme/tuned", "jo/lora"]
     assert rows[1:] == [
         "| acme/tuned + jo/lora | expert `one` (LoRA) |",
-        "| base + second | expert `two` (LoRA) |",
+        "| second | expert `two` (LoRA) |",  # on the base, which has a row of its own
     ]
 
 

@@ -786,5 +786,5 @@ def test_choices_of_other_kinds(tmp_path: Path) -> None:
         outcome = cli("check", recipe(tmp_path, method="ties", config=value))
         refused(outcome, "config must be base, a model's name, or a mapping")
         without(outcome, "constrained")
-    path = recipe(tmp_path, method="ties", chat_template="chatml")
-    refused(cli("check", path), "no model 'chatml'", "write the template itself")
+    path = recipe(tmp_path, method="ties", chat_template="friendly")
+    refused(cli("check", path), "no model 'friendly'", "a format: auto, alpaca, chatml", "write the template itself")

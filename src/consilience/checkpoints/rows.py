@@ -54,7 +54,7 @@ class RowStorage:
 
     def _values(self, first: int, last: int) -> npt.NDArray[Any]:
         """Return elements ``first`` to ``last`` (exclusive)."""
-        kind = _numpy(self.info.dtype)
+        kind = numpy_type(self.info.dtype)
         values = np.zeros(last - first, kind)
         own = min(last, self.base[1].numel)
         if first < own:
@@ -90,7 +90,8 @@ class RowStorage:
         """Nothing of its own to release."""
 
 
-def _numpy(dtype: DType) -> Any:
+def numpy_type(dtype: DType) -> Any:
+    """Return numpy's type of a floating-point dtype."""
     if dtype.name == "BF16":
         import ml_dtypes
 
@@ -100,4 +101,4 @@ def _numpy(dtype: DType) -> Any:
 
 def _decoded(matrix: Matrix, first: int, last: int) -> npt.NDArray[Any]:
     storage, info = matrix
-    return cast(npt.NDArray[Any], raw(storage, info, first, last).view(_numpy(info.plain)))
+    return cast(npt.NDArray[Any], raw(storage, info, first, last).view(numpy_type(info.plain)))

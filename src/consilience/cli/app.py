@@ -98,7 +98,9 @@ ConfigChoice = Annotated[
     list[str] | None,
     typer.Option("--config", metavar="NAME|KEY=VALUE", help="Whose config.json to take, or its values (repeatable)."),
 ]
-TokenizerChoice = Annotated[str | None, typer.Option("--tokenizer", metavar="NAME", help="Whose tokenizer to take.")]
+TokenizerChoice = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="NAME", help="Whose tokenizer to take, or union.")
+]
 TemplateChoice = Annotated[
     str | None, typer.Option("--chat-template", metavar="NAME", help="Whose chat template to take.")
 ]

@@ -85,6 +85,12 @@ def check_low_rank(plan: Plan) -> None:
     """
     if plan.base is None:
         raise InputError(f"{option('as_adapter', 'cat')}: needs the base the adapters stand on; name a base_model")
+    tokens = plan.alignment.tokens
+    if tokens is not None and tokens.changes:
+        raise InputError(
+            f"{plan.where}: tokenizer: {tokens.choice.label} gives the merge another vocabulary than its base's, which "
+            f"an adapter on that base cannot have; leave {option('as_adapter', 'cat')} or tokenizer out"
+        )
     for expert in plan.experts:
         # PEFT saves an adapted embedding's own weight beside its factors: the base's, that is.
         whole = (

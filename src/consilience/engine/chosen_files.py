@@ -6,20 +6,24 @@ a template follows its tokenizer unless it is chosen itself.
 """
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from consilience.checkpoints.json_files import read_object
+from consilience.engine.templates import AUTO, NAMES, is_literal, resolved_template
 from consilience.errors import InputError, nearest
 from consilience.experts import rope
 from consilience.experts.config_parts import expanded, language_part, nested_like
 from consilience.experts.model import Model
 from consilience.experts.model_files import PROCESSOR_FILES, SPECIAL_IDS, ModelFiles, special_ids
 from consilience.experts.ties import SCALED_OUTPUTS, scales_outputs
+from consilience.experts.token_map import TokenChoice
 from consilience.experts.vocabulary import TEMPLATES, is_tokenizer_file
 from consilience.recipe.schema import Recipe
+from consilience.recipe.tokens import UNION, TokenizerChoice
 
 if TYPE_CHECKING:
     from consilience.engine.plan import Plan
@@ -31,6 +35,8 @@ _THE_BASE_S = (
     "_name_or_path", *SPECIAL_IDS,
 )  # fmt: skip
 _ROLE_IDS = {f"{role}_token_id": f"{role}_token" for role in ("bos", "eos", "pad", "sep")}
+#: Keys whose values are ids of tokens, or lists of them.
+_IDS = re.compile(r"_token_ids?$|_token_index$|^(begin_)?suppress_tokens$|^bad_words_ids$")
 _GENERATION, _TOKENIZER = "generation_config.json", "tokenizer_config.json"
 
 
@@ -58,19 +64,26 @@ class ChosenFiles:
             self.copied |= {str(p.relative_to(cast(Path, folder))): p for p in files if p.is_file()}
 
 
-def is_literal(template: str) -> bool:
-    """Whether a recipe's ``chat_template`` is a template itself and no model's name."""
-    return "{" in template
-
-
-def check_choices(recipe: Recipe, models: list[Model], where: str) -> None:
+def check_choices(recipe: Recipe, models: list[Model], where: str, *, by_token: bool = False) -> None:
     """Refuse choices of models that are not there or that have nothing to choose.
+
+    Args:
+        recipe: what was chosen.
+        models: all models, the base first.
+        where: how errors name the recipe.
+        by_token: whether whoever merges aligns rows by token, as a union and single tokens need.
 
     Raises:
         InputError: names the key.
     """
+    if not by_token and (recipe.tokenizer_source == UNION or isinstance(recipe.tokenizer, TokenizerChoice)):
+        raise InputError(
+            f"{where}: tokenizer: rows are aligned by token where whole models are merged ('models:'); here name base, "
+            "or a model whose ids the others share"
+        )
     for key in ("config", "tokenizer", "chat_template"):
-        value: Any = getattr(recipe, key)
+        value: Any = recipe.tokenizer_model if key == "tokenizer" else getattr(recipe, key)
+        value = resolved_template(recipe.chat_template, models, where) if key == "chat_template" else value
         if value is None:
             continue
         if models[0].folder is None:
@@ -78,7 +91,7 @@ def check_choices(recipe: Recipe, models: list[Model], where: str) -> None:
                 f"{where}: {key}: {models[0].reference} is a file without a config or tokenizer; name a folder"
             )
         if isinstance(value, str) and not (key == "chat_template" and is_literal(value)):
-            files = ModelFiles(_named(models, value, f"{where}: {key}"))
+            files = ModelFiles(named_model(models, value, f"{where}: {key}"))
             _check_holds(files, key, f"{where}: {key}: {value!r}")
         elif key == "config" and not (models[0].folder / "config.json").is_file():
             raise InputError(f"{where}: config: the base {models[0].reference} has no config.json; add it")
@@ -109,15 +122,22 @@ def _check_holds(files: ModelFiles, key: str, where: str) -> None:
         raise InputError(f"{where} has no chat template to take; name a model whose folder has one")
 
 
-def _named(models: list[Model], name: str, where: str) -> Model:
+def named_model(models: Sequence[Model], name: str, where: str) -> Model:
+    """Return the model that a recipe calls by its name or reference, or ``base``, which is the first.
+
+    Raises:
+        InputError: there is none; ``where`` names the key.
+    """
     if name == "base":
         return models[0]
     for model in models:
         if name in (model.name, model.reference):
             return model
     known = ["base", *(model.name for model in models[1:])]
-    own = ", or write the template itself" if where.endswith("chat_template") else ""
-    hint = nearest(name, known) or f"; name one of {', '.join(known)}{own}"
+    close = [*known, *((AUTO, *NAMES) if where.endswith("chat_template") else ())]
+    formats = f", or a format: {AUTO}, {', '.join(NAMES)}; or write the template itself"
+    own = formats if where.endswith("chat_template") else ", or union" if where.endswith("tokenizer") else ""
+    hint = nearest(name, close) or f"; name one of {', '.join(known)}{own}"
     raise InputError(f"{where}: there is no model {name!r}{hint}")
 
 
@@ -126,19 +146,23 @@ def _models(plan: "Plan") -> list[Model]:
     return [donor, *(model for model in plan.models if model is not donor)]
 
 
+def _template(plan: "Plan") -> str | None:
+    return resolved_template(plan.recipe.chat_template, _models(plan), plan.where)
+
+
 def _choice(plan: "Plan", name: object) -> ModelFiles | None:
     """Return the files of the model that a key names; None for the base's own."""
     if not isinstance(name, str):
         return None
-    model = _named(_models(plan), name, plan.where)
+    model = named_model(_models(plan), name, plan.where)
     return None if model is plan.alignment.donor else ModelFiles(model)
 
 
 def files_of_output(plan: "Plan") -> ModelFiles:
     """Return the facts of the output: the base's, as far as the recipe chooses no other model's."""
     files = ModelFiles(plan.alignment.donor)
-    config, tokenizer = _choice(plan, plan.recipe.config), _choice(plan, plan.recipe.tokenizer)
-    template = plan.recipe.chat_template
+    config, tokenizer = _choice(plan, plan.recipe.config), _choice(plan, plan.recipe.tokenizer_model)
+    template = _template(plan)
     chosen_config, chosen_generation = output_configs(plan)
     if config is not None:
         files.processor = config.processor
@@ -156,21 +180,28 @@ def files_of_output(plan: "Plan") -> ModelFiles:
 def output_configs(plan: "Plan") -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json and generation_config.json as the recipe chooses them, {} for one that is not there."""
     base, recipe = ModelFiles(plan.alignment.donor), plan.recipe
-    config, generation = copy.deepcopy(base.config), copy.deepcopy(base.generation)
+    config, generation = (_in_output(plan, base.name, part) for part in (base.config, base.generation))
     chosen = _choice(plan, recipe.config)
     if chosen is not None:
-        config = _taken(config, chosen.config)
+        config = _taken(config, _in_output(plan, chosen.name, chosen.config))
         own = {key: generation[key] for key in SPECIAL_IDS if key in generation}
-        generation = {key: v for key, v in chosen.generation.items() if key not in SPECIAL_IDS} | own
+        theirs = _in_output(plan, chosen.name, chosen.generation)
+        generation = {key: v for key, v in theirs.items() if key not in SPECIAL_IDS} | own
     elif isinstance(recipe.config, Mapping):
         config = _changed(config, recipe.config)
-    tokens = _choice(plan, recipe.tokenizer)
+    tokens = _choice(plan, recipe.tokenizer_model)
     if tokens is not None:
         ids = _token_ids(tokens, base)
         config = _with_ids(config, ids)
         if generation or any(len(value) > 1 for value in ids.values()):
             generation |= {key: value if len(value) > 1 else value[0] for key, value in ids.items()}
     return config, generation
+
+
+def _in_output(plan: "Plan", name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a model's config whose token ids are the output's: of the same tokens."""
+    tokens = plan.alignment.tokens
+    return copy.deepcopy(config) if tokens is None else translated(config, tokens.choice, name)
 
 
 def _taken(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +230,27 @@ def _changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         both = isinstance(value, Mapping) and isinstance(inside, dict)
         found[key] = _changed(cast(dict[str, Any], inside), cast(Mapping[str, Any], value)) if both else value
     return found
+
+
+def translated(config: Mapping[str, Any], choice: TokenChoice, name: str) -> dict[str, Any]:
+    """Return a model's config with the output's ids of its tokens; an id whose token the output lacks is left out."""
+    own = {number: token for token, number in choice.vocabularies[name].items()}
+
+    def ids(value: Any) -> Any:
+        if isinstance(value, list):
+            return [each for each in map(ids, cast(list[Any], value)) if each is not None]
+        if type(value) is not int or value not in own:
+            return value  # a marker such as -1, or a row without a token
+        return choice.ids.get(own[value])
+
+    def part(values: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            inner = part(cast(dict[str, Any], value)) if isinstance(value, dict) else copy.deepcopy(value)
+            found[key] = ids(value) if _IDS.search(key) and not isinstance(value, dict) else inner
+        return found
+
+    return part(config)
 
 
 def _token_ids(files: ModelFiles, base: ModelFiles) -> dict[str, list[int]]:
@@ -238,15 +290,33 @@ def chosen_files(plan: "Plan") -> ChosenFiles:
         found.left.add(_GENERATION)
         found.written |= {_GENERATION: generation} if generation else {}
     choose_tokens(plan, found)
+    _add_made(plan, found)
     return found
+
+
+def _add_made(plan: "Plan", found: ChosenFiles) -> None:
+    """Add the files of a tokenizer that is in no model's folder: a union, or one with tokens of the recipe's."""
+    tokens = plan.alignment.tokens
+    if tokens is None or not tokens.choice.files:
+        return
+    for name in tokens.choice.left:
+        found.left.add(name)
+        found.copied.pop(name, None)
+    for name, content in tokens.choice.files.items():
+        found.copied.pop(name, None)
+        chosen = found.written.get(name)
+        if isinstance(chosen, dict):  # the settings, with the template that was chosen
+            own = {key: value for key, value in content.items() if key != "chat_template"}
+            content = own | ({"chat_template": chosen["chat_template"]} if "chat_template" in chosen else {})
+        found.written[name] = content
 
 
 def adapter_files(plan: "Plan") -> ChosenFiles:
     """Return the files that an adapter gets: the tokenizer that a recipe chooses, or a chat template alone."""
     found = ChosenFiles()
-    if plan.recipe.tokenizer not in (None, "base"):
+    if plan.recipe.tokenizer_model not in (None, "base"):
         choose_tokens(plan, found)
-    elif plan.recipe.chat_template not in (None, "base"):
+    elif _template(plan) not in (None, "base", plan.alignment.donor.name):
         found.written["chat_template.jinja"] = (files_of_output(plan).templates or {}).get("default", "")
     return found
 
@@ -254,8 +324,8 @@ def adapter_files(plan: "Plan") -> ChosenFiles:
 def choose_tokens(plan: "Plan", found: ChosenFiles) -> None:
     """Add what a recipe's ``tokenizer`` and ``chat_template`` take from other models."""
     recipe, donor = plan.recipe, ModelFiles(plan.alignment.donor)
-    tokens = _choice(plan, recipe.tokenizer)
-    template = recipe.chat_template
+    tokens = _choice(plan, recipe.tokenizer_model)
+    template = _template(plan)
     if tokens is None and (template is None or template == "base"):
         return
     source = (tokens or donor).tokenizer_folder or plan.alignment.donor.folder

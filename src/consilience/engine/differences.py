@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from consilience.checkpoints.checkpoint import raw
-from consilience.engine.chosen_files import files_of_output
+from consilience.engine.chosen_files import files_of_output, translated
 from consilience.engine.origin import compare_base
 from consilience.errors import InputError, nearest
 from consilience.experts import rope
@@ -18,6 +18,7 @@ from consilience.experts.config_parts import expanded, place
 from consilience.experts.facts import FACTS, Fact, Level
 from consilience.experts.model import Model, Source
 from consilience.experts.model_files import ModelFiles
+from consilience.experts.token_map import TokenChoice
 from consilience.experts.vocabulary import is_unused
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ FURTHER: tuple[tuple[str, Level, str, str], ...] = (
         "error",
         "the token of a row of the vocabulary that the merge mixes: of base and expert, or of two experts that both "
         "changed it",
-        "the row would be the mean of two tokens: keep embeddings and head apart with `private`, or leave one out",
+        "the row would be the mean of two tokens: align rows by token with a `tokenizer`, or keep embeddings and head "
+        "apart with `private`",
     ),
     (
         "other-base",
@@ -95,9 +97,10 @@ def differences(plan: "Plan") -> tuple[Difference, ...]:
     output = files_of_output(plan)
     files = [ModelFiles(expert) for expert in plan.experts]
     others = [own for expert, own in zip(plan.experts, files, strict=True) if expert is not donor]
-    base = output if plan.recipe.tokenizer in (None, "base") else ModelFiles(donor)
+    base = output if plan.recipe.tokenizer_model in (None, "base") else ModelFiles(donor)
+    by_token = plan.alignment.tokens is not None
     found = [
-        *_token_rows(plan, base, others),
+        *([] if by_token else _token_rows(plan, base, others)),
         *_without_rows(plan, output),
         *_unknown_keys(plan, [ModelFiles(donor), *files]),
     ]
@@ -126,6 +129,11 @@ def by_level(found: Iterable[Difference], level: Level) -> list[str]:
 
 
 def _of_fact(plan: "Plan", fact: Fact, own: ModelFiles, output: ModelFiles) -> Difference | None:
+    tokens = plan.alignment.tokens
+    if tokens is not None and fact.kind == "vocabulary":
+        return _left_behind(tokens.choice, own)
+    if tokens is not None and fact.kind == "token-ids":
+        own = own.with_configs(*(translated(part, tokens.choice, own.name) for part in (own.config, own.generation)))
     found = fact.compare(own, output)
     if not found:
         return None
@@ -146,6 +154,20 @@ def _of_fact(plan: "Plan", fact: Fact, own: ModelFiles, output: ModelFiles) -> D
     return Difference(
         fact.kind, level, (own.name,), what, "" if chosen else _mend(fact, found, own.name, output.config)
     )
+
+
+def _left_behind(choice: TokenChoice, own: ModelFiles) -> Difference | None:
+    """Name the tokens of an expert that the output's vocabulary lacks, where rows are aligned by token."""
+    left = {number: token for token, number in choice.vocabularies[own.name].items() if token not in choice.ids}
+    if not left or own.tokenizer_folder is None:
+        return None
+    listed = ", ".join(f"{token!r} ({number})" for number, token in list(sorted(left.items()))[:4])
+    more = ", ..." if len(left) > 4 else ""
+    what = (
+        f"{own.name} has {len(left)} token{'s' * (len(left) != 1)} that the output lacks: {listed}{more}, as tokenizer "
+        f"chooses ({choice.label}); tokenizer: union keeps them"
+    )
+    return Difference("vocabulary", "note", (own.name,), what, "")
 
 
 def _is_chosen(plan: "Plan", fact: Fact, found: dict[str, tuple[Any, Any]], config: dict[str, Any]) -> bool:
@@ -242,7 +264,7 @@ def _token_rows(plan: "Plan", base: ModelFiles, experts: list[ModelFiles]) -> li
 
 def _without_rows(plan: "Plan", output: ModelFiles) -> list[Difference]:
     """Find tokens of a chosen tokenizer that the output has no row for: a text that holds one would be an error."""
-    choice = plan.recipe.tokenizer
+    choice = plan.recipe.tokenizer_model
     rows = [t.shape[0] for t in plan.tensors if len(t.shape) == 2 and _holds_tokens(t.name)]
     if choice in (None, "base") or not rows or output.vocabulary is None:
         return []
@@ -291,7 +313,7 @@ def _conflict(tensors: "list[TensorPlan]", one: ModelFiles, other: ModelFiles, d
                 f"{i} of {mixed[0].name!r} would mix them{more}"
             )
             apart = ", ".join(f"{t.name!r}" for t in tensors)
-            mend = f"keep these tensors apart with private: [{apart}], or leave one of the two out"
+            mend = f"align rows by token with tokenizer: union, or keep these tensors apart with private: [{apart}]"
             return Difference("token-rows", "error", names, what, mend)
     return None
 

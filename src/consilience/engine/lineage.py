@@ -114,6 +114,8 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
             | {key: value for key, value in asdict(one.facts).items() if key != "alias"}
             for one in plan.statistics
         ]
+    if plan.alignment.tokens is not None:
+        document["vocabulary"] = plan.alignment.tokens.facts()
     if plan.alignment.untied:
         document["untied"] = plan.alignment.untied
     return document, whole

@@ -10,8 +10,10 @@ import hashlib
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,10 +27,11 @@ from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo
 from consilience.checkpoints.json_files import read_object
 from consilience.checkpoints.open import open_checkpoint
 from consilience.engine.adapter_files import CONFIG, WEIGHTS
-from consilience.engine.chosen_files import output_configs
+from consilience.engine.chosen_files import files_of_output, output_configs
 from consilience.engine.output import output_config
 from consilience.engine.plan import Plan
 from consilience.errors import InputError
+from consilience.experts.vocabulary import is_tokenizer_file, tokenizer_digest
 from consilience.progress import NullProgress, Progress
 
 #: Seconds after which no answer is expected any more.
@@ -57,6 +60,7 @@ def check_model(plan: Plan, how: LoadCheck, progress: Progress | None = None) ->
         return _unopened("a flat state dict has no loader of its own", how)
     chosen = output_configs(plan)[0]
     config = output_config(chosen, plan) if chosen else {}
+    _check_tokenizer(plan, config)
     tensors = {t.name: (t.out_dtype.name, t.shape) for t in plan.tensors if not plan.layout.files[t.file].beginning}
     if not how.force and _shapes(tensors) == _shapes(_stored(donor)) and _plain(config) == _plain(donor.config or {}):
         return OWN
@@ -68,6 +72,49 @@ def check_model(plan: Plan, how: LoadCheck, progress: Progress | None = None) ->
     # With a head that the base lacks the output is of another class, which may ignore what the base's own class has.
     own = {"config": plan.alignment.heads.config(donor.config or {}), "tensors": _stored(donor), "code": code}
     return _verdict("the output", request, own, ("transformers",), how, progress)
+
+
+def _check_tokenizer(plan: Plan, config: dict[str, Any]) -> None:
+    """Open a tokenizer that is made for the output with transformers, if that is here.
+
+    Raises:
+        InputError: transformers does not open it, or gives its tokens other ids than the rows have.
+    """
+    tokens, source = plan.alignment.tokens, files_of_output(plan).tokenizer_folder
+    if tokens is None or not tokens.choice.files or source is None or find_spec("transformers") is None:
+        return
+    facts = [
+        tokenizer_digest(source),
+        tokens.choice.digest,
+        tokens.choice.files,
+        config,
+        metadata.version("transformers"),
+    ]
+    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=20).hexdigest()
+    folder = cache.cache_root() / "tokenizers"
+    found = cache.recall(folder, key)
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="consilience-tokenizer-") as made:
+            own = [path for path in source.iterdir() if is_tokenizer_file(path.name) and path.is_file()]
+            for path in own:
+                if path.name not in tokens.choice.left and path.name not in tokens.choice.files:
+                    shutil.copyfile(path, Path(made) / path.name)
+            expected = dict(tokens.choice.ids)
+            for name, content in {**tokens.choice.files, "config.json": config, "expected.json": expected}.items():
+                text = content if isinstance(content, str) else json.dumps(content)
+                (Path(made) / name).write_text(text, encoding="utf-8")
+            try:
+                found = LOADER.ask({"tokenizer": made})
+            except (OSError, ValueError):
+                return  # as with a model: no answer is no verdict
+        cache.remember(folder, key, found)
+    wrong = [*found["missing"], *found["mismatched"]]
+    if found["error"] or wrong:
+        why = found["error"] or f"{wrong[0]!r} has another id there than {tokens.choice.ids[wrong[0]]}, or none"
+        raise InputError(
+            f"{plan.where}: tokenizer: {tokens.choice.label}: transformers would not open the output's tokenizer as it "
+            f"is meant ({why}); choose base or a model's"
+        )
 
 
 def check_adapter_output(plan: Plan, result: Path, how: LoadCheck, progress: Progress | None = None) -> str:

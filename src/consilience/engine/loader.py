@@ -7,6 +7,9 @@ headers, so a request takes no memory to speak of, whatever the model's size.
 A request is ``{"config", "tensors": {name: [dtype, shape]}, "code": folder or null}`` and, for an adapter on that
 model, ``"adapter": {"config", "tensors"}``. The report names what is ``missing`` (made up at random by the library),
 ``unexpected`` (ignored) and ``mismatched`` (made up too), or the ``error`` that opening ended with.
+
+Of a tokenizer a request is ``{"convert": folder, "to": folder}``, to save it in its fast form, or ``{"tokenizer":
+folder}``, to compare its ids with those of ``expected.json`` in it.
 """
 
 import json
@@ -103,17 +106,46 @@ def _open_adapter(folder: Path, request: dict[str, Any]) -> Report:
     }
 
 
+def _convert(request: dict[str, Any]) -> Report:
+    """Save a tokenizer in its fast form; files that come with code are not run."""
+    import transformers
+
+    transformers.AutoTokenizer.from_pretrained(request["convert"], local_files_only=True).save_pretrained(request["to"])
+    return {"error": ""}
+
+
+def _open_tokenizer(request: dict[str, Any]) -> Report:
+    """Open a tokenizer and compare its ids with those expected."""
+    import transformers
+
+    folder = Path(request["tokenizer"])
+    expected: dict[str, int] = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
+    missing = sorted(token for token in expected if token not in found)
+    moved = sorted(token for token, number in expected.items() if found.get(token, number) != number)
+    return {"missing": missing[:100], "mismatched": moved[:100], "unexpected": [], "error": ""}
+
+
 def answer(request: dict[str, Any]) -> Report:
-    """Return what opening a model, or an adapter on it, comes to."""
+    """Return what opening a model, an adapter on it or a tokenizer comes to."""
+    if "convert" in request or "tokenizer" in request:
+        try:
+            return _convert(request) if "convert" in request else _open_tokenizer(request)
+        except Exception as error:  # as below
+            return {"missing": [], "unexpected": [], "mismatched": [], "error": _first_line(error)}
     folder = Path(tempfile.mkdtemp(prefix="consilience-load-"))
     try:
         _skeleton(folder, request)
         return _open_adapter(folder, request) if request.get("adapter") else _open_model(folder, request)
     except Exception as error:  # whatever a library raises over a file is the answer
-        first = (str(error).strip().splitlines() or [""])[0]
-        return {"missing": [], "unexpected": [], "mismatched": [], "error": f"{type(error).__name__}: {first[:300]}"}
+        return {"missing": [], "unexpected": [], "mismatched": [], "error": _first_line(error)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def serve(requests: TextIO, reports: TextIO) -> None:

@@ -16,6 +16,7 @@ from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
 from consilience.engine.layout import Layout, plan_layout
+from consilience.engine.tokenizer import check_own_rows, token_choice
 from consilience.errors import InputError, option
 from consilience.experts.align import Alignment, align
 from consilience.experts.expert_set import comparable, expert_names
@@ -234,6 +235,8 @@ class Plan:
         }
         if self.statistics:
             facts["statistics"] = [one.identity() for one in self.statistics]
+        if self.alignment.tokens is not None:
+            facts["tokens"] = self.alignment.tokens.choice.digest
         if self.coefficients is not None:  # the same values, cut elsewhere or on trimmed task vectors, are other bytes
             facts["coefficients"] = [repr(self.coefficients.groups), repr(self.coefficients.trimmed)]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -438,9 +441,10 @@ def make_plan(
     named = base or experts[0]
     filters = spelled_out(recipe.private, {} if named.checkpoint is None else named.checkpoint.tensors)
     is_private = any_filter(filters, f"{where}: private")
-    alignment = align(base, experts, filters)
+    alignment = align(base, experts, filters, token_choice(recipe, base, experts, where))
     donor = alignment.donor
-    check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where)
+    check_choices(recipe, [donor, *(model for model in experts if model is not donor)], where, by_token=True)
+    check_own_rows(alignment, method, where)
     names = list(alignment.tensors)
     settings = Settings(recipe, method, {model.name: number for model, number in numbered}, where)
     learning = settings.once() if method.learn is not None or method.collect is not None else {}

@@ -16,6 +16,7 @@ from consilience.experts.loose_factors import needs_base, refuse_factors
 from consilience.experts.model import Model, Source
 from consilience.experts.quantised import packed_alike, packed_notes, refuse_packed_target
 from consilience.experts.ties import keeps_flag, same_update, says_tied
+from consilience.experts.token_map import Aligned, TokenChoice, aligned
 from consilience.name_filter import any_filter
 
 _Filter = Callable[[str], bool]
@@ -30,7 +31,8 @@ class Alignment:
     shared its value with in the donor, and no longer does because some model changes one without the other;
     ``untied_config`` says that the output's config must stop tying. ``private`` maps expert name to its own unmerged
     tensors. ``packed`` are the donor's quantised weights, which are copied; ``same_parts`` lists (expert, weight) that
-    must be the same in it.
+    must be the same in it. ``tokens`` has the vocabulary that the recipe chooses, if it does, and the models' rows in
+    its order.
     """
 
     donor: Model
@@ -44,11 +46,15 @@ class Alignment:
     same_parts: list[tuple[Model, PackedWeight]]
     vocabulary: Resized = field(default_factory=lambda: Resized({}, {}))
     heads: Heads = field(default_factory=Heads)
+    tokens: Aligned | None = None
 
     def source(self, model: Model, name: str) -> Source:
         """Return where a tensor of the output comes from in one of the models."""
         if model is self.donor and name in self.heads.tensors and self.heads.expert is not None:
             return self.heads.expert.source(name)
+        view = self.tokens.source(model, name) if self.tokens is not None else None
+        if view is not None:
+            return view
         if model is self.donor and name in self.vocabulary.sources:
             return self.vocabulary.sources[name]
         return model.source(name, self.untied.get(name))
@@ -117,7 +123,7 @@ def _check_shape(model: Model, donor: Model, name: str, ours: TensorInfo, theirs
         and ("embed" in name or "lm_head" in name or "wte" in name)
     )
     hint = (
-        "the vocabularies differ: resize both to one tokenizer first"
+        "the vocabularies differ: align them by token (tokenizer: union), or resize both to one tokenizer"
         if vocabulary
         else "experts must share the base's architecture"
     )
@@ -236,10 +242,13 @@ def _resolved_ties(donor: Model, models: list[Model], private: _Filter) -> _Ties
     return found
 
 
-def align(base: Model | None, experts: list[Model], private: Iterable[str] = ()) -> Alignment:
+def align(
+    base: Model | None, experts: list[Model], private: Iterable[str] = (), tokens: TokenChoice | None = None
+) -> Alignment:
     """Check that the models fit together and return what the merge produces.
 
     Names, shapes and dtypes are compared from headers; values are read where a model may have two of a tied tensor.
+    Vocabularies are one, row by row, unless ``tokens`` says what each model's rows are.
 
     Raises:
         InputError: names, shapes or dtypes do not meet; the message names model, tensor and mend.
@@ -250,7 +259,10 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     if base is None:
         refuse_factors(donor, donor.checkpoint, any_filter(private, "private"))
     is_private = any_filter(private, "private")
-    vocabulary = resized(donor, experts if base is not None else [])
+    models = [donor, *(e for e in experts if e is not donor)]
+    by_token = aligned(tokens, base, models, is_private) if tokens is not None else None
+    realigned = by_token is not None and by_token.changes
+    vocabulary = by_token.resized if by_token and realigned else resized(donor, experts if base is not None else [])
     named = donor.named | vocabulary.tensors
     tensors = {name: named[name] for name in donor.checkpoint.tensors}
     packed = packing(donor.checkpoint)
@@ -259,14 +271,20 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
     kept: dict[str, list[str]] = {}
     same_parts: list[tuple[Model, PackedWeight]] = []
     heads = heads_of(donor, experts, is_private)
-    notes = [*resizing_notes(vocabulary), *heads.notes()]
-    models = [donor, *(e for e in experts if e is not donor)]
+    notes = [
+        *(by_token.notes() if by_token else []),
+        *([] if realigned else resizing_notes(vocabulary)),
+        *heads.notes(),
+    ]
     for model in models:
         own: list[str] = []
+        fitted = by_token.fitted[model.name] if by_token and realigned else {}
+        here = {name: fitted.get(name, info) for name, info in known.items()}
         if model.checkpoint is not None and model is not donor:
             alike = packed_alike(model, donor, packed, is_private)
             same_parts += [(model, weight) for weight in alike.weights.values()]
-            found, said = _check_dense(model, donor, shared, known, is_private, alike)
+            meant = {name: here[name] for name in shared}
+            found, said = _check_dense(model, donor, meant, here, is_private, alike)
             own += found
             notes += said
         if model.checkpoint is not None and model is not base:
@@ -275,7 +293,7 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
             if model.checkpoint is None and base is None:
                 raise InputError(needs_base(model, experts))
             refuse_packed_target(model, donor, packed)
-            own += _check_adapter(model, donor, known | heads.tensors, is_private)
+            own += _check_adapter(model, donor, here | heads.tensors, is_private)
         notes += _reading_notes(model)
         if own and model is not base:
             kept[model.name] = sorted(set(own))
@@ -298,4 +316,5 @@ def align(base: Model | None, experts: list[Model], private: Iterable[str] = ())
         same_parts=same_parts,
         vocabulary=vocabulary,
         heads=heads,
+        tokens=by_token,
     )

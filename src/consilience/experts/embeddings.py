@@ -116,7 +116,7 @@ def resized(donor: Model, experts: Iterable[Model]) -> Resized:
     """
     checkpoint = donor.checkpoint
     assert checkpoint is not None
-    size, named = _size(checkpoint.config), donor.named
+    size, named = config_size(checkpoint.config), donor.named
     holders: dict[str, list[Model]] = {}
     for model in experts:
         for name, base in named.items() if model is not donor else ():
@@ -149,7 +149,7 @@ def _rows(model: Model, name: str) -> int:
     return found[1].shape[0]
 
 
-def _size(config: dict[str, Any] | None) -> int | None:
+def config_size(config: dict[str, Any] | None) -> int | None:
     """Return a config's vocabulary size, a text model's in a larger one."""
     for part in (config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))):
         size = cast(dict[str, Any], part).get("vocab_size")
@@ -160,7 +160,7 @@ def _size(config: dict[str, Any] | None) -> int | None:
 
 def is_vocabulary(name: str, info: TensorInfo, config: dict[str, Any] | None) -> bool:
     """Whether a tensor of a model with this config has a row for every token."""
-    return _is_vocabulary(name, info, _size(config))
+    return _is_vocabulary(name, info, config_size(config))
 
 
 def _is_vocabulary(name: str, base: TensorInfo, size: int | None, own: TensorInfo | None = None) -> bool:
@@ -177,7 +177,7 @@ def _check_sizes(donor: Model, experts: Iterable[Model], holders: Mapping[str, l
                 other = next(m for m in holders[name] if _rows(m, name) == after)
                 raise InputError(
                     f"{model.reference}: {name!r} has {own.shape[0]} rows and {after} in {other.reference}: their "
-                    "vocabularies differ in size; resize both to one tokenizer first"
+                    "vocabularies differ in size; align them by token (tokenizer: union), or resize both to one"
                 )
 
 
@@ -198,13 +198,15 @@ def _extended(donor: Model, name: str, holders: list[Model], after: int) -> Sour
     if after <= info.shape[0]:
         return replace(source, dense=replace(info, shape=(after, *info.shape[1:])))
     rows = np.arange(info.shape[0], after)
-    found = [model.source(name if model.stored(name) is not None else _other(donor, model, name)) for model in holders]
+    found = [
+        model.source(name if model.stored(name) is not None else other_name(donor, model, name)) for model in holders
+    ]
     matrices = tuple((s.storage, s.dense) for s in found if s.storage is not None and s.dense is not None)
     storage = RowStorage((source.storage, info), (after, *info.shape[1:]), Rows(rows, rows, matrices))
     return Source(storage, storage.info)
 
 
-def _other(donor: Model, model: Model, name: str) -> str:
+def other_name(donor: Model, model: Model, name: str) -> str:
     """Return the name of the same tie under which a model holds a tensor of the base.
 
     Raises:

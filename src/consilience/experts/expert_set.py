@@ -191,6 +191,7 @@ def comparable(base: Model | None, numbered: list[tuple[Model, int]]) -> Numbere
     Quantised weights that can be read as floats are, unless all that comes is adapters on other layers: then they are
     copied as they are.
     """
+    numbered = [(_on_base(model, base), number) for model, number in numbered]
     if base is not None and all(model.checkpoint is None for model, _ in numbered):
         base, adapters = _named_alike(base, numbered)
         assert base is not None
@@ -198,6 +199,15 @@ def comparable(base: Model | None, numbered: list[tuple[Model, int]]) -> Numbere
         if not any(packed_target(model, base, packed) for model, _ in adapters):
             return base, adapters
     return _named_alike(base and in_floats(base), [(in_floats(model), number) for model, number in numbered])
+
+
+def _on_base(model: Model, base: Model | None) -> Model:
+    """Return a model written BASE+ADAPTER, if it stands on the base's own files, as the adapter: it stays factored."""
+    whole = model.checkpoint
+    if base is None or base.checkpoint is None or base.adapter is not None or whole is None or model.adapter is None:
+        return model
+    files = [[entry[1:] for entry in one.storage.stamps()] for one in (whole, base.checkpoint)]  # whatever their path
+    return replace(model, checkpoint=None) if files[0] and files[0] == files[1] else model
 
 
 def _named_alike(base: Model | None, numbered: list[tuple[Model, int]]) -> Numbered:

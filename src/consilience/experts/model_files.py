@@ -1,5 +1,6 @@
 """The files beside a model's weights that say how it is used."""
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -64,9 +65,20 @@ class ModelFiles:
         """The tokenizer."""
         return None if self.tokenizer_folder is None else read_vocabulary(self.tokenizer_folder)
 
+    def with_configs(self, config: dict[str, Any], generation: dict[str, Any]) -> "ModelFiles":
+        """Return the same files with another config.json and generation_config.json."""
+        found = copy.copy(self)
+        found.config, found.generation = config, generation
+        return found
+
     def same_tokenizer(self, other: "ModelFiles") -> bool:
         """Whether two models' tokenizer files are the same to the byte, so that they need not be read."""
         return self._tokenizer == other._tokenizer
+
+    @property
+    def tokenizer_digest(self) -> tuple[tuple[str, str], ...]:
+        """Names and contents of the tokenizer's files."""
+        return self._tokenizer
 
     @cached_property
     def _tokenizer(self) -> tuple[tuple[str, str], ...]:

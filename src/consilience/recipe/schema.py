@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 from consilience.checkpoints.dtypes import ALIASES
 from consilience.checkpoints.files import path_of
 from consilience.errors import InputError, nearest
+from consilience.recipe.tokens import BASE, UNION, TokenizerChoice, read_choice, written_choice
 from consilience.recipe.yaml_file import read_yaml
 
 Scalar = bool | float | str
@@ -77,15 +78,6 @@ Name = Annotated[
 ]
 PathText = Annotated[str, Field(min_length=1), BeforeValidator(_path_text)]
 DtypeName = Annotated[str | None, PlainValidator(_dtype)]
-
-
-def _one_source(value: Any) -> Any:
-    """Return the model that mergekit's long form ``{source: MODEL}`` names."""
-    inner = cast(dict[str, Any], value) if isinstance(value, dict) else {}
-    source = inner["source"] if list(inner) == ["source"] else value
-    if source == "union" or isinstance(source, dict):
-        raise ValueError("unions and single tokens are not supported yet; name one model, or base")
-    return source
 
 
 def _name_or_values(value: Any) -> Any:
@@ -254,7 +246,9 @@ class Recipe(Closed):
     private: Annotated[list[str], BeforeValidator(_listed)] = []
     target: Target | None = None
     coefficients: Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_path_text)] | None = None
-    tokenizer: Annotated[Choice, BeforeValidator(_one_source)] | None = Field(alias="tokenizer_source", default=None)
+    tokenizer: Annotated[str | TokenizerChoice | None, PlainValidator(read_choice), PlainSerializer(written_choice)] = (
+        Field(alias="tokenizer_source", default=None)
+    )
     chat_template: Choice | None = None
     config: Annotated[
         Choice | dict[Annotated[str, Strict()], Any] | None, BeforeValidator(_name_or_values), AfterValidator(_json)
@@ -283,6 +277,16 @@ class Recipe(Closed):
     def mergekit(self) -> bool:
         """Whether the method is spelled ``merge_method``, as mergekit does: then mergekit's defaults count."""
         return self._mergekit
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """What ``tokenizer`` takes its tokens from: union, base, a model's name; None: nothing is chosen."""
+        return self.tokenizer.source if isinstance(self.tokenizer, TokenizerChoice) else self.tokenizer
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """The model whose tokenizer files the output has, with whatever is added to them; None: not chosen."""
+        return BASE if self.tokenizer_source == UNION else self.tokenizer_source
 
     @property
     def where(self) -> str:

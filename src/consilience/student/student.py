@@ -88,7 +88,12 @@ def _folder(plan: Plan) -> Any:
             f"{base.reference}: its weights are quantised ({coded!r} for one), and learning runs the base; write it as "
             "floats first: a recipe with merge_method: linear and this model alone does"
         )
-    vocabulary = plan.alignment.vocabulary
+    vocabulary, tokens = plan.alignment.vocabulary, plan.alignment.tokens
+    if tokens is not None and tokens.changes:
+        raise InputError(
+            f"{base.reference}: tokenizer: {tokens.choice.label} gives the output another vocabulary than the base's, "
+            "and learning runs the base; leave it out, or use a data-free method"
+        )
     if vocabulary.tensors:
         raise InputError(
             f"{base.reference}: has a vocabulary of {vocabulary.before} rows and the experts of {vocabulary.after}; "

@@ -10,6 +10,7 @@ from consilience.errors import InputError
 from consilience.experts.expert_set import expert_names
 from consilience.experts.stack import Stack
 from consilience.recipe.schema import ModelEntry, Recipe
+from consilience.recipe.tokens import UNION
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ def open_case(recipe: Recipe, where: str = "recipe", root: Path | None = None) -
 def _planned(recipe: Recipe, entries: list[ModelEntry], where: str, root: Path | None) -> Plan:
     """Plan the plain sum of task vectors: what is opened, checked and aligned is what every merge needs."""
     kept: dict[str, Any] = {"base_model": recipe.base_model, "private": recipe.private, "seed": recipe.seed}
-    known = ("base", *(name for entry in entries for name in (entry.name, entry.model)))
+    known = ("base", UNION, *(name for entry in entries for name in (entry.name, entry.model)))
     for key in ("config", "tokenizer", "chat_template"):
-        choice = getattr(recipe, key)
-        if choice in known or isinstance(choice, dict):  # a choice of an expert that was put aside chooses nothing
+        choice = recipe.tokenizer_source if key == "tokenizer" else getattr(recipe, key)
+        if isinstance(choice, dict) or choice in known:  # a choice of an expert that was put aside chooses nothing
             kept[key] = choice
     plain = Recipe.model_validate({"merge_method": "task_arithmetic", "models": [{"model": "x"}], **kept})
     plan = make_plan(plain.model_copy(update={"models": entries}), where=where, root=root)
