@@ -156,10 +156,10 @@ def files_of_output(plan: "Plan") -> ModelFiles:
 def output_configs(plan: "Plan") -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json and generation_config.json as the recipe chooses them, {} for one that is not there."""
     base, recipe = ModelFiles(plan.alignment.donor), plan.recipe
-    config, generation = copy.deepcopy(base.config), copy.deepcopy(base.generation)
+    config, generation = _stacked(plan, base), copy.deepcopy(base.generation)
     chosen = _choice(plan, recipe.config)
     if chosen is not None:
-        config = _taken(config, chosen.config)
+        config = _taken(config, _as_stacked(plan, chosen.config, config))
         own = {key: generation[key] for key in SPECIAL_IDS if key in generation}
         generation = {key: v for key, v in chosen.generation.items() if key not in SPECIAL_IDS} | own
     elif isinstance(recipe.config, Mapping):
@@ -171,6 +171,21 @@ def output_configs(plan: "Plan") -> tuple[dict[str, Any], dict[str, Any]]:
         if generation or any(len(value) > 1 for value in ids.values()):
             generation |= {key: value if len(value) > 1 else value[0] for key, value in ids.items()}
     return config, generation
+
+
+def _stacked(plan: "Plan", base: ModelFiles) -> dict[str, Any]:
+    """Return the base's config, with the output's layers where these are stacked of several models'."""
+    config = copy.deepcopy(base.config)
+    if plan.stacking is None or not config:
+        return config
+    try:
+        return plan.stacking.config(config)
+    except InputError as error:
+        raise InputError(f"{plan.where}: {error}") from None
+
+
+def _as_stacked(plan: "Plan", config: dict[str, Any], stacked: dict[str, Any]) -> dict[str, Any]:
+    return config if plan.stacking is None else plan.stacking.own_config(config, stacked)
 
 
 def _taken(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

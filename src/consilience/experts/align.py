@@ -30,7 +30,7 @@ class Alignment:
     shared its value with in the donor, and no longer does because some model changes one without the other;
     ``untied_config`` says that the output's config must stop tying. ``private`` maps expert name to its own unmerged
     tensors. ``packed`` are the donor's quantised weights, which are copied; ``same_parts`` lists (expert, weight) that
-    must be the same in it.
+    must be the same in it. ``owners`` names, for tensors that are not the donor's, the model whose they are.
     """
 
     donor: Model
@@ -44,6 +44,7 @@ class Alignment:
     same_parts: list[tuple[Model, PackedWeight]]
     vocabulary: Resized = field(default_factory=lambda: Resized({}, {}))
     heads: Heads = field(default_factory=Heads)
+    owners: dict[str, str] = field(default_factory=dict[str, str])
 
     def source(self, model: Model, name: str) -> Source:
         """Return where a tensor of the output comes from in one of the models."""
@@ -56,7 +57,9 @@ class Alignment:
     def owner(self, name: str) -> str:
         """Return the name of the model whose value a tensor has where nothing is merged."""
         expert = self.heads.expert
-        return expert.name if expert is not None and name in self.heads.tensors else self.donor.name
+        if expert is not None and name in self.heads.tensors:
+            return expert.name
+        return self.owners.get(name, self.donor.name)
 
 
 def _check_dense(
