@@ -84,16 +84,19 @@ def _recipe_of(recipe: Any) -> "tuple[Recipe, str, Path | None]":
     Raises:
         InputError: it is none of these, or is wrong.
     """
-    from consilience.recipe.schema import Recipe
-    from consilience.recipe.stages import parse_documents, read_recipe
-
-    if isinstance(recipe, str | Path):
-        path = path_of(recipe, "recipe")
-        return read_recipe(path), str(path), path.parent
     value, where, root = _values_of(recipe)
+    return _parsed(value, where, recipe), where, root
+
+
+def _parsed(value: Any, where: str, given: Any) -> "Recipe":
+    """Return the recipe of what ``_values_of`` returned of what was ``given``: a pipe is read once."""
+    from consilience.recipe.schema import Recipe
+    from consilience.recipe.stages import parse_documents
+
     if isinstance(value, Recipe):
-        return value, where, root
-    return parse_documents(value if isinstance(value, list) else [value], where), where, root
+        return value
+    found = parse_documents(cast(list[Any], value) if isinstance(value, list) else [value], where)
+    return found.with_file(Path(given)) if isinstance(given, str | Path) else found
 
 
 def _values_of(recipe: Any) -> "tuple[Any, str, Path | None]":
@@ -652,7 +655,7 @@ def plan_recipe(
         )
         check_differences(plan.differences, where, strict=strict)
         return plan
-    recipe, where, root = _recipe_of(given)
+    recipe = _parsed(value, where, given)
     single = path_of(out, "out").name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
     how = _How(where, root, shard_size, stochastic=stochastic_rounding, allow_nonfinite=allow_nonfinite, strict=strict)
     if not recipe.stages:

@@ -135,9 +135,9 @@ def _kind(expert: Model) -> str:
 def tensor_lines(plan: Plan) -> list[str]:
     """Return a line for each tensor, in the order of layers."""
     tensors = sorted(plan.tensors, key=lambda tensor: natural(tensor.name))
-    owners = [plan.alignment.owner(tensor.name) for tensor in tensors]
-    sources = [_origin(*of) if plan.stacking is not None else "" for of in zip(tensors, owners, strict=True)]
-    return [f"  {describe_tensor(*of)}{source}" for *of, source in zip(tensors, owners, sources, strict=True)]
+    pairs = [(tensor, plan.alignment.owner(tensor.name)) for tensor in tensors]
+    sources = [_origin(tensor, owner) if plan.stacking is not None else "" for tensor, owner in pairs]
+    return [f"  {describe_tensor(*pair)}{source}" for pair, source in zip(pairs, sources, strict=True)]
 
 
 def plan_facts(plan: Plan, threads: int) -> dict[str, Any]:
