@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from consilience.coefficients import Coefficients
     from consilience.doctor.diagnosis import Diagnosis
     from consilience.engine.adapter_output import AdapterSummary, Kind
+    from consilience.engine.load_check import LoadCheck
     from consilience.engine.plan import Plan
     from consilience.engine.summary import Summary
     from consilience.experts.state_dict import StateDict
@@ -83,13 +84,19 @@ def _recipe_of(recipe: Any) -> "tuple[Recipe, str, Path | None]":
     Raises:
         InputError: it is none of these, or is wrong.
     """
-    from consilience.recipe.schema import Recipe, parse_recipe, read_recipe
-
-    if isinstance(recipe, str | Path):
-        path = path_of(recipe, "recipe")
-        return read_recipe(path), str(path), path.parent
     value, where, root = _values_of(recipe)
-    return value if isinstance(value, Recipe) else parse_recipe(value, where), where, root
+    return _parsed(value, where, recipe), where, root
+
+
+def _parsed(value: Any, where: str, given: Any) -> "Recipe":
+    """Return the recipe of what ``_values_of`` returned of what was ``given``: a pipe is read once."""
+    from consilience.recipe.schema import Recipe
+    from consilience.recipe.stages import parse_documents
+
+    if isinstance(value, Recipe):
+        return value
+    found = parse_documents(cast(list[Any], value) if isinstance(value, list) else [value], where)
+    return found.with_file(Path(given)) if isinstance(given, str | Path) else found
 
 
 def _values_of(recipe: Any) -> "tuple[Any, str, Path | None]":
@@ -99,14 +106,17 @@ def _values_of(recipe: Any) -> "tuple[Any, str, Path | None]":
         InputError: its file cannot be read.
     """
     from consilience.recipe.schema import Recipe
-    from consilience.recipe.yaml_file import read_yaml
+    from consilience.recipe.yaml_file import read_documents
 
     if isinstance(recipe, Recipe):
         return recipe, recipe.where, None if recipe.file is None else recipe.file.parent
     if isinstance(recipe, Mapping):
         return dict(cast(Mapping[str, Any], recipe)), "recipe", None
+    if isinstance(recipe, list | tuple) and recipe:
+        return list(cast(Sequence[Any], recipe)), "recipe", None
     path = path_of(recipe, "recipe")
-    return read_yaml(path), str(path), path.parent
+    documents = read_documents(path)
+    return documents[0] if len(documents) == 1 else documents, str(path), path.parent
 
 
 def build_recipe(
@@ -604,7 +614,7 @@ def collection_paused() -> Generator[None]:
 
 
 def plan_recipe(
-    recipe: "Recipe | Mapping[str, Any] | PathLike",
+    recipe: "Recipe | Mapping[str, Any] | Sequence[Mapping[str, Any]] | PathLike",
     out: PathLike | None = None,
     *,
     shard_size: int | None = None,
@@ -620,9 +630,11 @@ def plan_recipe(
 
     Relative paths in a recipe file start from the current folder if they exist there, else from the file's folder. That
     of a mixture of experts (``experts:``, as mergekit-moe has it) is planned too: see docs/moe.md.
+    Of a recipe of several documents the output's plan is returned, with those of its ``stages``.
     """
     from consilience.engine.differences import check_differences
-    from consilience.engine.plan import SHARD_SIZE, make_plan
+    from consilience.engine.plan import SHARD_SIZE
+    from consilience.engine.stages import plan_on_skeletons
     from consilience.moe.recipe import is_moe, parse_moe_recipe
 
     if shard_size is not None and not is_count(shard_size):
@@ -645,20 +657,64 @@ def plan_recipe(
         )
         check_differences(plan.differences, where, strict=strict)
         return plan
-    recipe, where, root = _recipe_of(given)
+    recipe = _parsed(value, where, given)
     single = path_of(out, "out").name if out is not None and str(out).endswith(".safetensors") else "model.safetensors"
-    with collection_paused():
-        plan = make_plan(
-            recipe,
-            where=where,
-            root=root,
-            shard_size=shard_size or SHARD_SIZE,
-            stochastic=stochastic_rounding,
-            allow_nonfinite=allow_nonfinite,
-            single=single,
-            coefficients=coefficients,
-        )
-    check_differences(plan.differences, where, strict=strict)
+    how = _How(where, root, shard_size, stochastic=stochastic_rounding, allow_nonfinite=allow_nonfinite, strict=strict)
+    if not recipe.stages:
+        return how.plan(recipe, {}, single=single, coefficients=coefficients)
+    return plan_on_skeletons(
+        recipe,
+        lambda one, made: how.plan(
+            one, made, single=single if one is recipe else "model.safetensors",
+            coefficients=coefficients if one is recipe else None, values=False,
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _How:
+    """How the merges of one recipe are planned."""
+
+    where: str
+    root: Path | None
+    shard_size: int | None
+    stochastic: bool
+    allow_nonfinite: bool
+    strict: bool
+
+    def plan(
+        self,
+        recipe: "Recipe",
+        made: Mapping[str, Path],
+        *,
+        single: str,
+        coefficients: "Coefficients | None" = None,
+        values: bool = True,
+    ) -> "Plan":
+        """Plan one merge; without ``values`` what other merges made is looked at by headers alone."""
+        from consilience.engine.differences import check_differences
+        from consilience.engine.plan import SHARD_SIZE, make_plan
+
+        where = recipe.where if recipe.name is not None and not recipe.stages else self.where
+        with collection_paused():
+            plan = make_plan(
+                recipe,
+                where=where,
+                root=self.root,
+                shard_size=self.shard_size or SHARD_SIZE,
+                stochastic=self.stochastic,
+                allow_nonfinite=self.allow_nonfinite,
+                single=single,
+                coefficients=coefficients,
+                made=made,
+            )
+        if values or not made:
+            check_differences(plan.differences, where, strict=self.strict)
+        return _with_data(plan, where)
+
+
+def _with_data(plan: "Plan", where: str) -> "Plan":
+    """Return a plan whose data for learning, if it learns, are there and can be read."""
     if plan.unlearned:
         from consilience.tasks.load import require_transformers
 
@@ -704,6 +760,8 @@ def learn(
 
     plan = plan_recipe(recipe, out)
     try:
+        if plan.stages:
+            raise InputError(f"{plan.where}: has stages, which are to be merged first; call merge_recipe")
         with open_progress(progress) as shown:
             settings = _Learning(threads, device, tensorboard, trust_remote_code, shown).arguments()
             check_learning(plan, settings["tensorboard"], device)
@@ -750,7 +808,7 @@ def _warn(text: str) -> None:
 
 
 def merge_recipe(
-    recipe: "Recipe | Mapping[str, Any] | PathLike",
+    recipe: "Recipe | Mapping[str, Any] | Sequence[Mapping[str, Any]] | PathLike",
     out: PathLike,
     *,
     as_adapter: "Kind | None" = None,
@@ -771,6 +829,8 @@ def merge_recipe(
     warned: Callable[[str], None] = _warn,
 ) -> "Summary | AdapterSummary":
     """Carry out a recipe (a ``Recipe``, plain values or a YAML file) and write OUT; see ``merge`` and ``learn``.
+
+    Plain values are a mapping, or a list of mappings for a recipe of several documents.
 
     The models are opened once. A learned method learns first, unless its ``coefficients`` are given, in the folder
     that the merge then works in, so that the same call continues wherever it was stopped.
@@ -800,10 +860,9 @@ def merge_recipe(
         InputError: the input is wrong; nothing is left behind.
         MachineError: the disk or another part of the machine failed; the same call continues where it stopped.
     """
-    from consilience.engine.adapter_output import adapter_in, check_adapter
-    from consilience.engine.differences import by_level
-    from consilience.engine.load_check import LoadCheck, check_model
-    from consilience.engine.merge import merge_in, merge_workdir
+    from consilience.engine.adapter_output import check_adapter
+    from consilience.engine.load_check import LoadCheck
+    from consilience.engine.merge import merge_workdir
     from consilience.progress import open_progress
 
     check_threads(threads)
@@ -827,21 +886,79 @@ def merge_recipe(
             open_progress(progress) as shown,
             merge_workdir(plan, Path(out), force=force, digest=digest, folder=folder) as work,
         ):
-            if work.delivered is None:
-                for text in by_level(plan.differences, "warning"):
-                    warned(text)
-            check, loader = LoadCheck(check_load, trust_remote_code), ""
-            if work.delivered is None and kind is None:
-                loader = check_model(plan, check, shown)
-            if work.delivered is None and plan.unlearned:
-                plan = _learned(plan, work, _Learning(threads, device, tensorboard, trust_remote_code, shown))
-                if learned is not None and plan.coefficients is not None:
-                    learned(plan.coefficients)
-            if kind is not None:
-                return adapter_in(plan, work, kind, rank or 0, threads=threads, progress=shown, check=check)
-            return merge_in(plan, work, loader=loader, threads=threads, progress=shown)
+            learning = _Learning(threads, device, tensorboard, trust_remote_code, shown)
+            run = _Run(learning, LoadCheck(check_load, trust_remote_code), learned, warned, strict=strict)
+            if plan.stages and work.delivered is None:
+                plan = run.stages(plan, work)
+            return run.deliver(plan, work, kind, rank)
     finally:
         plan.close()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How merges are carried out."""
+
+    learning: _Learning
+    check: "LoadCheck"
+    learned: "Callable[[Coefficients], None] | None"
+    warned: Callable[[str], None]
+    strict: bool
+
+    def stages(self, plan: "Plan", work: "Workdir") -> "Plan":
+        """Carry the stages of a plan out in the folder that is held, and return the plan on what they made.
+
+        A stage that an earlier run of the same work has finished is there already.
+        """
+        from consilience.engine.merge import merge_workdir
+        from consilience.engine.stages import STAGES, stage_place
+
+        made: dict[str, Path] = {}
+        for name, stage in plan.stages.items():
+            place = stage_place(work.path / STAGES, name, stage)
+            if not place.exists():
+                ready = self._on(stage, made)
+                try:
+                    with merge_workdir(ready, place, force=False, digest=work_digest(ready, None, None)) as inner:
+                        self.deliver(ready, inner, None, None)
+                finally:
+                    ready.close()
+            made[name] = place
+        ready = self._on(plan, made)
+        plan.close()
+        return ready
+
+    def _on(self, plan: "Plan", made: Mapping[str, Path]) -> "Plan":
+        """Return a plan again, on what other merges have made."""
+        from consilience.engine.differences import check_differences
+        from consilience.engine.plan import replanned
+
+        plan = replanned(plan, made)
+        check_differences(plan.differences, plan.where, strict=self.strict)
+        return plan
+
+    def deliver(
+        self, plan: "Plan", work: "Workdir", kind: "Kind | None", rank: int | None
+    ) -> "Summary | AdapterSummary":
+        """Learn, if a plan does, then merge in the folder that is held."""
+        from consilience.engine.adapter_output import adapter_in
+        from consilience.engine.differences import by_level
+        from consilience.engine.load_check import check_model
+        from consilience.engine.merge import merge_in
+
+        threads, shown, loader = self.learning.threads, self.learning.progress, ""
+        if work.delivered is None:
+            for text in by_level(plan.differences, "warning"):
+                self.warned(text)
+        if work.delivered is None and kind is None:
+            loader = check_model(plan, self.check, shown)
+        if work.delivered is None and plan.unlearned:
+            plan = _learned(plan, work, self.learning)
+            if self.learned is not None and plan.coefficients is not None:
+                self.learned(plan.coefficients)
+        if kind is not None:
+            return adapter_in(plan, work, kind, rank or 0, threads=threads, progress=shown, check=self.check)
+        return merge_in(plan, work, loader=loader, threads=threads, progress=shown)
 
 
 def check_adapter_options(shard_size: int | None, *, stochastic: bool, allow_nonfinite: bool) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 import consilience as cs
 from consilience.__main__ import run
+from consilience.engine import opener
 from consilience.engine import plan as planning
 from tests.kills.commands import write_adapters, write_learnable
 
@@ -16,13 +17,14 @@ from tests.kills.commands import write_adapters, write_learnable
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The references of all models that are opened, in order."""
     references: list[str] = []
-    real: Any = planning.open_model
+    real: Any = opener.open_model
 
     def counting(name: str, reference: str, *rest: Any, **named: Any) -> Any:
         references.append(reference)
         return real(name, reference, *rest, **named)
 
-    monkeypatch.setattr(planning, "open_model", counting)
+    for module in (planning, opener):
+        monkeypatch.setattr(module, "open_model", counting)
     return references
 
 

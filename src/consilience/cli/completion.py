@@ -182,7 +182,7 @@ class _Typed:
 
     def _read(self, path: str) -> None:
         from consilience.experts.expert_set import expert_names
-        from consilience.recipe.schema import read_recipe
+        from consilience.recipe.stages import read_recipe
 
         recipe = read_recipe(path)
         self.method = recipe.merge_method

@@ -166,6 +166,11 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
             f"{option('as_adapter', 'cat')}: chunks of a tensor have coefficients of their own, which factors cannot "
             f"hold; use svd with {option('rank', 'R')}"
         )
+    if plan.stacking is not None or plan.stages:
+        form = "slices or modules" if plan.stacking is not None else "stages"
+        raise InputError(
+            f"{plan.where}: {option('as_adapter', kind)}: {form} make models that no adapter stands on; leave it out"
+        )
     check_low_rank(plan)
     if plan.recipe.config is not None:
         raise InputError(f"{plan.where}: config: an adapter has no config.json of its own; leave the key out")

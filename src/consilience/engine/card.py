@@ -64,6 +64,13 @@ def _adapter_base(model: Model) -> str:
     return f" (LoRA on {named})" if named else " (LoRA)"
 
 
+def _slices(plan: Plan) -> list[str]:
+    """Return what the layers of the output are stacked of, as a list."""
+    if plan.stacking is None:
+        return []
+    return ["## Layers", "", *(f"- {one.text}" for one in plan.stacking.slices), ""]
+
+
 def render_card(
     plan: Plan, title: str, fingerprint: str, recipe_text: str, notes: list[str], peft: bool = False
 ) -> str:
@@ -106,6 +113,7 @@ def render_card(
         "",
         *(f"**Warning:** {warning}." for warning in (*warnings, *by_level(plan.differences, "warning"))),
         *([""] if warnings or by_level(plan.differences, "warning") else []),
+        *_slices(plan),
         "## How to repeat it",
         "",
         "```yaml",

@@ -180,10 +180,10 @@ def files_of_output(plan: "Plan") -> ModelFiles:
 def output_configs(plan: "Plan") -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json and generation_config.json as the recipe chooses them, {} for one that is not there."""
     base, recipe = ModelFiles(plan.alignment.donor), plan.recipe
-    config, generation = (_in_output(plan, base.name, part) for part in (base.config, base.generation))
+    config, generation = _stacked(plan, base), _in_output(plan, base.name, base.generation)
     chosen = _choice(plan, recipe.config)
     if chosen is not None:
-        config = _taken(config, _in_output(plan, chosen.name, chosen.config))
+        config = _taken(config, _as_stacked(plan, _in_output(plan, chosen.name, chosen.config), config))
         own = {key: generation[key] for key in SPECIAL_IDS if key in generation}
         theirs = _in_output(plan, chosen.name, chosen.generation)
         generation = {key: v for key, v in theirs.items() if key not in SPECIAL_IDS} | own
@@ -202,6 +202,21 @@ def _in_output(plan: "Plan", name: str, config: dict[str, Any]) -> dict[str, Any
     """Return a copy of a model's config whose token ids are the output's: of the same tokens."""
     tokens = plan.alignment.tokens
     return copy.deepcopy(config) if tokens is None else translated(config, tokens.choice, name)
+
+
+def _stacked(plan: "Plan", base: ModelFiles) -> dict[str, Any]:
+    """Return the base's config, with the output's layers where these are stacked of several models'."""
+    config = _in_output(plan, base.name, base.config)
+    if plan.stacking is None or not config:
+        return config
+    try:
+        return plan.stacking.config(config)
+    except InputError as error:
+        raise InputError(f"{plan.where}: {error}") from None
+
+
+def _as_stacked(plan: "Plan", config: dict[str, Any], stacked: dict[str, Any]) -> dict[str, Any]:
+    return config if plan.stacking is None else plan.stacking.own_config(config, stacked)
 
 
 def _taken(base: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

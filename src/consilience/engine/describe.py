@@ -85,6 +85,13 @@ def describe_tensor(tensor: TensorPlan, owner: str) -> str:
     return f"{tensor.name}  {shape}  {dtype}  {action}"
 
 
+def _origin(tensor: TensorPlan, owner: str) -> str:
+    """Return where a tensor comes from in each model that calls it otherwise, and in whichever stands alone."""
+    pairs = [*zip(tensor.row_names, tensor.rows, strict=True)] or [(owner, tensor.base)]
+    stored = [f"{name} {source.dense.name}" for name, source in pairs if source.dense is not None]
+    return f"  <- {', '.join(stored)}" if stored else ""
+
+
 def counted(plan: Plan) -> str:
     """Say how many tensors the output has, and how many of them are merged."""
     merged = sum(t.program is not None for t in plan.tensors)
@@ -103,13 +110,20 @@ def notes_of(plan: Plan) -> list[str]:
 
 
 def summary_lines(plan: Plan, threads: int) -> list[str]:
-    """Return what a dry run says of the whole: models, method, tensors, files, cost, warnings and notes."""
+    """Return what a dry run says of the whole, the stages' first: models, method, tensors, files, cost, notes."""
+    stages = plan.stages.items()
+    lines = [line for name, stage in stages for line in (f"stage    {name}", *summary_lines(stage, threads))]
+    return [*lines, *(["output"] if lines else []), *_summary_lines(plan, threads)]
+
+
+def _summary_lines(plan: Plan, threads: int) -> list[str]:
     cost = estimate(plan, threads)
     lines = [f"method   {plan.method.name}: {plan.method.summary}"]
     if plan.base is not None:
         lines.append(f"base     {plan.base.reference}")
     for expert in plan.experts:
         lines.append(f"expert   {expert.name}: {expert.reference} ({_kind(expert)})")
+    lines += [f"slice    {one.text}" for one in plan.stacking.slices] if plan.stacking is not None else []
     parameters = sum(t.numel for t in plan.tensors)
     lines.append(f"tensors  {counted(plan)}; {parameters / 1e6:.1f} M parameters")
     files = plan.layout.files
@@ -134,7 +148,9 @@ def _kind(expert: Model) -> str:
 def tensor_lines(plan: Plan) -> list[str]:
     """Return a line for each tensor, in the order of layers."""
     tensors = sorted(plan.tensors, key=lambda tensor: natural(tensor.name))
-    return [f"  {describe_tensor(tensor, plan.alignment.owner(tensor.name))}" for tensor in tensors]
+    pairs = [(tensor, plan.alignment.owner(tensor.name)) for tensor in tensors]
+    sources = [_origin(tensor, owner) if plan.stacking is not None else "" for tensor, owner in pairs]
+    return [f"  {describe_tensor(*pair)}{source}" for pair, source in zip(pairs, sources, strict=True)]
 
 
 def plan_facts(plan: Plan, threads: int) -> dict[str, Any]:

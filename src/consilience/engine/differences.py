@@ -96,6 +96,9 @@ def differences(plan: "Plan") -> tuple[Difference, ...]:
         return ()
     output = files_of_output(plan)
     files = [ModelFiles(expert) for expert in plan.experts]
+    if plan.stacking is not None:  # layers that are put in another order are no difference
+        for own in files:
+            own.config = plan.stacking.own_config(own.config, output.config)
     others = [own for expert, own in zip(plan.experts, files, strict=True) if expert is not donor]
     base = output if plan.recipe.tokenizer_model in (None, "base") else ModelFiles(donor)
     by_token = plan.alignment.tokens is not None

@@ -20,6 +20,8 @@ def effect_notes(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
     merged = [tensor for tensor in plan.tensors if tensor.program is not None]
     if not plan.merges or (plan.base is None and len(plan.experts) == 1):
         return []  # copies are what was asked for
+    if not merged and plan.stacking is not None:
+        return []  # layers as they are, in another order
     if not merged:
         why = "'private' leaves none to merge" if plan.recipe.private else "no expert changes any"
         return [f"the result is the base, byte for byte: no tensor is merged ({why})"]
@@ -29,7 +31,11 @@ def effect_notes(plan: Plan, records: Mapping[Piece, Record]) -> list[str]:
     notes = [
         f"{expert.name}: has no part in the result ({why})" for expert in plan.experts if (why := _idle(plan, expert))
     ]
-    if records and all(_is_base(plan, tensor, pieces.get(tensor.index, [])) for tensor in merged):
+    if (
+        plan.stacking is None
+        and records
+        and all(_is_base(plan, tensor, pieces.get(tensor.index, [])) for tensor in merged)
+    ):
         lost = any(record.rounding[1] for record in records.values()) and not plan.stochastic
         lost = lost and all(t.program.space == "task_vectors" for t in merged if t.program)
         small = (

@@ -5,17 +5,20 @@ import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from consilience import __version__
 from consilience.checkpoints.checkpoint import Checkpoint, TensorInfo, raw
+from consilience.checkpoints.json_files import read_object
 from consilience.engine.plan import Plan
 from consilience.engine.stream import Piece
 from consilience.engine.worker import Record
 from consilience.experts.model import Model, Source
 from consilience.kernels.fingerprint import digest, mix
+from consilience.workdir import OURS
 
 
 def model_fingerprint(tensors: dict[str, str]) -> str:
@@ -88,6 +91,12 @@ def versions() -> dict[str, str]:
     return {"consilience": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in names}
 
 
+def _lineage_of(made: Path) -> dict[str, Any]:
+    """Return the lineage of what another merge made, without the list of its files, which are gone by then."""
+    document = made / OURS / "lineage.json"
+    return {k: v for k, v in read_object(document).items() if k != "files"} if document.is_file() else {}
+
+
 def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], str]:
     """Return the lineage document and the output's fingerprint."""
     inputs, output = fingerprints(plan, records)
@@ -116,6 +125,10 @@ def lineage(plan: Plan, records: dict[Piece, Record]) -> tuple[dict[str, Any], s
         ]
     if plan.alignment.tokens is not None:
         document["vocabulary"] = plan.alignment.tokens.facts()
+    if plan.stacking is not None:
+        document["slices"] = [asdict(one) for one in plan.stacking.slices]
+    if plan.made:
+        document["stages"] = {name: _lineage_of(place) for name, place in plan.made.items()}
     if plan.alignment.untied:
         document["untied"] = plan.alignment.untied
     return document, whole

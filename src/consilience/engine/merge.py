@@ -48,16 +48,22 @@ def recipe_value(plan: Plan) -> dict[str, Any]:
     for key in whole:  # YAML's 10 was read as the number 10.0
         if isinstance(value.get("parameters", {}).get(key), float):
             value["parameters"][key] = int(value["parameters"][key])
-    for entry in value["models"]:
+    for entry in value.get("models", []):
         if plan.method.base == "unused" or entry["model"] != plan.recipe.base_model:
             entry["name"] = next(names)
     return value
 
 
 def recipe_text(plan: Plan) -> str:
-    """Return the resolved recipe as YAML; comments before it say what of the recipe as it was read was replaced."""
+    """Return the resolved recipe as YAML, after those of the merges that it starts from.
+
+    Comments before it say what of the recipe as it was read was replaced.
+    """
+    made = (place / OURS / "recipe.yaml" for place in plan.made.values())
+    before = [path.read_text(encoding="utf-8") for path in made if path.is_file()]
     told = "".join(f"# {one_line(override.note)}\n" for override in plan.recipe.overrides)
-    return told + yaml.safe_dump(recipe_value(plan), sort_keys=False, allow_unicode=True)
+    own = told + yaml.safe_dump(recipe_value(plan), sort_keys=False, allow_unicode=True)
+    return "---\n".join([*before, own])
 
 
 def _resume(work: Workdir, plan: Plan) -> dict[Piece, Record]:
@@ -135,11 +141,16 @@ def _write_papers(result: Path, plan: Plan, document: dict[str, Any], text: str,
 
 
 def check_learned(plan: Plan) -> None:
-    """Refuse a plan whose coefficients are still to be learned, or statistics to be collected.
+    """Refuse a plan whose coefficients are still to be learned, statistics to be collected, or models to be made.
 
     Raises:
-        InputError: names the method.
+        InputError: names the method, or the stage.
     """
+    if plan.stages:
+        raise InputError(
+            f"{plan.where}: stage {next(iter(plan.stages))!r} has not been merged yet; call merge_recipe, which does "
+            "that first"
+        )
     if plan.unlearned:
         raise InputError(
             f"{plan.where}: method {plan.method.name!r} has not learned from its rows yet; call merge_recipe, which "

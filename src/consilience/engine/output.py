@@ -26,7 +26,7 @@ JOURNAL, PLAN, LEARNING = "journal.jsonl", "plan.json", "learning"
 
 def inputs(plan: Plan) -> list[Path]:
     """Return every file and folder the merge reads."""
-    found: list[Path] = []
+    found = [path for stage in plan.stages.values() for path in inputs(stage)]
     for model in plan.models:
         found += [part.path for part in (model.checkpoint, model.adapter) if part is not None and part.path is not None]
         found += [Path(entry.path) for entry in model.stamps()]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -16,6 +16,9 @@ from consilience.coefficients import Coefficients, Piece, fit, load_coefficients
 from consilience.engine.chosen_files import check_choices
 from consilience.engine.differences import Difference, differences
 from consilience.engine.layout import Layout, plan_layout
+from consilience.engine.opener import Opener
+from consilience.engine.skeletons import Skeletons
+from consilience.engine.slices import Section, Sliced, Stacking, open_sliced
 from consilience.engine.tokenizer import check_own_rows, token_choice
 from consilience.errors import InputError, option
 from consilience.experts.align import Alignment, align
@@ -30,7 +33,7 @@ from consilience.methods.signature import Method, TensorSpec
 from consilience.methods.ties import elect
 from consilience.methods.weighted_sum import PiecewiseSum, low_rank_weights, weighted
 from consilience.name_filter import any_filter, name_filter
-from consilience.recipe.resolve import Settings, depths
+from consilience.recipe.resolve import Known, Settings, check_used, depths, without_effect
 from consilience.recipe.schema import Recipe
 
 #: Elements of a tensor that one worker takes at a time. Part of the format of the journal, not of the result.
@@ -151,7 +154,9 @@ class Plan:
     ``recipe`` has every default that counts written out, which ``defaults`` lists; ``notes`` say what of the recipe has
     no effect. ``learning`` are a learned method's parameters; ``where`` and ``root`` say how errors name the recipe and
     where its relative paths start; ``numbers`` are the experts' places in ``recipe.models``; ``shard_size`` and
-    ``single`` are as ``make_plan`` was given them.
+    ``single`` are as ``make_plan`` was given them. ``sliced`` has the sections of a recipe of slices or modules.
+    ``stages`` are the plans of what other models are to be made by, whose ``skeletons`` lie in a folder meanwhile;
+    ``made`` are the folders of those that were.
     """
 
     recipe: Recipe
@@ -173,6 +178,22 @@ class Plan:
     defaults: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
     statistics: tuple[Statistics, ...] = ()
+    sliced: Sliced | None = None
+    stages: "Mapping[str, Plan]" = field(default_factory=dict[str, "Plan"])
+    skeletons: Skeletons | None = None
+    made: Mapping[str, Path] = field(default_factory=dict[str, Path])
+
+    @property
+    def stacking(self) -> Stacking | None:
+        """How the output's layers are stacked of the models'; None: they are the models' own."""
+        return self.sliced.stacking if self.sliced is not None else None
+
+    @property
+    def sections(self) -> list[tuple[Alignment, tuple[Model, ...]]]:
+        """Tensors that are merged of the same models, as alignment and experts: all of them, or those of a slice."""
+        if self.sliced is None:
+            return [(self.alignment, self.experts)]
+        return [(section.alignment, section.experts) for section in self.sliced.sections]
 
     @property
     def unlearned(self) -> bool:
@@ -226,13 +247,15 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "stochastic": self.stochastic,
             "allow_nonfinite": self.allow_nonfinite,
-            "inputs": [model.identity() for model in self.models],
+            "inputs": [self._identity(model) for model in self.models],
             "trained_rows": [
                 [name, tokens.rows] for m in self.models if m.adapter for name, tokens in m.adapter.tokens.items()
             ],
             "tensors": [_facts(tensor) for tensor in self.tensors],
             "files": [(file.name, file.size, hashlib.blake2b(file.header).hexdigest()) for file in self.layout.files],
         }
+        if self.stages:
+            facts["stages"] = [[name, stage.digest] for name, stage in self.stages.items()]
         if self.statistics:
             facts["statistics"] = [one.identity() for one in self.statistics]
         if self.alignment.tokens is not None:
@@ -241,15 +264,22 @@ class Plan:
             facts["coefficients"] = [repr(self.coefficients.groups), repr(self.coefficients.trimmed)]
         return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
+    def _identity(self, model: Model) -> list[tuple[str, int, int]]:
+        """Return a model's identity, without files that only stand for those of a stage: its plan is its identity."""
+        return [entry for entry in model.identity() if self.skeletons is None or not self.skeletons.holds(entry[0])]
+
     def close(self) -> None:
         """Release the inputs."""
-        for part in (*self.models, *self.statistics):
+        for part in (*self.models, *self.statistics, *self.stages.values()):
             part.close()
+        if self.stages and self.skeletons is not None:
+            self.skeletons.close()
 
 
 def _facts(tensor: TensorPlan) -> list[Any]:
     """Return what decides a tensor's bytes besides its inputs' bytes: values that come from configs and recipes."""
-    sources = [(s.dense.name if s.dense else None, s.pair and (s.pair.scale, s.pair.transposed)) for s in tensor.rows]
+    stored = tensor.rows or (tensor.base,)
+    sources = [(s.dense.name if s.dense else None, s.pair and (s.pair.scale, s.pair.transposed)) for s in stored]
     dense = [s.dense for s in (tensor.base, *tensor.rows) if s.dense is not None]
     codecs = [repr(info.codec) for info in dense if info.codec is not None]
     return [tensor.name, tensor.stream, tensor.out_dtype.name, tensor.parameters, sources, codecs]
@@ -262,16 +292,16 @@ def resolve_file(path: str, root: Path | None) -> Path:
 
 
 def open_models(
-    recipe: Recipe, method: Method, where: str, root: Path | None
+    recipe: Recipe, method: Method, where: str, opened: Opener
 ) -> tuple[Model | None, list[tuple[Model, int]]]:
     """Open the base and the experts; with each expert comes its entry's number in ``recipe.models``."""
-    base = open_model("base", recipe.base_model, root, base=True) if recipe.base_model is not None else None
+    base = opened("base", recipe.base_model, base=True) if recipe.base_model is not None else None
     names = expert_names([(entry.model, entry.name) for entry in recipe.models], where)
     experts: list[tuple[Model, int]] = []
     for number, (entry, name) in enumerate(zip(recipe.models, names, strict=True)):
         if entry.model == recipe.base_model and method.base != "unused":
             continue  # mergekit's way of listing the base among the models: its task vector is zero
-        experts.append((open_model(name, entry.model, root), number))
+        experts.append((opened(name, entry.model), number))
     return base, experts
 
 
@@ -344,7 +374,7 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
     info = alignment.tensors[name]
     base = alignment.source(donor, target)
     packed = name in alignment.packed.parts
-    merged = info.dtype.mergeable and name not in context.private and not packed
+    merged = info.dtype.mergeable and name not in context.private and not packed and bool(context.experts)
     rows: tuple[Source, ...] = ()
     program: Program | None = None
     parameters: dict[str, Any] = {}
@@ -353,7 +383,7 @@ def _tensor_plan(context: "_Context", index: int, name: str) -> TensorPlan:
         rows = tuple(alignment.source(model, target) for model in stack)
         names = tuple(m.name for m in stack)
         spec = TensorSpec(target, info.shape, info.numel, names, context.statistics, context.base is not None)
-        parameters = context.settings.at(target, context.depths.get(target, 0.0))
+        parameters = context.settings.at(target, context.depths.get(target, 0.0), context.own.get(target, ()))
         running = name.endswith(_RUNNING)
         program, parameters = _program(context, spec, parameters, running)
         alone = stack == [donor] and low_rank_weights(program) == (1.0,)
@@ -381,13 +411,14 @@ class _Context:
     alignment: Alignment
     experts: list[Model]
     settings: Settings
-    depths: dict[str, float]
+    depths: Mapping[str, float]
     private: set[str]
     out_dtype: DType | None
     coefficients: Coefficients | None
     where: str
     statistics: tuple[Statistics, ...] = ()
     base: Model | None = None
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     @property
     def counts_base(self) -> bool:
@@ -407,6 +438,7 @@ def make_plan(
     single: str = "model.safetensors",
     coefficients: Coefficients | None = None,
     statistics: Sequence[Path] = (),
+    made: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Plan a merge: from headers, and from values where a model may hold two of what another ties.
 
@@ -422,6 +454,7 @@ def make_plan(
         coefficients: what a learned method found; the recipe's own file, if it names one, by default. Without either a
             learned method is planned at its anchor.
         statistics: every expert's folder, where the method collects them itself.
+        made: the folders (or files) of models that other merges made, by the names that the recipe has for them.
 
     Raises:
         InputError: anything in the recipe or the models does not fit; nothing has been written.
@@ -430,9 +463,14 @@ def make_plan(
         method = load(recipe.merge_method)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    if recipe.sliced:
+        return _sliced_plan(
+            recipe, method, where, root, made or {}, shard_size=shard_size, stochastic=stochastic,
+            allow_nonfinite=allow_nonfinite, single=single,
+        )  # fmt: skip
     if models is None and method.base == "required" and recipe.base_model is None:
         check_count(method, None, len(recipe.models), where)
-    base, numbered = models or open_models(recipe, method, where, root)
+    base, numbered = models or open_models(recipe, method, where, Opener(root, made or {}))
     if not numbered:
         raise InputError(f"{where}: the only model it names is the base itself, {recipe.base_model}; name its experts")
     check_count(method, base, len(numbered), where)
@@ -483,23 +521,80 @@ def make_plan(
     notes += _without_statistics(method, planned, opened, where)
     taken = {t.name for t in planned if t.program is not None}
     notes += merged_note(name for name in routers(alignment.tensors) if name in taken)
-    metadata = {"format": "pt"} | {
-        k: v
-        for k, v in (alignment.donor.checkpoint.metadata if alignment.donor.checkpoint else {}).items()
-        if k == "format" or alignment.packed.weights  # some quantisers say there how they packed
-    }
-    notes += _too_small(shard_size, planned, alignment)
-    largest = shard_size if alignment.donor.folder is not None else sys.maxsize  # a flat file has no index
-    sizes_of = [(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned]
-    modules = alignment.donor.checkpoint.modules if alignment.donor.checkpoint else ()
-    layout = plan_layout(sizes_of, largest, metadata, single, modules)
-    placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
+    placed, layout, small = _placed(planned, alignment, shard_size, single)
+    notes += small
     _check_model_trim(placed, where)
     return Plan(
         settings.spelled_out(recipe), method, base, tuple(experts), alignment, placed, layout, stochastic,
         allow_nonfinite, coefficients, learning, where, root, tuple(number for _, number in numbered), shard_size,
         single, settings.used_defaults, tuple(notes), opened,
     )  # fmt: skip
+
+
+def _sliced_plan(
+    recipe: Recipe,
+    method: Method,
+    where: str,
+    root: Path | None,
+    made: Mapping[str, Path],
+    *,
+    shard_size: int,
+    stochastic: bool,
+    allow_nonfinite: bool,
+    single: str,
+) -> Plan:
+    """Plan a merge of slices or modules: each section as a merge of its own, all in one output."""
+    sliced = open_sliced(recipe, method, where, Opener(root, made))
+    alignment, base, experts = sliced.alignment, sliced.base, sliced.experts
+    check_choices(recipe, [alignment.donor, *(model for model in experts if model is not alignment.donor)], where)
+    out_dtype = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+    known, planned = Known(), dict[str, TensorPlan]()
+    parts: list[tuple[Settings, list[str], dict[str, list[str]]]] = []
+    order = {name: index for index, name in enumerate(alignment.tensors)}
+    for section in sliced.sections:
+        context, settings = _section_context(recipe, method, section, known, out_dtype, where)
+        names = list(section.alignment.tensors)
+        planned |= {name: _tensor_plan(context, order[name], name) for name in names}
+        parts += [] if section.copied else [(settings, names, section.own_names())]
+    check_used(parts)
+    tensors = [planned[name] for name in alignment.tensors]
+    notes = [*without_effect(parts), *_unread(recipe, method, where)]
+    placed, layout, small = _placed(tensors, alignment, shard_size, single)
+    _check_model_trim(placed, where)
+    return Plan(
+        parts[0][0].spelled_out(recipe), method, base, experts, alignment, placed, layout, stochastic, allow_nonfinite,
+        where=where, root=root, shard_size=shard_size, single=single, defaults=known.used_defaults,
+        notes=(*notes, *small), sliced=sliced,
+    )  # fmt: skip
+
+
+def _section_context(
+    recipe: Recipe, method: Method, section: Section, known: Known, out_dtype: DType | None, where: str
+) -> "tuple[_Context, Settings]":
+    settings = Settings(recipe, method, section.given, where, nearer=section.nearer, known=known)
+    context = _Context(
+        method, section.alignment, list(section.experts), settings, section.depths,
+        set(section.alignment.heads.tensors), out_dtype, None, where, base=section.base, own=section.own,
+    )  # fmt: skip
+    return context, settings
+
+
+def _placed(
+    planned: Sequence[TensorPlan], alignment: Alignment, shard_size: int, single: str
+) -> tuple[tuple[TensorPlan, ...], Layout, list[str]]:
+    """Lay the output out; return its tensors with their places, its files, and what to say of them."""
+    donor = alignment.donor
+    metadata = {"format": "pt"} | {
+        k: v
+        for k, v in (donor.checkpoint.metadata if donor.checkpoint else {}).items()
+        if k == "format" or alignment.packed.weights  # some quantisers say there how they packed
+    }
+    largest = shard_size if donor.folder is not None else sys.maxsize  # a flat file has no index
+    sizes = [(t.name, t.out_dtype, t.shape, t.nbytes) for t in planned]
+    modules = donor.checkpoint.modules if donor.checkpoint else ()
+    layout = plan_layout(sizes, largest, metadata, single, modules)
+    placed = tuple(replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in planned)
+    return placed, layout, _too_small(shard_size, planned, alignment)
 
 
 def _statistics(
@@ -571,7 +666,7 @@ def _unread(recipe: Recipe, method: Method, where: str) -> list[str]:
     return notes
 
 
-def _too_small(shard_size: int, tensors: list[TensorPlan], alignment: Alignment) -> list[str]:
+def _too_small(shard_size: int, tensors: Sequence[TensorPlan], alignment: Alignment) -> list[str]:
     """Say where a tensor, which is never cut, makes a file larger than was asked for."""
     larger = [t for t in tensors if t.nbytes > shard_size] if alignment.donor.folder is not None else []
     if not larger:
@@ -625,6 +720,22 @@ def with_coefficients(plan: Plan, coefficients: Coefficients, learned: Path | No
         single=plan.single,
         coefficients=coefficients,
     )
+
+
+def replanned(plan: Plan, made: Mapping[str, Path]) -> Plan:
+    """Return a plan again, on models that other merges have made since: by the recipe's names for them."""
+    again = make_plan(
+        plan.recipe,
+        where=plan.where,
+        root=plan.root,
+        shard_size=plan.shard_size,
+        stochastic=plan.stochastic,
+        allow_nonfinite=plan.allow_nonfinite,
+        single=plan.single,
+        coefficients=plan.coefficients,
+        made=made,
+    )
+    return replace(again, defaults=plan.defaults, made=dict(made) if plan.stages else {})
 
 
 def _check_model_trim(tensors: tuple[TensorPlan, ...], where: str) -> None:

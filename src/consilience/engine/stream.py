@@ -20,8 +20,10 @@ from consilience.engine.selection import Piece, Selection
 from consilience.engine.sums import RowTallies, Summation, Tallies
 from consilience.engine.worker import Record, Sink, Stopped, Worker, all_kept
 from consilience.errors import InputError, MachineError, option
+from consilience.experts.align import Alignment
 from consilience.experts.block import Loader, Marks, NonFinite, count_tensor
 from consilience.experts.expert_set import Opened
+from consilience.experts.model import Model
 from consilience.experts.quantised import changed
 from consilience.jit import compilation_shown
 from consilience.methods.program import Elementwise, Matrix, Program, Sums, Top
@@ -310,17 +312,22 @@ class Streamer:
 
 def integer_notes(plan: Plan) -> list[str]:
     """Compare the experts' integer buffers with the base's and say which differ (they are copied from the base)."""
-    donor = plan.alignment.donor
-    notes: list[str] = []
-    for tensor in plan.tensors:
-        info = tensor.base.dense
-        if info is None or info.dtype.mergeable or tensor.name in plan.alignment.packed.parts:
-            continue
-        ours = donor.stored(tensor.name)
-        for expert in plan.experts:
-            theirs = None if expert is donor else expert.stored(tensor.name)
+    integers = [
+        tensor.name for tensor in plan.tensors
+        if tensor.base.dense is not None and not tensor.base.dense.dtype.mergeable
+        and tensor.name not in plan.alignment.packed.parts
+    ]  # fmt: skip
+    return [note for alignment, experts in plan.sections for note in _integer_notes(integers, alignment, experts)]
+
+
+def _integer_notes(names: Iterable[str], alignment: Alignment, experts: Iterable[Model]) -> list[str]:
+    donor, notes = alignment.donor, list[str]()
+    for name in (name for name in names if name in alignment.tensors):
+        ours = donor.stored(name)
+        for expert in experts:
+            theirs = None if expert is donor else expert.stored(name)
             if ours is not None and theirs is not None and not same_bytes(ours, theirs):
-                notes.append(f"{tensor.name}: integer values of {expert.name} differ; copied from {donor.name}")
+                notes.append(f"{name}: integer values of {expert.name} differ; copied from {donor.name}")
     return notes
 
 
@@ -330,17 +337,22 @@ def check_copies(plan: Opened) -> None:
     Raises:
         InputError: names the weight, its format and what to pass instead.
     """
-    donor = plan.alignment.donor
-    for name, info in plan.alignment.tensors.items():
+    for alignment, experts in plan.sections if isinstance(plan, Plan) else [(plan.alignment, plan.experts)]:
+        _check_copies(alignment, experts)
+
+
+def _check_copies(alignment: Alignment, experts: Iterable[Model]) -> None:
+    donor = alignment.donor
+    for name, info in alignment.tensors.items():
         ours = donor.stored(name) if info.dtype.name == "C64" else None
-        for model in plan.experts if ours is not None else ():
-            theirs = None if name in plan.alignment.private.get(model.name, ()) else model.stored(name)
+        for model in experts if ours is not None else ():
+            theirs = None if name in alignment.private.get(model.name, ()) else model.stored(name)
             if ours is not None and theirs is not None and not same_bytes(ours, theirs):
                 raise InputError(
                     f"{model.reference}: tensor {name!r} is complex and differs from {donor.reference}'s; only "
                     "real numbers are merged: save torch.view_as_real(tensor) instead in each model, then turn it back"
                 )
-    for model, weight in plan.alignment.same_parts:
+    for model, weight in alignment.same_parts:
         for part in weight.parts:
             ours, theirs = donor.stored(part), model.stored(part)
             if ours is None or theirs is None or not same_bytes(ours, theirs):

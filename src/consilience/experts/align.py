@@ -32,7 +32,7 @@ class Alignment:
     ``untied_config`` says that the output's config must stop tying. ``private`` maps expert name to its own unmerged
     tensors. ``packed`` are the donor's quantised weights, which are copied; ``same_parts`` lists (expert, weight) that
     must be the same in it. ``tokens`` has the vocabulary that the recipe chooses, if it does, and the models' rows in
-    its order.
+    its order. ``owners`` names, for tensors that are not the donor's, the model whose they are.
     """
 
     donor: Model
@@ -47,6 +47,7 @@ class Alignment:
     vocabulary: Resized = field(default_factory=lambda: Resized({}, {}))
     heads: Heads = field(default_factory=Heads)
     tokens: Aligned | None = None
+    owners: dict[str, str] = field(default_factory=dict[str, str])
 
     def source(self, model: Model, name: str) -> Source:
         """Return where a tensor of the output comes from in one of the models."""
@@ -62,7 +63,9 @@ class Alignment:
     def owner(self, name: str) -> str:
         """Return the name of the model whose value a tensor has where nothing is merged."""
         expert = self.heads.expert
-        return expert.name if expert is not None and name in self.heads.tensors else self.donor.name
+        if expert is not None and name in self.heads.tensors:
+            return expert.name
+        return self.owners.get(name, self.donor.name)
 
 
 def _check_dense(

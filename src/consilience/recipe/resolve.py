@@ -1,13 +1,14 @@
 """From a recipe's settings to one value per tensor, expert and parameter.
 
-Precedence as in mergekit: the model's own ``parameters``, then the recipe's, then the method's default (mergekit's, if
-the recipe spells the method ``merge_method``). A list of numbers is a gradient over depth: linear interpolation at
-``t = layer / (layers - 1)``, 1 in the only layer of a model, 0 outside layers.
+Precedence as in mergekit: the ``parameters`` of a model (or a slice's source), of a slice, of a module, of the recipe,
+then the method's default (mergekit's, if the recipe spells the method ``merge_method``). A list of numbers is a
+gradient over depth: linear interpolation at ``t = layer / (layers - 1)``, 1 in the only layer of a model, 0 outside
+layers; in slices each slice counts its own layers.
 A list of ``filter``/``value`` takes the first entry that matches the tensor's name.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -146,28 +147,75 @@ def default_values(recipe: Recipe, method: Method) -> dict[str, Any]:
     return {**ours, **(method.mergekit if recipe.mergekit else {}), **preset}
 
 
+@dataclass(frozen=True)
+class Given:
+    """Parameters and their place in a recipe."""
+
+    place: str
+    parameters: Mapping[str, Setting]
+
+
+@dataclass
+class Known:
+    """What the settings of all slices of one recipe have in common: those of one place are asked by all of them."""
+
+    groups: dict[str, dict[str, _Resolved]] = field(default_factory=dict[str, dict[str, _Resolved]])
+    used_defaults: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
 class Settings:
     """The settings of a recipe for one method, resolved tensor by tensor."""
 
-    def __init__(self, recipe: Recipe, method: Method, experts: dict[str, int], where: str) -> None:
-        """``experts`` maps each expert's name to its entry in ``recipe.models``."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        experts: Mapping[str, "int | Given"],
+        where: str,
+        *,
+        nearer: Sequence["Given"] = (),
+        known: "Known | None" = None,
+    ) -> None:
+        """Take a recipe's settings apart.
+
+        Args:
+            recipe: the recipe.
+            method: its method.
+            experts: each expert's name and its entry's number in ``recipe.models``, or what is given to it alone.
+            where: how errors name the recipe.
+            nearer: what counts before the recipe's own parameters, nearest first: a slice's, a module's.
+            known: what other settings of the same recipe have in common with these.
+        """
         self.method, self.where = method, where
         self.experts = list(experts)
-        self._shared = self._group(recipe.parameters, "parameters")
+        self._known = Known() if known is None else known
+        scopes = (*nearer, Given("parameters", recipe.parameters))
+        self._shared = [self._group(given.parameters, given.place) for given in scopes]
         #: What stands for a parameter where the recipe is silent; and, of those that were needed, their values.
         self._defaults = default_values(recipe, method)
         self._flags = {key: each for key, each in method.mergekit.items() if isinstance(each, str)}
         self._flags = self._flags if recipe.mergekit else {}
-        self.used_defaults: dict[str, Any] = {}
-        self._own = {
-            name: self._group(recipe.models[index].parameters, f"models.{index}.parameters", own=True)
-            for name, index in experts.items()
+        entries = recipe.models
+        own = {
+            name: Given(f"models.{given}.parameters", entries[given].parameters) if isinstance(given, int) else given
+            for name, given in experts.items()
         }
-        settings = [each for group in (self._shared, *self._own.values()) for each in group.values()]
+        self._own = {name: self._group(given.parameters, given.place, own=True) for name, given in own.items()}
+        settings = [each for group in self._groups for each in group.values()]
         self._filters = [choice for each in settings for choice in each.choices if choice.pattern is not None]
         self._found: dict[tuple[float | bool, ...], dict[str, Any]] = {}
 
-    def _group(self, parameters: dict[str, Setting], place: str, own: bool = False) -> dict[str, _Resolved]:
+    @property
+    def used_defaults(self) -> dict[str, Any]:
+        """The defaults that were needed."""
+        return self._known.used_defaults
+
+    def _group(self, parameters: Mapping[str, Setting], place: str, own: bool = False) -> dict[str, _Resolved]:
+        if place not in self._known.groups:
+            self._known.groups[place] = self._resolved(parameters, place, own)
+        return self._known.groups[place]
+
+    def _resolved(self, parameters: Mapping[str, Setting], place: str, own: bool) -> dict[str, _Resolved]:
         known = self.method.parameters
         for key in parameters:
             if key not in known:
@@ -186,7 +234,7 @@ class Settings:
         parameter = self.method.parameters[key]
         groups = [self._own[expert]] if expert is not None else []
         value, place = None, self.where
-        for group in (*groups, self._shared):
+        for group in (*groups, *self._shared):
             if key in group and value is None:
                 value, place = group[key].at(name, t), group[key].where
         if value is None:
@@ -211,7 +259,7 @@ class Settings:
         Raises:
             InputError: a setting differs between tensors (a gradient over depth, or filters).
         """
-        for group in (self._shared, *self._own.values()):
+        for group in self._groups:
             for key, resolved in group.items():
                 if resolved.filtered or (
                     isinstance(resolved.plain, list) and self.method.parameters[key].kind != "texts"
@@ -221,44 +269,49 @@ class Settings:
                     )
         return self.at("", 0.0)
 
-    def at(self, name: str, t: float) -> dict[str, Any]:
-        """Return the method's keyword arguments for one tensor: the same for the same depth and matching filters."""
+    @property
+    def _groups(self) -> list[dict[str, _Resolved]]:
+        """Every group of settings, the recipe's own first."""
+        return [*reversed(self._shared), *self._own.values()]
+
+    def at(self, name: str, t: float, own: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the method's keyword arguments for one tensor: the same for the same depth and matching filters.
+
+        ``own`` is what each expert calls it, if not so.
+        """
+        if own:
+            return self._at(name, t, own)
         key = (t, *(choice.matches(name) for choice in self._filters))
         if key not in self._found:
-            self._found[key] = self._at(name, t)
+            self._found[key] = self._at(name, t, own)
         return self._found[key].copy()
 
-    def _at(self, name: str, t: float) -> dict[str, Any]:
+    def _at(self, name: str, t: float, own: Sequence[str]) -> dict[str, Any]:
         out: dict[str, Any] = {}
+        names = dict(zip(self.experts, own, strict=True)) if own else {}
         for key, parameter in self.method.parameters.items():
             argument = key if key != "lambda" else "lambda_"
             if parameter.per_expert:
-                out[argument] = tuple(self._value(key, expert, name, t) for expert in self.experts)
+                out[argument] = tuple(self._value(key, one, names.get(one, name), t) for one in self.experts)
             else:
                 out[argument] = self._value(key, None, name, t)
         return out
 
     def check_used(self, names: Iterable[str]) -> None:
         """Refuse filters that match none of the merged tensors."""
-        names = list(names)
-        for group in (self._shared, *self._own.values()):
-            for resolved in group.values():
-                resolved.check_used(names)
+        check_used([(self, names, {})])
 
     def without_effect(self, names: Iterable[str]) -> list[str]:
         """Say in a line each what of the given settings changes nothing."""
-        names = list(names)
-        notes: list[str] = []
-        for group in (self._shared, *self._own.values()):
-            for key, resolved in group.items():
-                parameter = self.method.parameters[key]
-                if not parameter.effective:
-                    given = [choice.value for choice in resolved.choices]
-                    if any(value != parameter.default for value in given):
-                        notes.append(f"{resolved.where}: has no effect in method {self.method.name!r}")
-                    continue
-                notes += resolved.without_effect(names)
-        return notes
+        return without_effect([(self, names, {})])
+
+    def _key_notes(self, key: str, resolved: _Resolved, names: Iterable[str]) -> list[str]:
+        parameter = self.method.parameters[key]
+        if parameter.effective:
+            return resolved.without_effect(names)
+        given = [choice.value for choice in resolved.choices]
+        changed = any(value != parameter.default for value in given)
+        return [f"{resolved.where}: has no effect in method {self.method.name!r}"] if changed else []
 
     def spelled_out(self, recipe: Recipe) -> Recipe:
         """Return the recipe with every default that was needed written down, so that no version's own count."""
@@ -267,6 +320,39 @@ class Settings:
             value = list(cast(tuple[str, ...], value)) if isinstance(value, tuple) else value
             if key not in shared:
                 shared[key] = value
-            elif not self._shared[key].covers:  # filters that leave tensors to the default
+            elif not self._shared[-1][key].covers:  # filters that leave tensors to the default
                 shared[key] = [*cast(list[Filtered], shared[key]), Filtered(filter=None, value=cast(Any, value))]
         return recipe.model_copy(update={"parameters": shared})
+
+
+#: Settings, the tensors that they are for, and what those are to each expert, where experts call them otherwise.
+Parts = Iterable[tuple[Settings, Iterable[str], Mapping[str, Iterable[str]]]]
+
+
+def _asked(parts: Parts) -> list[tuple[Settings, str, _Resolved, list[str]]]:
+    """Return every setting once, with the names of all tensors that may ask for it."""
+    found: dict[int, tuple[Settings, str, _Resolved, list[str]]] = {}
+    for settings, names, own in parts:
+        listed = list(names)
+        renamed = {expert: list(theirs) for expert, theirs in own.items()}
+        shared = [*listed, *(name for theirs in renamed.values() for name in theirs)]
+        groups = [(group, shared) for group in reversed(settings._shared)]  # pyright: ignore[reportPrivateUsage]
+        groups += [(group, renamed.get(name, listed)) for name, group in settings._own.items()]  # pyright: ignore[reportPrivateUsage]
+        for group, asking in groups:
+            for key, resolved in group.items():
+                found.setdefault(id(resolved), (settings, key, resolved, []))[3].extend(asking)
+    return list(found.values())
+
+
+def check_used(parts: Parts) -> None:
+    """Refuse filters that match none of the merged tensors, of settings and the tensors they are for."""
+    for _, _, resolved, names in _asked(parts):
+        resolved.check_used(names)
+
+
+def without_effect(parts: Parts) -> list[str]:
+    """Say in a line each what of the given settings, with the tensors they are for, changes nothing."""
+    notes: list[str] = []
+    for settings, key, resolved, names in _asked(parts):
+        notes += settings._key_notes(key, resolved, names)  # pyright: ignore[reportPrivateUsage]
+    return notes

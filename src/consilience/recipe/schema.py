@@ -1,4 +1,4 @@
-"""What to merge, as data. A mergekit ``models:`` recipe is a valid recipe."""
+"""What to merge, as data. A mergekit recipe is a valid recipe, whichever form it has."""
 
 import json
 import math
@@ -26,10 +26,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from consilience.checkpoints.dtypes import ALIASES
-from consilience.checkpoints.files import path_of
 from consilience.errors import InputError, nearest
 from consilience.recipe.tokens import BASE, UNION, TokenizerChoice, read_choice, written_choice
-from consilience.recipe.yaml_file import read_yaml
 
 Scalar = bool | float | str
 
@@ -43,6 +41,12 @@ def _visible(name: str) -> str:
     if name != name.strip():
         raise ValueError(f"{name!r} begins or ends with a space; rename it")
     return name
+
+
+def _stage_name(name: str) -> str:
+    if name[0] == "." or any(character in "/\\+" or not character.isprintable() for character in name):
+        raise ValueError(f"{name!r} must not begin with '.' or hold '/', '\\', '+' or control characters; rename it")
+    return _visible(name)
 
 
 def _whole(value: Any) -> Any:
@@ -76,6 +80,8 @@ Name = Annotated[
     Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff/\\.=]+$"),
     AfterValidator(_visible),
 ]
+#: What is made of one document of several.
+StageName = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_stage_name)]
 PathText = Annotated[str, Field(min_length=1), BeforeValidator(_path_text)]
 DtypeName = Annotated[str | None, PlainValidator(_dtype)]
 
@@ -96,9 +102,6 @@ def _json(value: Any) -> Any:
 
 #: A model of the merge by its name or reference, or ``base``.
 Choice = Annotated[str, Strict(), Field(min_length=1)]
-
-#: mergekit keys that a later version will understand.
-_LATER = ("slices", "modules")
 
 
 class Closed(BaseModel):
@@ -233,12 +236,69 @@ class Override:
     note: str
 
 
+def _layer_range(value: Any) -> tuple[int, int]:
+    numbers = [_whole(each) for each in cast(list[Any], _plain(value))] if isinstance(value, list | tuple) else []
+    if len(numbers) != 2 or any(not isinstance(each, int) or isinstance(each, bool) for each in numbers):
+        raise ValueError("must be two whole numbers, the first layer and the last + 1: write it as [0, 8]")
+    first, stop = numbers
+    if not 0 <= first < stop:
+        raise ValueError(f"[{first}, {stop}] holds no layer; the first counts from 0 and lies before the last + 1")
+    return first, stop
+
+
+class SliceSource(Closed):
+    """Layers of one model that a slice is made of: from the first of ``layer_range`` to before the second."""
+
+    model: PathText
+    layer_range: Annotated[tuple[int, int], PlainValidator(_layer_range), PlainSerializer(list)]
+    parameters: dict[str, Setting] = {}
+
+
+class Slice(Closed):
+    """Layers of the output: the merge of as many layers of each source; ``base_model`` in place of the recipe's."""
+
+    sources: list[SliceSource] = Field(min_length=1, max_length=1000)
+    base_model: PathText | None = None
+    parameters: dict[str, Setting] = {}
+
+
+def _one_form(recipe: "Recipe | Module", forms: tuple[str, ...]) -> None:
+    """Refuse no form, and several, of saying what to merge."""
+    given = [form for form in forms if getattr(recipe, form)]
+    if len(given) > 1:
+        raise ValueError(f"has {given[0]} and {given[1]}, which both say what to merge; keep one")
+    if not given:
+        raise ValueError(
+            f"names no model: {forms[0]} is missing; add it{', or ' if len(forms) > 1 else ''}"
+            + (" or ".join(forms[1:]))
+        )
+
+
+class Module(Closed):
+    """What one part of the models, such as ``text_decoder``, is merged from: whole models, or slices of its layers."""
+
+    slices: list[Slice] = Field(default=[], min_length=1, max_length=10_000)
+    models: list[ModelEntry] = Field(default=[], min_length=1, max_length=1000)
+    parameters: dict[str, Setting] = {}
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        _one_form(self, ("models", "slices"))
+        return self
+
+
 class Recipe(Closed):
-    """A merge: method, base, models, parameters, output dtype, seed; whose config, tokenizer and template it has."""
+    """A merge: method, base, models, parameters, output dtype, seed; whose config, tokenizer and template it has.
+
+    What is merged is said by one of ``models`` (whole models), ``slices`` (of their layers) and ``modules`` (parts).
+    """
 
     merge_method: str = Field(alias="method", default="")
+    name: StageName | None = None
     base_model: PathText | None = None
-    models: list[ModelEntry] = Field(min_length=1, max_length=1000)
+    models: list[ModelEntry] = Field(default=[], min_length=1, max_length=1000)
+    slices: list[Slice] = Field(default=[], min_length=1, max_length=10_000)
+    modules: dict[Annotated[str, Strict()], Module] = Field(default={}, min_length=1)
     parameters: dict[str, Setting] = {}
     dtype: DtypeName = None
     out_dtype: DtypeName = None
@@ -257,6 +317,7 @@ class Recipe(Closed):
     _where: str = PrivateAttr(default="recipe")
     _file: Path | None = PrivateAttr(default=None)
     _overrides: tuple["Override", ...] = PrivateAttr(default=())
+    _stages: "dict[str, Recipe]" = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -268,10 +329,16 @@ class Recipe(Closed):
         recipe = handler(value)
         if given:
             recipe._mergekit = "merge_method" in given
+        _one_form(recipe, ("models", "slices", "modules"))
         return recipe
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.__dict__ == other.__dict__  # wherever it was read
+
+    @property
+    def sliced(self) -> bool:
+        """Whether layers or parts of models are merged, not whole models: ``slices`` or ``modules``."""
+        return bool(self.slices or self.modules)
 
     @property
     def mergekit(self) -> bool:
@@ -309,6 +376,23 @@ class Recipe(Closed):
         recipe._mergekit, recipe._overrides = mergekit, (*self._overrides, *overrides)
         return recipe
 
+    @property
+    def stages(self) -> "dict[str, Recipe]":
+        """The merges that this one starts from, by name, each behind those that it starts from itself."""
+        return self._stages
+
+    def with_stages(self, stages: "dict[str, Recipe]", where: str) -> "Recipe":
+        """Return the recipe with the merges that it starts from."""
+        recipe = self.model_copy()
+        recipe._stages, recipe._where = stages, where
+        return recipe
+
+    def with_file(self, path: Path) -> "Recipe":
+        """Return the recipe with the file that it was read from."""
+        recipe = self.model_copy()
+        recipe._file = path
+        return recipe
+
     def with_method(self, method: str, parameters: dict[str, Any], models: list[ModelEntry]) -> "Recipe":
         """Return a merge of ``models`` onto the same base by another method, which takes our defaults."""
         changes = {"merge_method": method, "parameters": parameters, "models": models, "coefficients": None}
@@ -334,7 +418,10 @@ def _known_keys(location: tuple[int | str, ...], parts: Mapping[str, type[Closed
 
 
 #: The mappings inside a merge's recipe, by the key that holds them.
-_PARTS: Mapping[str, type[Closed]] = {"": Recipe, "models": ModelEntry, "data": DataPaths, "target": Target}
+_PARTS: Mapping[str, type[Closed]] = {
+    "": Recipe, "models": ModelEntry, "data": DataPaths, "target": Target, "slices": Slice, "sources": SliceSource,
+    "modules": Module,
+}  # fmt: skip
 
 #: Pydantic's kinds of error in a user's words.
 _SAID = {
@@ -375,8 +462,6 @@ def explain(error: ValidationError, where: str, parts: Mapping[str, type[Closed]
     place = _place(location) or "the recipe"
     if first["type"] == "extra_forbidden":
         key = str(location[-1])
-        if len(location) == 1 and key in _LATER:
-            return InputError(f"{where}: {key!r} is not supported yet; use the 'models:' form")
         known = _known_keys(location, parts)
         return InputError(
             f"{where}: unknown key {place!r}{nearest(key, known) or '; remove it, or use one of ' + ', '.join(known)}"
@@ -405,11 +490,4 @@ def parse_recipe(value: Any, where: str) -> Recipe:
     if not recipe.merge_method:
         raise InputError(f"{where}: merge_method is missing; name one of those 'consilience methods' lists")
     recipe._where = where  # pyright: ignore[reportPrivateUsage] - set here alone
-    return recipe
-
-
-def read_recipe(path: Path | str) -> Recipe:
-    """Read a recipe from a YAML file."""
-    recipe = parse_recipe(read_yaml(path_of(path, "recipe")), str(path))
-    recipe._file = Path(path)  # pyright: ignore[reportPrivateUsage] - set here alone
     return recipe

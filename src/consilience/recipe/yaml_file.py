@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ SIZE_LIMIT = 1 << 20
 NODE_LIMIT = 100_000
 #: No path, pattern or number is longer; YAML's base-60 integers take quadratic time.
 SCALAR_LIMIT = 10_000
+#: More merges than any recipe chains.
+DOCUMENT_LIMIT = 100
 #: Deeper nesting than any recipe has; composing recurses.
 DEPTH_LIMIT = 100
 
@@ -146,15 +149,47 @@ def parse_yaml(text: str, where: str) -> Any:
         ) from None
 
 
+def parse_documents(text: str, where: str) -> list[Any]:
+    """Parse the YAML documents of a text, each as ``parse_yaml`` does; empty ones do not count."""
+    if len(text) > SIZE_LIMIT:
+        raise InputError(f"{where}: too long for a recipe (limit {SIZE_LIMIT} characters); is it a recipe file?")
+    try:
+        _refuse_deep(text, where)
+        starts = [event.start_mark for event in yaml.parse(text, Loader=_Loader) if _begins(event)]
+    except (yaml.YAMLError, *_CONSTRUCTION):
+        return [parse_yaml(text, where)]  # says what is wrong
+    if len(starts) < 2:
+        return [parse_yaml(text, where)]
+    if len(starts) > DOCUMENT_LIMIT:
+        raise InputError(f"{where}: more than {DOCUMENT_LIMIT} documents; is it a recipe file?")
+    lines = text.splitlines(keepends=True)
+    cuts = [mark.line for mark in starts] + [len(lines)]
+    # Line numbers in errors are those of the file.
+    parts = ["\n" * first + "".join(lines[first:stop]) for first, stop in pairwise(cuts)]
+    return [parse_yaml(part, where) for part in parts if part.replace("---", "").strip()]
+
+
+def _begins(event: Any) -> bool:
+    return isinstance(event, yaml.DocumentStartEvent)
+
+
+def read_documents(path: Path) -> list[Any]:
+    """Parse the YAML documents in the file ``path``."""
+    return parse_documents(_text(path), str(path))
+
+
 def read_yaml(path: Path) -> Any:
     """Parse the YAML document in the file ``path`` (a pipe will do: only as much as a recipe may hold is read)."""
+    return parse_yaml(_text(path), str(path))
+
+
+def _text(path: Path) -> str:
     if not exists(path):
         raise InputError(f"{path}: {why_absent(path, what='recipe file')}")
     try:
         with open(path, "rb") as file:
-            text = file.read(SIZE_LIMIT + 1).decode("utf-8-sig")
+            return file.read(SIZE_LIMIT + 1).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); is it a recipe file?") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; is it a recipe file?") from None
-    return parse_yaml(text, str(path))

@@ -61,6 +61,9 @@ def open_case(recipe: Recipe, where: str = "recipe", root: Path | None = None) -
     Raises:
         InputError: there is no base, or no expert fits it.
     """
+    if recipe.sliced or recipe.stages:
+        form = "stages" if recipe.stages else "slices" if recipe.slices else "modules"
+        raise InputError(f"{where}: {form}: whole models are examined; give a recipe that names them as models")
     if recipe.base_model is None:
         raise InputError(f"{where}: base_model is missing; name the model that the experts were fine-tuned from")
     entries = [entry for entry in recipe.models if entry.model != recipe.base_model]
