@@ -1,121 +1,23 @@
-"""Tiny random models of twelve architectures: merged files equal a plain torch merge, and transformers runs them."""
+"""Tiny random models of forty architectures: merged files equal a plain torch merge, and transformers runs them."""
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, GENERATING, TEXT, hf
 from safetensors.torch import load_file, save_file
 
 import consilience as cs
 from consilience.engine.summary import Summary
 
-hf: Any = importlib.import_module("transformers")
 State = dict[str, torch.Tensor]
-
-TEXT: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-ENCODER = {k: v for k, v in TEXT.items() if k not in ("num_key_value_heads", "bos_token_id", "eos_token_id")}
-VISION = {k: v for k, v in ENCODER.items() if k not in ("vocab_size", "max_position_embeddings", "pad_token_id")}
-IMAGE = 60  # the image token of the multimodal models
-
-
-def token_inputs() -> dict[str, Any]:
-    return {"input_ids": torch.arange(3, 11).reshape(1, 8)}
-
-
-def image_tokens(count: int, before: int = 1) -> torch.Tensor:
-    return torch.tensor([[before] + [IMAGE] * count + [2]])
-
-
-def llama() -> tuple[Any, dict[str, Any]]:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)), token_inputs()
-
-
-def mistral() -> tuple[Any, dict[str, Any]]:
-    return hf.MistralForCausalLM(hf.MistralConfig(**TEXT, sliding_window=4)), token_inputs()
-
-
-def qwen2() -> tuple[Any, dict[str, Any]]:
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**TEXT, tie_word_embeddings=True)), token_inputs()
-
-
-def gemma3() -> tuple[Any, dict[str, Any]]:
-    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**TEXT, head_dim=8)), token_inputs()
-
-
-def t5() -> tuple[Any, dict[str, Any]]:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = hf.T5Config(vocab_size=64, decoder_start_token_id=0, **sizes)
-    return hf.T5ForConditionalGeneration(config), token_inputs() | {"labels": torch.arange(4).reshape(1, 4)}
-
-
-def bert() -> tuple[Any, dict[str, Any]]:
-    return hf.BertForSequenceClassification(hf.BertConfig(**ENCODER)), token_inputs()
-
-
-def vit() -> tuple[Any, dict[str, Any]]:
-    config = hf.ViTConfig(**VISION, image_size=16, patch_size=8)
-    return hf.ViTForImageClassification(config), {"pixel_values": torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)}
-
-
-def resnet() -> tuple[Any, dict[str, Any]]:
-    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=3)
-    return hf.ResNetForImageClassification(config), {"pixel_values": torch.linspace(0, 1, 3072).reshape(1, 3, 32, 32)}
-
-
-def mixtral() -> tuple[Any, dict[str, Any]]:
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**TEXT, num_local_experts=3, num_experts_per_tok=2)), token_inputs()
-
-
-def mamba() -> tuple[Any, dict[str, Any]]:
-    config = hf.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2)
-    return hf.MambaForCausalLM(config), token_inputs()
-
-
-def qwen2_vl() -> tuple[Any, dict[str, Any]]:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
-    tokens = {"video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-    config = hf.Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": rope}, vision_config=vision, image_token_id=IMAGE, **tokens
-    )
-    ids = image_tokens(2, before=62)
-    inputs = {
-        "input_ids": ids,
-        "mm_token_type_ids": (ids == IMAGE).long(),
-        "pixel_values": torch.linspace(0, 1, 8 * 96).reshape(8, 96),
-        "image_grid_thw": torch.tensor([[1, 4, 2]]),
-    }
-    return hf.Qwen2VLForConditionalGeneration(config), inputs
-
-
-def internvl() -> tuple[Any, dict[str, Any]]:
-    vision = VISION | {"image_size": [16, 16], "patch_size": [4, 4]}
-    text = hf.Qwen2Config(**TEXT).to_dict()
-    config = hf.InternVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, downsample_ratio=0.5)
-    inputs = {"input_ids": image_tokens(4), "pixel_values": torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)}
-    return hf.InternVLForConditionalGeneration(config), inputs
-
-
-MODELS: list[Callable[[], tuple[Any, dict[str, Any]]]] = [
-    llama, mistral, qwen2, gemma3, t5, bert, vit, resnet, mixtral, mamba, qwen2_vl, internvl,
-]  # fmt: skip
 #: Models kept in 16 bits; the others stay float32.
-HALF = {"llama": torch.bfloat16, "qwen2": torch.bfloat16, "t5": torch.float16, "qwen2_vl": torch.bfloat16}
+HALF = {
+    **dict.fromkeys(("llama", "qwen2", "qwen2_vl", "gemma2", "deepseek_v3", "gpt_oss", "mamba2"), torch.bfloat16),
+    **dict.fromkeys(("t5", "gpt_neox", "llava", "modernbert"), torch.float16),
+}
 WEIGHTS = {"first": 0.7, "second": -0.4}
 
 
@@ -126,6 +28,7 @@ class Family:
     folder: Path
     kind: Any
     inputs: dict[str, Any]
+    generates: bool
     states: dict[str, State]
 
     def path(self, name: str) -> str:
@@ -152,12 +55,13 @@ def perturb(model: Any, generator: torch.Generator) -> None:
                 value.abs_().add_(0.5)
 
 
-QUICK = {llama, t5, resnet}
+#: One of each kind; the others repeat it.
+QUICK = ("llama", "gemma3", "t5", "qwen3_moe", "mamba2", "bert", "resnet", "qwen2_vl", "wav2vec2")
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(make, marks=() if make in QUICK else pytest.mark.slow) for make in MODELS],
+    params=[pytest.param(make, marks=() if make.__name__ in QUICK else pytest.mark.slow) for make in FAMILIES],
     ids=lambda make: make.__name__,
 )
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
@@ -175,7 +79,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         expert.save_pretrained(folder / name)
     states = {name: load_file(folder / name / "model.safetensors") for name in ("base", *WEIGHTS)}
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    return Family(folder, type(model), inputs, states)
+    return Family(folder, type(model), inputs, request.param in GENERATING, states)
 
 
 def trimmed(tau: torch.Tensor, density: float) -> torch.Tensor:
@@ -214,7 +118,16 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def run_model(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(**inputs).logits.double()
+        answer = model.eval()(**inputs)
+    value = next(answer[key] for key in ("logits", "logits_per_image", "last_hidden_state") if key in answer)
+    return value.double()
+
+
+def generate(model: Any, inputs: dict[str, Any]) -> list[int]:
+    """Return the tokens that follow the prompt, chosen greedily."""
+    prompt = {key: value for key, value in inputs.items() if key != "labels"}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    return model.eval().generate(**prompt, **settings)[0, -5:].tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -239,6 +152,8 @@ def test_merged_model_loads_runs_and_equals_a_torch_merge(family: Family, method
     logits = run_model(model, family.inputs)
     assert logits.isfinite().all()
     assert not torch.equal(logits, run_model(family.kind.from_pretrained(family.path("base")), family.inputs))
+    if family.generates:
+        assert len(generate(model, family.inputs)) == 5
     buffers = [name for name in merged if name.endswith(("running_mean", "running_var"))]
     assert any("BatchNorm" in note for note in summary.notes) == bool(buffers)
 
@@ -264,6 +179,8 @@ def test_merging_files_is_merging_models(family: Family, tmp_path: Path) -> None
     inputs = {k: v.float() if v.is_floating_point() else v for k, v in family.inputs.items()}
     merged = family.kind.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(run_model(merged, inputs), run_model(base, inputs), rtol=1e-4, atol=1e-4)
+    if family.generates:
+        assert generate(merged, inputs) == generate(base, inputs)
 
 
 def test_batch_norm_buffers_are_averaged_and_counts_copied(tmp_path: Path) -> None:
