@@ -34,7 +34,8 @@ from consilience.methods.ties import elect
 from consilience.methods.weighted_sum import PiecewiseSum, low_rank_weights, weighted
 from consilience.name_filter import any_filter, name_filter
 from consilience.recipe.resolve import Known, Settings, check_used, depths, without_effect
-from consilience.recipe.schema import Recipe
+from consilience.recipe.schema import RECIPE_KEYS, Recipe
+from consilience.recipe.unused_keys import without_unused
 
 #: Elements of a tensor that one worker takes at a time. Part of the format of the journal, not of the result.
 SEGMENT = 1 << 22
@@ -463,6 +464,7 @@ def make_plan(
         method = load(recipe.merge_method)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    recipe, unused_keys = without_unused(recipe, method, RECIPE_KEYS, where)
     if recipe.sliced:
         return _sliced_plan(
             recipe, method, where, root, made or {}, shard_size=shard_size, stochastic=stochastic,
@@ -516,7 +518,7 @@ def make_plan(
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
     merged = [t.name for t in planned if t.parameters or t.program is not None]
-    notes = [one.note for one in recipe.overrides]
+    notes = [*recipe.notes, *unused_keys, *(one.note for one in recipe.overrides)]
     notes += [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
     notes += _without_statistics(method, planned, opened, where)
     taken = {t.name for t in planned if t.program is not None}

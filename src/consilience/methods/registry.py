@@ -65,6 +65,12 @@ BUILT_IN: dict[str, str] = {
     "lorahub": "consilience.learned.lorahub",
 }
 
+#: All of mergekit 0.1.5's methods.
+MERGEKIT_METHODS = frozenset((
+    "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties",
+    "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", "nearswap", "arcee_fusion", "ram",
+    "ramplus_tl", "passthrough",
+))  # fmt: skip
 
 def names() -> list[str]:
     """Return the names of all methods, built in first."""

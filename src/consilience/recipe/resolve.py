@@ -20,6 +20,13 @@ from consilience.recipe.schema import Filtered, Recipe, Setting
 #: The first number in a name, with what precedes it; longer runs of digits are not layer numbers.
 _LAYER = re.compile(r"^((?:.*?\.)?)(\d{1,9})\.")
 
+#: What filters in recipes of mergekit's form name, whatever the architecture: no typos where a model has none of it.
+_PARTS = frozenset((
+    "attention", "attn", "block_sparse_moe", "down_proj", "embed_tokens", "gate_proj", "input_layernorm", "k_proj",
+    "layernorm", "lm_head", "mlp", "model.norm", "norm", "o_proj", "post_attention_layernorm", "q_proj", "self_attn",
+    "up_proj", "v_proj",
+))  # fmt: skip
+
 #: What a model's stack of layers is called, just before the layer's number.
 _STACKS = (["layers"], ["layer"], ["h"], ["block"], ["blocks"])
 
@@ -65,8 +72,9 @@ class _Choice:
 class _Resolved:
     """One setting, ready to be asked for any tensor's value."""
 
-    def __init__(self, setting: Any, where: str) -> None:
-        self.where = where
+    def __init__(self, setting: Any, where: str, elsewhere: frozenset[str] = frozenset()) -> None:
+        """``elsewhere`` are filters that need not match: other models have such tensors."""
+        self.where, self.elsewhere = where, elsewhere
         filtered = isinstance(setting, list) and isinstance(setting[0], Filtered)
         entries = cast(list[Filtered], setting) if filtered else [Filtered.model_construct(filter=None, value=setting)]
         self.choices = [
@@ -104,7 +112,7 @@ class _Resolved:
         """Refuse a filter that matches no tensor at all: it is a typo."""
         names = list(names)
         for choice in self.choices:
-            if not choice.depths and not any(map(choice.matches, names)):
+            if not choice.depths and choice.pattern not in self.elsewhere and not any(map(choice.matches, names)):
                 parts = sorted({part for name in names[:500] for part in name.split(".")})
                 raise InputError(
                     f"{self.where}: filter {choice.pattern!r} matches no tensor{nearest(choice.pattern or '', parts)}"
@@ -122,6 +130,7 @@ class _Resolved:
                 before = "the value without a filter" if first and first.pattern is None else "the filter"
                 before += f" {first.pattern!r}" if first and first.pattern is not None else ""
                 why = f"{before} before it takes its tensors" if first else f"{name!r} is not merged by itself"
+                why = why if name else "no tensor of these models is called so"
                 notes.append(f"{self.where}: filter {choice.pattern!r} has no effect: {why}")
             if choice.graded and choice.depths == {0.0}:
                 notes.append(
@@ -188,6 +197,7 @@ class Settings:
         """
         self.method, self.where = method, where
         self.experts = list(experts)
+        self._elsewhere = _PARTS if recipe.mergekit else frozenset[str]()
         self._known = Known() if known is None else known
         scopes = (*nearer, Given("parameters", recipe.parameters))
         self._shared = [self._group(given.parameters, given.place) for given in scopes]
@@ -228,7 +238,7 @@ class Settings:
                     f"{self.where}: {place}.{key} is shared by all models; move it to the top-level parameters"
                 )
         given = {key: _texts(value) if known[key].kind == "texts" else value for key, value in parameters.items()}
-        return {key: _Resolved(value, f"{self.where}: {place}.{key}") for key, value in given.items()}
+        return {key: _Resolved(value, f"{self.where}: {place}.{key}", self._elsewhere) for key, value in given.items()}
 
     def _value(self, key: str, expert: str | None, name: str, t: float) -> Any:
         parameter = self.method.parameters[key]

@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 from consilience.checkpoints.dtypes import ALIASES
 from consilience.errors import InputError, nearest
 from consilience.recipe.tokens import BASE, UNION, TokenizerChoice, read_choice, written_choice
+from consilience.recipe.unused_keys import without_unknown
 
 Scalar = bool | float | str
 
@@ -318,6 +319,7 @@ class Recipe(Closed):
     _file: Path | None = PrivateAttr(default=None)
     _overrides: tuple["Override", ...] = PrivateAttr(default=())
     _stages: "dict[str, Recipe]" = PrivateAttr(default_factory=dict)
+    _notes: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="wrap")
     @classmethod
@@ -393,6 +395,11 @@ class Recipe(Closed):
         recipe._file = path
         return recipe
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out as it was read: keys that nothing reads, in a recipe of mergekit's form."""
+        return self._notes
+
     def with_method(self, method: str, parameters: dict[str, Any], models: list[ModelEntry]) -> "Recipe":
         """Return a merge of ``models`` onto the same base by another method, which takes our defaults."""
         changes = {"merge_method": method, "parameters": parameters, "models": models, "coefficients": None}
@@ -422,6 +429,15 @@ _PARTS: Mapping[str, type[Closed]] = {
     "": Recipe, "models": ModelEntry, "data": DataPaths, "target": Target, "slices": Slice, "sources": SliceSource,
     "modules": Module,
 }  # fmt: skip
+
+#: The keys of those that mergekit's recipes have too.
+_KEYS = {
+    kind: tuple(name for field, info in part.model_fields.items() for name in (field, info.alias) if name)
+    for kind, part in _PARTS.items()
+    if kind not in ("data", "target")
+}
+#: The keys of a recipe.
+RECIPE_KEYS = _KEYS[""]
 
 #: Pydantic's kinds of error in a user's words.
 _SAID = {
@@ -481,6 +497,7 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         raise InputError(f"{where}: a recipe is a mapping with merge_method and models, not a {kind}; is it a recipe?")
     if "experts" in value and "models" not in value:
         raise InputError(f"{where}: is the recipe of a mixture of experts, which 'consilience merge' and 'check' take")
+    value, notes = without_unknown(cast(dict[Any, Any], value), _KEYS, where)
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
@@ -489,5 +506,5 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         raise InputError(f"{where}: nested too deeply; write it plainer") from None
     if not recipe.merge_method:
         raise InputError(f"{where}: merge_method is missing; name one of those 'consilience methods' lists")
-    recipe._where = where  # pyright: ignore[reportPrivateUsage] - set here alone
+    recipe._where, recipe._notes = where, notes  # pyright: ignore[reportPrivateUsage] - set here alone
     return recipe
