@@ -112,3 +112,13 @@ def test_the_table_of_mergekits_parameters_has_those_of_its_methods_here() -> No
     for name in MERGEKIT_METHODS & BUILT_IN.keys():
         assert load(name).parameters.keys() - own_only <= PARAMETERS, name
     assert REQUIRED <= PARAMETERS
+
+
+def test_a_key_without_a_value() -> None:
+    recipe, notes = read("ties", parameters=None, tokenizer_source=None)
+    assert (recipe.parameters, notes) == ({}, "")
+
+
+def test_one_filter_that_is_no_list() -> None:
+    recipe, _ = read("ties", parameters={"weight": {"filter": "mlp", "value": 0.5}})
+    assert recipe == read("ties", parameters={"weight": [{"filter": "mlp", "value": 0.5}]})[0]

@@ -35,7 +35,7 @@ from consilience.methods.weighted_sum import PiecewiseSum, low_rank_weights, wei
 from consilience.name_filter import any_filter, name_filter
 from consilience.recipe.resolve import Known, Settings, check_used, depths, without_effect
 from consilience.recipe.schema import RECIPE_KEYS, Recipe
-from consilience.recipe.unused_keys import without_unused
+from consilience.recipe.unused_keys import with_averaged_base, without_unused
 
 #: Elements of a tensor that one worker takes at a time. Part of the format of the journal, not of the result.
 SEGMENT = 1 << 22
@@ -464,10 +464,13 @@ def make_plan(
         method = load(recipe.merge_method)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    recipe, unused_keys = without_unused(recipe, method, RECIPE_KEYS, where)
+    recipe, mergekit_notes = without_unused(recipe, method, RECIPE_KEYS, where)
+    if models is None:
+        recipe, notes = with_averaged_base(recipe, method, where)
+        mergekit_notes += notes
     if recipe.sliced:
         return _sliced_plan(
-            recipe, method, where, root, made or {}, shard_size=shard_size, stochastic=stochastic,
+            recipe, method, where, root, made or {}, notes=mergekit_notes, shard_size=shard_size, stochastic=stochastic,
             allow_nonfinite=allow_nonfinite, single=single,
         )  # fmt: skip
     if models is None and method.base == "required" and recipe.base_model is None:
@@ -518,7 +521,7 @@ def make_plan(
     planned = [_tensor_plan(context, index, name) for index, name in enumerate(names)]
     settings.check_used(name for name in names if name not in private)
     merged = [t.name for t in planned if t.parameters or t.program is not None]
-    notes = [*recipe.notes, *unused_keys, *(one.note for one in recipe.overrides)]
+    notes = [*recipe.notes, *mergekit_notes, *(one.note for one in recipe.overrides)]
     notes += [*(settings.without_effect(names) if merged else []), *_unread(recipe, method, where)]
     notes += _without_statistics(method, planned, opened, where)
     taken = {t.name for t in planned if t.program is not None}
@@ -540,6 +543,7 @@ def _sliced_plan(
     root: Path | None,
     made: Mapping[str, Path],
     *,
+    notes: list[str],
     shard_size: int,
     stochastic: bool,
     allow_nonfinite: bool,
@@ -560,7 +564,7 @@ def _sliced_plan(
         parts += [] if section.copied else [(settings, names, section.own_names())]
     check_used(parts)
     tensors = [planned[name] for name in alignment.tensors]
-    notes = [*without_effect(parts), *_unread(recipe, method, where)]
+    notes = [*recipe.notes, *notes, *without_effect(parts), *_unread(recipe, method, where)]
     placed, layout, small = _placed(tensors, alignment, shard_size, single)
     _check_model_trim(placed, where)
     return Plan(

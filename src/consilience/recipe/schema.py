@@ -166,6 +166,8 @@ def _numbers(values: list[Any]) -> list[float]:
 def _setting(value: Any) -> Any:
     """Return a parameter's value as it is kept; the words of its errors follow the parameter's place."""
     value = _plain(value)
+    if isinstance(value, dict) and "filter" in value:
+        value = [value]
     if not isinstance(value, list):
         return _scalar(value)
     values = cast(list[Any], value)

@@ -10,6 +10,8 @@ error all the same, and so is what mergekit would miss.
     a parameter beside a model's name instead of under its parameters    error
     any other key, near a known one                                      error with the known one
     any other key                                                        note; an error if the method is not mergekit's
+
+mergekit also averages a ``base_model`` that is not among the models of ``linear``, if a weight is given for all.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +65,8 @@ def _cleaned(
             out[key] = value
             continue
         here = f"{place}{key}"
+        if key in known[kind] and value is None:
+            continue  # "parameters:" with nothing under it
         if key in known[kind]:
             out[key] = _within(value, here, known, where, dropped) if key in known else value
         elif key in PARAMETERS and (kind or key in REQUIRED):
@@ -112,6 +116,18 @@ def without_unused(recipe: "Recipe", method: Method, keys: Sequence[str], where:
     shared = reader.read(recipe.parameters, "parameters", own=False)
     entries = [reader.entry(entry, f"models.{number}.parameters") for number, entry in enumerate(recipe.models)]
     return recipe.model_copy(update={"parameters": shared, "models": entries}), list(reader.notes())
+
+
+def with_averaged_base(recipe: "Recipe", method: Method, where: str) -> tuple["Recipe", list[str]]:
+    """Return a recipe whose base is among the models, if mergekit averages it too, and a note that says so."""
+    base = recipe.base_model
+    if not recipe.mergekit or method.name != "linear" or base is None or "weight" not in recipe.parameters:
+        return recipe, []
+    if any(entry.model == base for entry in recipe.models):
+        return recipe, []
+    entry = recipe.models[0].model_copy(update={"model": base, "name": None, "parameters": {}, "data": None})
+    note = f"{where}: base_model: averaged with the models, as in mergekit, since parameters.weight is for all"
+    return recipe.model_copy(update={"models": [*recipe.models, entry]}), [note]
 
 
 class _Reader:
