@@ -198,4 +198,4 @@ def _unknown_note(unknown: Sequence[str], where: str) -> tuple[str, ...]:
 
 
 def _listed(keys: Sequence[str]) -> str:
-    return ", ".join(key if len(key) <= 40 else f"{key[:37]}..." for key in keys)
+    return ", ".join(key if len(key) <= 40 else f"{key[:37]}..." for key in sorted(keys))
