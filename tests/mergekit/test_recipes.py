@@ -37,9 +37,7 @@ WRONG_THERE: dict[str, str] = {}
 #: Recipes of what is not here yet, by what that is.
 _MISSING = {
     "the method": (
-        "arcee_fusion-two breadcrumbs_ties-three della-everything-kept della-two della_linear-card karcher-settings "
-        "karcher-three model_stock-card model_stock-filter-wise model_stock-with-adapters multislerp-three "
-        "multislerp-without-base nuslerp-rows nuslerp-task-vectors nuslerp-weights passthrough-adapter ram-two "
+        "arcee_fusion-two breadcrumbs_ties-three della-everything-kept della-two della_linear-card ram-two "
         "ramplus_tl-two sce-everything sce-topk"
     ),
     "slices": (
