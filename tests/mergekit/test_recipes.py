@@ -41,15 +41,15 @@ _MISSING = {
         "ramplus_tl-two sce-everything sce-topk"
     ),
     "slices": (
-        "nearswap-gradient passthrough-pruned passthrough-scaled-copies passthrough-self-stack passthrough-stack "
+        "modules-default nearswap-gradient passthrough-pruned passthrough-scaled-copies passthrough-self-stack passthrough-stack "
         "slerp-classic slices-own-parameters slices-slerp-and-copies slices-ties"
     ),
     "rescaling after a trim": "ties-rescaled",
     "several documents": "stages-three",
     "vocabularies aligned by token": (
-        "tokenizer-base-drops tokenizer-of-a-model tokenizer-single-tokens tokenizer-union"
+        "tokenizer-base-drops tokenizer-kinds tokenizer-of-a-model tokenizer-single-tokens tokenizer-union"
     ),
-    "chat templates by name": "chat_template-auto",
+    "chat templates by name": "chat_template-auto chat_template-by-name",
 }
 LATER = {name: feature for feature, names in _MISSING.items() for name in names.split()}
 QUICK = {
