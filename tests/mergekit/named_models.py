@@ -198,4 +198,4 @@ def fingerprint(name: str, value: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return a tensor's norm and its products with two fixed random tensors."""
     flat = np.asarray(value, np.float64).reshape(-1)
     directions = _random(name).standard_normal((2, flat.size))
-    return np.array([np.linalg.norm(flat), *(directions @ flat)])
+    return np.array([np.linalg.norm(flat), *(directions @ flat)], np.float64)

@@ -64,8 +64,7 @@ def merged(path: str, *options: str) -> State:
 
 def changed(name: str, **values: Any) -> None:
     """Replace, add or (None) remove tensors of a model."""
-    tensors = load_file(f"{name}/model.safetensors")
-    tensors |= values
+    tensors: dict[str, Any] = {**load_file(f"{name}/model.safetensors"), **values}
     save_file(
         {k: v for k, v in tensors.items() if v is not None}, f"{name}/model.safetensors", metadata={"format": "pt"}
     )
