@@ -5,7 +5,7 @@ top level. A recipe that says ``merge_method:`` may have them. What looks like a
 error all the same, and so is what mergekit would miss.
 
     a parameter that another method has, or that mergekit had once       note
-    a parameter shared by all models, under one of them                  note, unless it is required
+    a parameter shared by all models, under one of them                  note, unless required or not mergekit's method
     a parameter at the top level, a key of recipes under parameters      note, unless it is required
     a parameter beside a model's name instead of under its parameters    error
     any other key, near a known one                                      error with the known one
@@ -152,7 +152,8 @@ class _Reader:
         parameter = self.method.parameters.get(key)
         if parameter is not None and parameter.effective:
             shared_by_all = own and not parameter.per_expert
-            if shared_by_all and (key not in REQUIRED or key in self.given):
+            noted = self.method.name in MERGEKIT_METHODS and (key not in REQUIRED or key in self.given)
+            if shared_by_all and noted:
                 self.own[key] = None
                 return False
             return True  # or an error where values are resolved
