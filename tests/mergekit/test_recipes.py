@@ -40,12 +40,7 @@ _MISSING = {
         "arcee_fusion-two breadcrumbs_ties-three della-everything-kept della-two della_linear-card ram-two "
         "ramplus_tl-two sce-everything sce-topk"
     ),
-    "slices": (
-        "modules-default nearswap-gradient passthrough-pruned passthrough-scaled-copies passthrough-self-stack passthrough-stack "
-        "slerp-classic slices-own-parameters slices-slerp-and-copies slices-ties"
-    ),
     "rescaling after a trim": "ties-rescaled",
-    "several documents": "stages-three",
     "vocabularies aligned by token": (
         "tokenizer-base-drops tokenizer-kinds tokenizer-of-a-model tokenizer-single-tokens tokenizer-union"
     ),

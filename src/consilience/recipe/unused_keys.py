@@ -15,7 +15,7 @@ mergekit also averages a ``base_model`` that is not among the models of ``linear
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from consilience.errors import InputError, nearest
 from consilience.methods.mergekit import PARAMETERS, REQUIRED
@@ -23,8 +23,10 @@ from consilience.methods.registry import MERGEKIT_METHODS
 from consilience.methods.signature import Method
 
 if TYPE_CHECKING:
-    from consilience.recipe.schema import ModelEntry, Recipe
+    from consilience.recipe.schema import ModelEntry, Module, Recipe, Slice, SliceSource
 
+_Part = TypeVar("_Part", "Recipe", "Module")
+_Entry = TypeVar("_Entry", "ModelEntry", "SliceSource")
 #: The least share of characters that a typo has in common with what was meant.
 NEAR = 0.8
 _Keys = Mapping[str, Sequence[str]]
@@ -112,10 +114,26 @@ def without_unused(recipe: "Recipe", method: Method, keys: Sequence[str], where:
     """
     if not recipe.mergekit:
         return recipe, []
-    reader = _Reader(method, keys, recipe.parameters.keys(), where)
-    shared = reader.read(recipe.parameters, "parameters", own=False)
-    entries = [reader.entry(entry, f"models.{number}.parameters") for number, entry in enumerate(recipe.models)]
-    return recipe.model_copy(update={"parameters": shared, "models": entries}), list(reader.notes())
+    shared = [recipe, *recipe.slices]
+    for module in recipe.modules.values():
+        shared += [module, *module.slices]
+    reader = _Reader(method, keys, {key for each in shared for key in each.parameters}, where)
+    modules = {name: _read_part(reader, module, f"modules.{name}.") for name, module in recipe.modules.items()}
+    return _read_part(reader, recipe, "").model_copy(update={"modules": modules}), list(reader.notes())
+
+
+def _read_part(reader: "_Reader", part: _Part, place: str) -> _Part:
+    """Return a recipe or a module of it with the parameters that are read."""
+    slices = [_read_slice(reader, piece, f"{place}slices.{number}") for number, piece in enumerate(part.slices)]
+    entries = [reader.entry(each, f"{place}models.{number}.parameters") for number, each in enumerate(part.models)]
+    shared = reader.read(part.parameters, f"{place}parameters", own=False)
+    return part.model_copy(update={"slices": slices, "models": entries, "parameters": shared})
+
+
+def _read_slice(reader: "_Reader", piece: "Slice", place: str) -> "Slice":
+    sources = [reader.entry(each, f"{place}.sources.{k}.parameters") for k, each in enumerate(piece.sources)]
+    shared = reader.read(piece.parameters, f"{place}.parameters", own=False)
+    return piece.model_copy(update={"sources": sources, "parameters": shared})
 
 
 def with_averaged_base(recipe: "Recipe", method: Method, where: str) -> tuple["Recipe", list[str]]:
@@ -123,7 +141,7 @@ def with_averaged_base(recipe: "Recipe", method: Method, where: str) -> tuple["R
     base = recipe.base_model
     if not recipe.mergekit or method.name != "linear" or base is None or "weight" not in recipe.parameters:
         return recipe, []
-    if any(entry.model == base for entry in recipe.models):
+    if not recipe.models or any(entry.model == base for entry in recipe.models):
         return recipe, []
     entry = recipe.models[0].model_copy(update={"model": base, "name": None, "parameters": {}, "data": None})
     note = f"{where}: base_model: averaged with the models, as in mergekit, since parameters.weight is for all"
@@ -133,15 +151,14 @@ def with_averaged_base(recipe: "Recipe", method: Method, where: str) -> tuple["R
 class _Reader:
     """What of a recipe's parameters is read, and what is not, by the reason why."""
 
-    def __init__(self, method: Method, keys: Sequence[str], given: Any, where: str) -> None:
-        self.method, self.keys, self.where = method, keys, where
-        self.given = set(given)
+    def __init__(self, method: Method, keys: Sequence[str], given: set[str], where: str) -> None:
+        self.method, self.keys, self.where, self.given = method, keys, where, given
         self.unused: dict[str, None] = {}
         self.own: dict[str, None] = {}
         self.misplaced: dict[str, None] = {}
         self.unknown: dict[str, None] = {}
 
-    def entry(self, entry: "ModelEntry", place: str) -> "ModelEntry":
+    def entry(self, entry: _Entry, place: str) -> _Entry:
         return entry.model_copy(update={"parameters": self.read(entry.parameters, place, own=True)})
 
     def read(self, parameters: Mapping[str, Any], place: str, *, own: bool) -> dict[str, Any]:
