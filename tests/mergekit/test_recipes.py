@@ -34,28 +34,10 @@ MAKER = load_maker()
 FAILS_THERE = {"passthrough-pruned": "writes a config whose layer_types are the longer model's"}
 #: Recipes whose answers there are others, and why.
 WRONG_THERE: dict[str, str] = {}
-#: Recipes of what is not here yet, by what that is.
-_MISSING = {
-    "the method": (
-        "arcee_fusion-two breadcrumbs_ties-three della-everything-kept della-two della_linear-card ram-two "
-        "ramplus_tl-two sce-everything sce-topk"
-    ),
-    "rescaling after a trim": "ties-rescaled",
-    "vocabularies aligned by token": (
-        "tokenizer-base-drops tokenizer-kinds tokenizer-of-a-model tokenizer-single-tokens tokenizer-union"
-    ),
-    "chat templates by name": "chat_template-auto chat_template-by-name",
-}
-LATER = {name: feature for feature, names in _MISSING.items() for name in names.split()}
 QUICK = {
     "linear-card-fields", "linear-with-density", "slerp-models", "slerp-with-weights", "ties-gradients",
     "task_arithmetic-adapters", "dare_ties-three", "quoted-numbers",
 }  # fmt: skip
-
-
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    slow = [] if name in QUICK else [pytest.mark.slow]
-    return [*slow, pytest.mark.xfail(reason=LATER[name], strict=True)] if name in LATER else slow
 
 
 def merge(folder: Path, recipe: str, out: str) -> dict[str, Any]:
@@ -84,7 +66,9 @@ def fused(tensors: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in RECIPES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
+)
 def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = RECIPES[name]

@@ -72,6 +72,7 @@ MERGEKIT_METHODS = frozenset((
     "ramplus_tl", "passthrough",
 ))  # fmt: skip
 
+
 def names() -> list[str]:
     """Return the names of all methods, built in first."""
     return [*BUILT_IN, *sorted({point.name for point in entry_points(group=ENTRY_POINTS)} - BUILT_IN.keys())]
