@@ -23,7 +23,7 @@ RECIPES = HERE.parent / "recipes"
 OUT = HERE / "recipe_answers.npz"
 #: What draws random numbers.
 RANDOM = (
-    "dare_ties-three", "dare_ties-gradients", "dare_linear-two", "della-two", "della_linear-card", "arcee_fusion-two",
+    "dare_ties-three", "dare_ties-gradients", "dare_linear-two", "della-two", "della_linear-card",
 )  # fmt: skip
 
 
