@@ -52,7 +52,7 @@ def test_keys_that_no_recipe_has() -> None:
 
 def test_parameters_at_the_top_level() -> None:
     recipe, notes = read("ties", normalize=False, int8_mask=True)
-    assert notes.startswith("r.yaml: int8_mask, normalize at the top level: no effect, as in mergekit; write it under")
+    assert notes.startswith("r.yaml: int8_mask, normalize at the top level: no effect, as in mergekit, but under")
     assert recipe.parameters == {}
 
 

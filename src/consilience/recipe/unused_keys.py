@@ -49,8 +49,7 @@ def without_unknown(recipe: Mapping[Any, Any], known: _Keys, where: str) -> tupl
     misplaced: dict[str, None] = {}
     out = _cleaned(recipe, "", known, where, (unknown, misplaced))
     notes = [
-        f"{where}: {_listed(list(misplaced))} at the top level: no effect, as in mergekit; write it under parameters "
-        "to have it count"
+        f"{where}: {_listed(list(misplaced))} at the top level: no effect, as in mergekit, but under parameters alone"
     ]
     return out, (*(notes if misplaced else ()), *_unknown_note(list(unknown), where))
 
