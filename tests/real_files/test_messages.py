@@ -81,9 +81,10 @@ def test_keys_that_are_not_known(tmp_path: Path, text: str, told: tuple[str, ...
 
 @real_file(11, family="recipe", option="two documents", expected=LEADS, before="wrong cause named", now=TRUE)
 def test_a_stream_of_documents(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("method: linear\n---\nmethod: ties\n", encoding="utf-8")
+    document = "method: linear\nmodels: [{model: a}]\n"
+    (tmp_path / "r.yaml").write_text(f"{document}---\n{document}", encoding="utf-8")
     outcome = cli("check", tmp_path / "r.yaml")
-    refused(outcome, "line 2", "second document")
+    refused(outcome, "documents 1 and 2 have no name")
     without(outcome, "not valid")
 
 

@@ -341,7 +341,9 @@ def test_prompts_of_stdin_must_be_text(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         assert run(["route", "generate", str(routed), "-", "--max-new-tokens", "1", "--json"]) == status
     said = capsys.readouterr()
-    assert [json.loads(line)["prompt"] for line in said.out.splitlines()] == ["the cat", "a mat\x0bof cats"]
+    *answers, refusal = map(json.loads, said.out.splitlines())
+    assert [answer["prompt"] for answer in answers] == ["the cat", "a mat\x0bof cats"]
+    assert not refusal["ok"]
     assert said.err == "consilience: stdin: byte 7 is not UTF-8; convert the prompts to UTF-8\n"
 
 

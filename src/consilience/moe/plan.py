@@ -51,17 +51,6 @@ METHOD = Method(
 
 
 @dataclass(frozen=True)
-class Owned(Alignment):
-    """An alignment of the base alone, beside which other models own tensors of the output: ``owners`` by name."""
-
-    owners: dict[str, str] = field(default_factory=dict[str, str])
-
-    def owner(self, name: str) -> str:
-        """Return the name of the model whose value a tensor has."""
-        return self.owners.get(name) or super().owner(name)
-
-
-@dataclass(frozen=True)
 class Layer:
     """One dense layer: the beginning of its tensors' names, its number, and its MLP's matrices."""
 
@@ -183,7 +172,7 @@ def plan_moe(
         [(t.name, t.out_dtype, t.shape, t.nbytes) for t in tensors], shard_size, {"format": "pt"}
     )  # fmt: skip
     placed = [replace(t, file=layout.places[t.name][0], offset=layout.places[t.name][1]) for t in tensors]
-    owned = Owned(**vars(alignment), owners=draft.owners)
+    owned = replace(alignment, owners=draft.owners)
     return MoePlan(
         recipe=merge, method=METHOD, base=on, experts=tuple(experts), alignment=owned, tensors=tuple(placed),
         layout=layout, stochastic=stochastic, allow_nonfinite=allow_nonfinite, where=where, root=root,
