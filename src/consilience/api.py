@@ -397,12 +397,24 @@ def _models_in_memory(base: Any, experts: Any) -> "tuple[_Held | None, str | Non
     return _Held(base, dict(enumerate(named.values()))), None if base is None else "base", references
 
 
+def _holds_model(value: Any) -> bool:
+    """Whether a model in memory is named anywhere in a recipe's ``slices`` or ``modules``."""
+    if isinstance(value, Mapping):
+        entries = cast(Mapping[Any, Any], value)
+        return any((key == "model" and _is_held(each)) or _holds_model(each) for key, each in entries.items())
+    return isinstance(value, list | tuple) and any(map(_holds_model, cast(Sequence[Any], value)))
+
+
 def _recipe_in_memory(given: Any) -> "tuple[Recipe, _Held | None]":
     """Return a recipe that was given as such, and the models in memory that plain values of one may hold.
 
     Raises:
         InputError: it is no recipe.
     """
+    if isinstance(given, list | tuple):
+        raise InputError(
+            "recipe: several documents are merged from files; give models by their paths, and use merge_recipe"
+        )
     is_recipe = isinstance(given, Mapping) and bool({"models", "merge_method", "method"} & {*cast(Any, given)})
     is_file = isinstance(given, str | Path) and Path(given).suffix in (".yaml", ".yml")
     if not is_recipe and not is_file and type(given).__name__ != "Recipe":
@@ -410,6 +422,13 @@ def _recipe_in_memory(given: Any) -> "tuple[Recipe, _Held | None]":
     listed: Any = cast(Any, given).get("models") if is_recipe else None
     entries: list[Any] = list(cast(list[Any], listed)) if isinstance(listed, list | tuple) else []
     models = [entry.get("model") if isinstance(entry, Mapping) else None for entry in entries]
+    layered = next(
+        (key for key in ("slices", "modules") if is_recipe and _holds_model(cast(Any, given).get(key))), None
+    )
+    if layered is not None:
+        raise InputError(
+            f"recipe: {layered} are merged from files, not in memory; save the models, and name their paths"
+        )
     base: Any = cast(Any, given).get("base_model") if is_recipe else None
     if not any(map(_is_held, [base, *models])):
         return _recipe_of(given)[0], None

@@ -7,6 +7,7 @@ appeared.
 """
 
 import contextlib
+import math
 import re
 import shutil
 from collections import Counter
@@ -242,6 +243,9 @@ def points_of(recipe: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[str,
     """
     if not grid:
         raise InputError(f"{_called('sweep')}: names no values; give KEY=VALUE,VALUE")
+    if not isinstance(cast(Any, grid), Mapping):
+        raise InputError(f"{_called('sweep')}: is a {type(grid).__name__}; give a mapping of lists of values by key")
+    grid = {key: _plain_values(values) for key, values in grid.items()}
     for key, values in grid.items():
         if isinstance(values, str) or not isinstance(cast(Any, values), Sequence) or not values:
             raise InputError(f"{_called('sweep')} {key}: give a list of values")
@@ -249,9 +253,10 @@ def points_of(recipe: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[str,
         twice = next((text for text in shown if shown.count(text) > 1), None)
         if twice is not None:
             raise InputError(f"{_called('sweep')} {key}: has {twice} twice; leave one out")
+    total = math.prod(map(len, grid.values()))
+    if total > LIMIT:
+        raise InputError(f"{_called('sweep')}: {total} merges are more than {LIMIT}; leave values out")
     combinations = list(product(*grid.values()))
-    if len(combinations) > LIMIT:
-        raise InputError(f"{_called('sweep')}: {len(combinations)} merges are more than {LIMIT}; leave values out")
     width = max(2, len(str(len(combinations))))
     found: list[tuple[str, dict[str, Any], Recipe]] = []
     for number, combination in enumerate(combinations):
@@ -259,6 +264,13 @@ def points_of(recipe: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[str,
         name = "-".join([f"{number + 1:0{width}d}", *(f"{key}={_word(value)}" for key, value in values.items())])
         found.append((name[:120].rstrip("."), values, _with_values(recipe, values)))
     return found
+
+
+def _plain_values(values: Any) -> Any:
+    """Return a key's values with numpy's arrays and scalars as Python's lists and numbers, which JSON holds."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return [_plain_values(value) for value in cast("list[Any]", values)] if isinstance(values, list | tuple) else values
 
 
 def _word(value: Any) -> str:

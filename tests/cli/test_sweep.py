@@ -142,10 +142,36 @@ def test_a_grid_of_options_and_of_files(toy: Folder) -> None:
     words = ["merge", "base/model.safetensors", "sw", "-e", "a/model.safetensors", "-e", "b/model.safetensors"]
     assert run([*words, "--sweep", "weight=0.2,0.4", "--set", "b.weight=0.7", "-q"]) == 0
     found = load_file("sw/01-weight=0.2.safetensors")
-    # A value for all experts counts for all of them, as it does beside a recipe.
-    for tensor, value in merged(0.2, 0.2).items():
+    # What --set gives one expert wins over a value for all, as it does beside a recipe.
+    for tensor, value in merged(0.2, 0.7).items():
         np.testing.assert_allclose(found[tensor], value, rtol=1e-5, atol=1e-5)
     assert run([*words, "--sweep", "weight=0.2,0.4", "--set", "b.weight=0.7", "-q"]) == 0
+
+
+def test_what_is_set_for_one_expert_stays_where_a_value_for_all_is_swept(toy: Folder) -> None:
+    assert run(["merge", "r.yaml", "sw", "--sweep", "weight=0.2,0.4", "--set", "a.weight=0.7", "-q"]) == 0
+    for name, weight in (("01-weight=0.2", 0.2), ("02-weight=0.4", 0.4)):
+        for tensor, value in merged(0.7, weight).items():
+            np.testing.assert_allclose(weights(Path("sw") / name)[tensor], value, rtol=1e-5, atol=1e-5)
+    # The recipe's own 0.3 is replaced, as by --set.
+    assert run(["merge", "r.yaml", "plain", "--sweep", "weight=0.2", "-q"]) == 0
+    for tensor, value in merged(0.2, 0.2).items():
+        np.testing.assert_allclose(weights(Path("plain/01-weight=0.2"))[tensor], value, rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_are_close_are_two_points_and_are_shown_in_full(toy: Folder) -> None:
+    assert run(["merge", "r.yaml", "sw", "--sweep", "weight=0.1234567,0.1234568", "-q"]) == 0
+    assert run(["merge", "r.yaml", "seeds", "--sweep", "seed=1234567,1234568", "-q"]) == 0
+    assert sorted(path.name for path in Path("sw").glob("0*")) == ["01-weight=0.1234567", "02-weight=0.1234568"]
+    assert sorted(path.name for path in Path("seeds").glob("0*")) == ["01-seed=1234567", "02-seed=1234568"]
+
+
+def test_numpy_s_numbers_are_swept_as_python_s(toy: Folder) -> None:
+    grid: dict[str, Any] = {"weight": np.linspace(0.25, 0.5, 2), "seed": [np.int64(3)]}
+    found = cs.sweep("r.yaml", "sw", grid)
+    assert [point.values for point in found.points] == [{"weight": 0.25, "seed": 3}, {"weight": 0.5, "seed": 3}]
+    for tensor, value in merged(0.5, 0.5).items():
+        np.testing.assert_allclose(weights(Path("sw/02-weight=0.5-seed=3"))[tensor], value, rtol=1e-5, atol=1e-5)
 
 
 WRONG: list[tuple[list[str], list[str]]] = [
@@ -160,6 +186,12 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--sweep", "density=0.1,0.2"], ["density", "no effect"]),
     (["--sweep", "seed=0,-1"], ["seed=-1"]),
     (["--sweep", "weight=" + ",".join(map(str, range(1001)))], ["1001", "1000"]),
+    # Counted before they are listed: 10^24 points would fill the memory.
+    ([w for k in "abcdefgh" for w in ("--sweep", f"{k}=" + ",".join(map(str, range(1000))))], [str(10**24), "1000"]),
+    (["--sweep", "dtype=float16", "--dtype", "bfloat16"], ["--sweep dtype", "--dtype"]),
+    (["--sweep", "method=linear", "--method", "ties"], ["--sweep method", "--method"]),
+    (["--sweep", "seed=1,2", "--seed", "0"], ["--sweep seed", "--seed"]),
+    (["--sweep", "weight=1,2", "--set", "a.weight=3", "--set", "b.weight=4"], ["--sweep weight=1", "changes nothing"]),
     (["--sweep", "weight=0.1", "--tensorboard", "log"], ["--tensorboard"]),
     (["--sweep", "weight=0.1", "--tasks", "gone.jsonl"], ["gone.jsonl"]),
     (["--sweep", "weight=0.1", "--max-examples", "3"], ["--max-examples", "--tasks"]),
@@ -265,6 +297,10 @@ def test_train_prints_its_record_as_json(
 
 
 def test_python_s_errors_name_its_arguments(toy: Folder) -> None:
-    for grid, words in (({}, "grid: names no values"), ({"weight": []}, "grid weight"), ({"wieght": [1]}, "wieght=1")):
+    wrong: list[tuple[Any, str]] = [
+        ({}, "grid: names no values"), ({"weight": []}, "grid weight"), ({"wieght": [1]}, "wieght=1"),
+        ([1, 2], "grid: is a list"), ({3: [1]}, "key 3 is a int"),
+    ]  # fmt: skip
+    for grid, words in wrong:
         with pytest.raises(cs.InputError, match=words):
             cs.sweep("r.yaml", "sw", grid)

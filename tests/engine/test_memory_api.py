@@ -261,3 +261,16 @@ assert not heavy, heavy
 
 def test_merging_arrays_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", PROBE], check=True)
+
+
+def test_slices_modules_and_documents_of_models_in_memory_are_refused_by_name() -> None:
+    state = {"w": np.ones(3, np.float32)}
+    sliced: dict[str, Any] = {"merge_method": "passthrough"}
+    source = {"model": state, "layer_range": [0, 1]}
+    modules = {"default": {"models": [{"model": state}]}}
+    with pytest.raises(cs.InputError, match="slices are merged from files"):
+        cs.merge(sliced | {"slices": [{"sources": [source]}]})
+    with pytest.raises(cs.InputError, match="modules are merged from files"):
+        cs.merge(sliced | {"modules": modules})
+    with pytest.raises(cs.InputError, match="merge_recipe"):
+        cs.merge([{"merge_method": "linear", "models": [{"model": state}]}])

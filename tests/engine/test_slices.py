@@ -461,6 +461,47 @@ def test_documents_may_be_given_as_plain_values(models: Path, tmp_path: Path) ->
 # Bad input: one error each, which names slice and key.
 
 
+def write_with_tokens(folder: Path, seed: int, tokens: list[str]) -> Path:
+    """A model of two layers whose rows of tokens are those of ``tokens``, with their vocabulary."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    names = ("model.embed_tokens.weight", "model.layers.0.w.weight", "model.layers.1.w.weight", "lm_head.weight")
+    rows = {name: len(tokens) if "layers" not in name else 4 for name in names}
+    arrays = {name: rng.standard_normal((count, 4)).astype(np.float32) for name, count in rows.items()}
+    save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "toy", "num_hidden_layers": 2}')
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    return folder
+
+
+@pytest.mark.parametrize("last", [["b", "a", "c"], ["a", "b", "c"], ["a", "b"]], ids=["other", "same", "fewer"])
+def test_a_head_of_other_tokens_than_the_embeddings_is_told(last: list[str], tmp_path: Path) -> None:
+    first = write_with_tokens(tmp_path / "first", 0, ["a", "b", "c"])
+    second = write_with_tokens(tmp_path / "second", 1, last)
+    pieces = [{"sources": [{"model": str(model), "layer_range": [0, 1]}]} for model in (first, second)]
+    recipe = {"merge_method": "passthrough", "slices": pieces}
+    if last == ["a", "b"]:
+        with pytest.raises(cs.InputError, match="'lm_head.weight' of second, which have 3 and 2 rows"):
+            cs.merge_recipe(recipe, tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
+        return
+    summary = cs.merge_recipe(recipe, tmp_path / "out")
+    told = [text for text in summary.warnings if "2 of their token ids mean two tokens, 0 the first" in text]
+    assert len(told) == (last[0] == "b")
+    if told:
+        with pytest.raises(cs.InputError, match="mean two tokens"):
+            cs.merge_recipe(recipe, tmp_path / "strict", strict=True)
+
+
+def test_a_dtype_that_an_option_gives_counts_for_all_slices_and_is_noted(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MAKER.recipe_in(models, passthrough(("x", 0, 2), ("y", 1, 4))))
+    summary = cs.merge_recipe(cs.override_recipe(path, out_dtype="float16"), tmp_path / "out")
+    expected = {name: value.astype(np.float16) for name, value in stacked(("x", 0, 2), ("y", 1, 4)).items()}
+    assert_equal(weights(tmp_path / "out"), expected)
+    assert any(note.startswith("out_dtype=float16: ") or "float16" in note for note in summary.notes)
+
+
 def sources(*each: str) -> str:
     return "sources: [" + ", ".join(f"{{model: {one}}}" for one in each) + "]"
 
@@ -576,6 +617,11 @@ BAD: dict[str, tuple[str, tuple[str, ...]]] = {
     "a stage that is too shallow": (
         f"name: p\n{LINEAR}models: [{{model: x}}]\n---\n{LINEAR}slices: [{{{sources('p, layer_range: [0, 9]')}}}]",
         ("slices.0.sources.0.layer_range", "of p, which has 4"),
+    ),
+    "a list that is empty": ("[]", ("holds no recipe",)),
+    "documents that are empty": ("---\n---", ("holds no recipe",)),
+    "a name for two models": (
+        LINEAR + "modules: {default: {models: [{model: x, name: q}, {model: y, name: q}]}}", ("'q' is used twice;",),
     ),
     "a stage's name with a slash": (f"name: p/q\n{LINEAR}models: [{{model: x}}]", ("name", "'p/q'", "rename")),
 }  # fmt: skip

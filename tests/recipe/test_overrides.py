@@ -88,6 +88,8 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"parameters": {"meth.weight": 0.3}}, ["'meth'", "'math'"]),
     ({"parameters": {"a.b.weight": 0.3}}, ["a.b.weight", "EXPERT.KEY"]),
     ({"parameters": {"experts.weight": 0.3}}, ["'experts'", "math, code"]),
+    ({"parameters": {3: 0.3}}, ["key 3 is a int"]),
+    ({"parameters": ["density"]}, ["parameters", "list", "mapping"]),
     ({"parameters": {"code.normalize": False}}, ["normalize", "shared"]),
     ({"parameters": {"density": 2}}, ["density=2", "[0, 1]"]),
     ({"parameters": {"density": "much"}}, ["density=much", "number"]),
@@ -103,6 +105,40 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"out_dtype": "float8"}, ["out_dtype", "float8"]),
     ({"sed": 0}, ["sed", "'seed'"]),
 ]
+
+
+LAYERED: dict[str, Any] = {
+    "slices": {
+        "merge_method": "linear",
+        "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 2]}]}],
+    },
+    "modules": {"merge_method": "linear", "modules": {"default": {"models": [{"model": "a"}, {"model": "b"}]}}},
+    "documents": [
+        {"name": "s", "merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]},
+        {"merge_method": "linear", "models": [{"model": "s"}, {"model": "b"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", LAYERED)
+def test_what_each_part_may_have_of_its_own_is_not_replaced(kind: str) -> None:
+    given: list[dict[str, Any]] = [{"parameters": {"weight": 0.3}}, {"method": "ties"}]
+    given += [{"out_dtype": "float16"}] if kind == "documents" else []
+    for each in given:
+        with pytest.raises(cs.InputError, match=f"(weight=0.3|ties|float16): .* has {kind}, and each"):
+            override_recipe(LAYERED[kind], each.pop("parameters", None), **each)
+
+
+@pytest.mark.parametrize("kind", ["slices", "modules"])
+def test_keys_that_count_for_all_parts_are_replaced(kind: str) -> None:
+    recipe = override_recipe(LAYERED[kind], out_dtype="float16", seed=3)
+    assert (recipe.output_dtype, recipe.seed) == ("float16", 3)
+    assert [one.key for one in recipe.overrides] == ["out_dtype", "seed"]
+
+
+def test_close_values_are_told_apart_in_notes() -> None:
+    assert "0.1234567" in told(override_recipe(VALUE, {"density": 0.1234567}))[0]
+    assert "1234567" in told(override_recipe(VALUE, seed=1234567))[0]
 
 
 @pytest.mark.parametrize(("given", "words"), WRONG, ids=lambda value: str(value)[:40])

@@ -188,7 +188,7 @@ def merge(
             raise InputError(
                 f"--{'check-load' if check_load else 'tensorboard'}: goes with one merge, not with --sweep"
             )
-        grid = parse_grid(sweep, set_ or [])
+        grid = parse_grid(sweep, set_ or [], {"method": method, "dtype": dtype, "seed": seed})
         points: dict[str, Any] = {
             "tasks": tasks or (), "max_examples": max_examples, "as_adapter": as_adapter, "rank": rank, "force": force,
             "device": device, "trust_remote_code": trust_remote_code, "as_json": as_json, **settings,

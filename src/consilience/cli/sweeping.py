@@ -1,5 +1,6 @@
 """``consilience merge --sweep``: one merge for every point of a grid, with progress lines and a table."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from consilience.cli.printing import print_json
 from consilience.errors import InputError, printable
 
 
-def parse_grid(texts: list[str], settings: list[str]) -> dict[str, list[Any]]:
+def parse_grid(texts: list[str], settings: list[str], given: Mapping[str, Any] | None = None) -> dict[str, list[Any]]:
     """Return the values of ``--sweep KEY=VALUE,VALUE`` options by key.
 
+    Args:
+        texts: the values of ``--sweep``.
+        settings: the values of ``--set``.
+        given: what other options that can be swept say, by key; None where one is not given.
+
     Raises:
-        InputError: a key is given twice, or by ``--set`` too, or values are not written as YAML has them.
+        InputError: a key is given twice, or by another option too, or values are not written as YAML has them.
     """
     from consilience.recipe.yaml_file import parse_yaml
 
@@ -26,6 +32,8 @@ def parse_grid(texts: list[str], settings: list[str]) -> dict[str, list[Any]]:
             raise InputError(f"--sweep {key}: is given twice; list its values in one")
         if key in fixed:
             raise InputError(f"--sweep {key}: is given by --set too; keep one")
+        if (given or {}).get(key) is not None:
+            raise InputError(f"--sweep {key}: is given by --{key} too; keep one")
         grid[key] = parse_yaml(f"[{raw}]", f"--sweep {key}")
     return grid
 

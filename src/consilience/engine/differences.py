@@ -7,6 +7,7 @@ what the model computes and nobody has chosen, else a *note*. docs/differences.m
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from consilience.checkpoints.checkpoint import raw
@@ -52,6 +53,19 @@ FURTHER: tuple[tuple[str, Level, str, str], ...] = (
         "error",
         "the largest id of a chosen `tokenizer` with the rows of the output's embeddings",
         "the token has no row: choose another tokenizer, or resize the base's embeddings before merging",
+    ),
+    (
+        "stacked-rows",
+        "error",
+        "rows of embeddings and head, where slices take them from two models",
+        "transformers cannot open it: let the first and the last slice be of models with one vocabulary",
+    ),
+    (
+        "stacked-tokens",
+        "warning",
+        "the tokens of embeddings and head, where slices take them from two models",
+        "the output reads ids as one model does and writes them as another: let the first and the last slice be of models "
+        "with one vocabulary",
     ),
     (
         "config-key",
@@ -104,6 +118,7 @@ def differences(plan: "Plan") -> tuple[Difference, ...]:
     by_token = plan.alignment.tokens is not None
     found = [
         *([] if by_token else _token_rows(plan, base, others)),
+        *_stacked_rows(plan),
         *_without_rows(plan, output),
         *_unknown_keys(plan, [ModelFiles(donor), *files]),
     ]
@@ -265,6 +280,29 @@ def _token_rows(plan: "Plan", base: ModelFiles, experts: list[ModelFiles]) -> li
     return [found for pair in pairs if (found := _conflict(tensors, *pair, base.name)) is not None]
 
 
+def _stacked_rows(plan: "Plan") -> list[Difference]:
+    """Find embeddings and a head that slices take from models whose rows are other tokens, or of another number."""
+    if not plan.recipe.slices:
+        return []
+    tensors = [t for t in plan.tensors if len(t.shape) == 2 and _holds_tokens(t.name)]
+    models = {model.name: model for model in (plan.alignment.donor, plan.base, *plan.experts) if model is not None}
+    mend = "let the first and the last slice be of models with one vocabulary"
+    for first, last in pairwise(tensors):
+        owners = tuple(plan.alignment.owner(tensor.name) for tensor in (first, last))
+        if owners[0] == owners[1]:
+            continue
+        what = f"{last.name!r} is of {owners[1]}, and {first.name!r} of {owners[0]}"
+        if first.shape[0] != last.shape[0]:
+            what = f"{what}, which have {last.shape[0]} and {first.shape[0]} rows: the vocabularies differ"
+            return [Difference("stacked-rows", "error", owners, what, mend)]
+        known = [ModelFiles(models[owner]) for owner in owners if owner in models]
+        differing = _differing(*known) if len(known) == len(owners) else []
+        if differing:
+            what += f", and {len(differing)} of their token ids mean two tokens, {differing[0]} the first"
+            return [Difference("stacked-tokens", "warning", owners, what, mend)]
+    return []
+
+
 def _without_rows(plan: "Plan", output: ModelFiles) -> list[Difference]:
     """Find tokens of a chosen tokenizer that the output has no row for: a text that holds one would be an error."""
     choice = plan.recipe.tokenizer_model
@@ -297,15 +335,12 @@ def _holds_tokens(name: str) -> bool:
 
 def _conflict(tensors: "list[TensorPlan]", one: ModelFiles, other: ModelFiles, donor: str) -> Difference | None:
     """Find the first row that two models mean otherwise and both change; the donor's own is in every merge."""
-    if one.same_tokenizer(other) or one.vocabulary is None or other.vocabulary is None:
+    differing = _differing(one, other)
+    if not differing:
         return None
+    assert one.vocabulary is not None
+    assert other.vocabulary is not None
     first, second = one.vocabulary, other.vocabulary
-    ids = first.tokens.keys() if first.kind == second.kind else first.added & second.added
-    differing = [
-        i for i in sorted(ids)
-        if i in first.tokens and i in second.tokens and first.tokens[i] != second.tokens[i]
-        and not is_unused(first.tokens[i]) and not is_unused(second.tokens[i])
-    ]  # fmt: skip
     names = tuple(name for name in (one.name, other.name) if name != donor)
     for i in differing[:_LOOKED_AT]:
         mixed = [t for t in tensors if i < t.shape[0] and all(_changes(t, name, i) for name in names)]
@@ -319,6 +354,19 @@ def _conflict(tensors: "list[TensorPlan]", one: ModelFiles, other: ModelFiles, d
             mend = f"align rows by token with tokenizer: union, or keep these tensors apart with private: [{apart}]"
             return Difference("token-rows", "error", names, what, mend)
     return None
+
+
+def _differing(one: ModelFiles, other: ModelFiles) -> list[int]:
+    """Return the ids that stand for one token in a model and for another in the other, as far as that can be told."""
+    if one.same_tokenizer(other) or one.vocabulary is None or other.vocabulary is None:
+        return []
+    first, second = one.vocabulary, other.vocabulary
+    ids = first.tokens.keys() if first.kind == second.kind else first.added & second.added
+    return [
+        i for i in sorted(ids)
+        if i in first.tokens and i in second.tokens and first.tokens[i] != second.tokens[i]
+        and not is_unused(first.tokens[i]) and not is_unused(second.tokens[i])
+    ]  # fmt: skip
 
 
 def _changes(tensor: "TensorPlan", name: str, row: int) -> bool:

@@ -564,7 +564,8 @@ def _sliced_plan(
         parts += [] if section.copied else [(settings, names, section.own_names())]
     check_used(parts)
     tensors = [planned[name] for name in alignment.tensors]
-    notes = [*recipe.notes, *notes, *without_effect(parts), *_unread(recipe, method, where)]
+    told = [one.note for one in recipe.overrides]
+    notes = [*recipe.notes, *notes, *told, *without_effect(parts), *_unread(recipe, method, where)]
     placed, layout, small = _placed(tensors, alignment, shard_size, single)
     _check_model_trim(placed, where)
     return Plan(

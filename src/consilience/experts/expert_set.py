@@ -166,11 +166,12 @@ def expert_names(references: Sequence[tuple[str, str | None]], where: str) -> li
     """
     taken = {"base"}  # the name of the base itself, in messages and in the lineage
     for _, name in references:
-        if name is not None and (name in taken or not name or any(c in name for c in "/\\\0.=")):
-            raise InputError(
-                f"{where}: model name {name!r} is used twice (the base is 'base'), empty, or holds '/', '.' or '='; "
-                "rename it: choose another"
-            )
+        if name == "base":
+            raise InputError(f"{where}: model name 'base' is that of the base itself; choose another")
+        if name is not None and name in taken:
+            raise InputError(f"{where}: model name {name!r} is used twice; choose another")
+        if name is not None and (not name or any(c in name for c in "/\\\0.=")):
+            raise InputError(f"{where}: model name {name!r} is empty, or holds '/', '\\', '.' or '='; choose another")
         taken |= {name} if name is not None else set()
     stems = iter(_last_parts([reference for reference, name in references if name is None], taken))
     out: list[str] = []

@@ -6,7 +6,7 @@ value for one model (``math.weight``) replaces that model's alone. Each replacem
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,6 +44,8 @@ def split_key(key: str) -> tuple[str | None, str]:
     Raises:
         InputError: it has another form.
     """
+    if not isinstance(cast(Any, key), str):
+        raise InputError(f"the key {key!r} is a {type(key).__name__}; write a parameter's key as text")
     *before, parameter = key.split(".")
     if len(before) == 2 and before[0] == "experts":
         before = before[1:]
@@ -74,11 +76,7 @@ def override(
     Raises:
         InputError: a key, expert or value is wrong, or changes nothing.
     """
-    layered = next((key for key in _LAYERED if getattr(recipe, key, None)), None)
-    if layered is not None:
-        raise InputError(
-            f"{recipe.where}: {layered}: values of such recipes are not replaced; write them in the recipe"
-        )
+    _check_replaceable(recipe, parameters, method, data, keys, swept)
     if method is not None:
         recipe = _with_method(recipe, method, swept)
     assignments = list(_assignments(parameters, swept))
@@ -92,6 +90,36 @@ def override(
     return recipe
 
 
+def _check_replaceable(
+    recipe: Recipe,
+    parameters: Mapping[str, Any],
+    method: str | None,
+    data: Mapping[str, Mapping[str, str]] | None,
+    keys: Mapping[str, Any] | None,
+    swept: bool,
+) -> None:
+    """Refuse values whose place is not the recipe's alone: each slice, module and stage may have its own.
+
+    Raises:
+        InputError: names the first value given, and what the recipe is made of.
+    """
+    layered = next((key for key in _LAYERED if getattr(recipe, key, None)), None)
+    if layered is None:
+        return
+    asked = [each.option for each in _assignments(parameters, swept)]
+    if method is not None:
+        asked.append(_given("method", method, swept=True) if swept else option("method", method))
+    asked += [option(key, f"{name}={path}") for name, files in (data or {}).items() for key, path in files.items()]
+    if layered == "stages":  # keys of the recipe count for all slices and modules, but each stage has its own
+        asked += [
+            _given(_OPTIONS[key], value, swept=True) if swept else option(_OPTIONS[key], text_of(value))
+            for key, value in (keys or {}).items()
+        ]
+    if asked:
+        each = "documents, and each" if layered == "stages" else f"{layered}, and each"
+        raise InputError(f"{asked[0]}: {recipe.where} has {each} may have its own; write the value in the recipe")
+
+
 def _given(key: str, value: Any = None, *, swept: bool = False) -> str:
     """Return how a user gave a parameter: ``--set density=0.3``, or ``density=0.3`` in Python."""
     text = key if value is None else f"{key}={text_of(value)}"
@@ -99,6 +127,8 @@ def _given(key: str, value: Any = None, *, swept: bool = False) -> str:
 
 
 def _assignments(parameters: Mapping[str, Any], swept: bool) -> Iterable[_Assignment]:
+    if not isinstance(cast(Any, parameters), Mapping):
+        raise InputError(f"parameters: is a {type(parameters).__name__}; give a mapping of values by key")
     for key, value in parameters.items():
         if isinstance(value, Mapping):
             for expert, own in cast(Mapping[str, Any], value).items():
@@ -113,7 +143,8 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, int | float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)  # two values are never told as one
     if isinstance(value, list | tuple | dict):
         text = json.dumps(plain(value), ensure_ascii=False)
         return text if len(text) <= 80 else f"{text[:77]}..."
@@ -205,7 +236,10 @@ def _with_parameter(recipe: Recipe, each: _Assignment, swept: bool) -> Recipe:
     entries = zip(_names(recipe), recipe.models, strict=True)
     own = {name: entry.parameters[each.key] for name, entry in entries if each.key in entry.parameters}
     if each.expert is None:
-        found = _for_all(recipe, each.key, value, default, own, parameter.per_expert)
+        stays = _given_before(recipe, each.key) if swept else set[str]()
+        if own and stays.issuperset(_names(recipe)):
+            raise InputError(f"{each.option}: changes nothing, since every expert has a value of its own by --set")
+        found = _for_all(recipe, each.key, value, default, own, parameter.per_expert, stays)
     else:
         found = _for_one(recipe, each, each.expert, value, default, own)
     told: list[Override] = []
@@ -218,8 +252,17 @@ def _with_parameter(recipe: Recipe, each: _Assignment, swept: bool) -> Recipe:
 
 
 def _for_all(
-    recipe: Recipe, key: str, value: Any, default: Any, own: Mapping[str, Any], per_expert: bool
+    recipe: Recipe,
+    key: str,
+    value: Any,
+    default: Any,
+    own: Mapping[str, Any],
+    per_expert: bool,
+    stays: Collection[str],
 ) -> _Replacement:
+    """Return a value for all in place of the recipe's and the models' own, but for the models in ``stays``."""
+    names = _names(recipe)
+    own = {name: each for name, each in own.items() if name not in stays}
     shared = recipe.parameters.get(key, default)
     place = f"parameters.{key}"
     replaced = {place: plain(shared)} if key in recipe.parameters else {}
@@ -230,10 +273,21 @@ def _for_all(
     )
     changes = {
         "parameters": dict(recipe.parameters) | {key: value},
-        "models": [_with_own(entry, key, None) for entry in recipe.models],
+        "models": [
+            entry if name in stays else _with_own(entry, key, None)
+            for name, entry in zip(names, recipe.models, strict=True)
+        ],
     }
-    before = [own.get(name, shared) for name in _names(recipe)] if per_expert else [shared]
+    before = [own.get(name, shared) for name in names if name not in stays] if per_expert else [shared]
     return _Replacement(changes, place, before, replaced, what)
+
+
+def _given_before(recipe: Recipe, key: str) -> set[str]:
+    """Return the experts that an earlier option gave a value of their own: it wins over one for all that is swept."""
+    if recipe.where == "arguments":  # no file: all that is in it was given by options
+        return {name for name, entry in zip(_names(recipe), recipe.models, strict=True) if key in entry.parameters}
+    places = {override.key for override in recipe.overrides}
+    return {name for name in _names(recipe) if f"models.{name}.parameters.{key}" in places}
 
 
 def _for_one(

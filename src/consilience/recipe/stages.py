@@ -38,6 +38,8 @@ def parse_documents(values: Sequence[Any], where: str) -> Recipe:
     Raises:
         InputError: as ``parse_recipe``; names are missing, used twice or by nobody, or stages need each other.
     """
+    if not values:
+        raise InputError(f"{where}: holds no recipe; see 'consilience merge --help' for an example")
     if len(values) == 1:
         return parse_recipe(values[0], where)
     recipes = [parse_recipe(value, f"{where}: document {number}") for number, value in enumerate(values, 1)]

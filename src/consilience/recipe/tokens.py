@@ -82,7 +82,7 @@ def read_choice(value: Any) -> "str | TokenizerChoice | None":
     source = entry.get("source", UNION)
     if not isinstance(source, str) or not source:
         raise ValueError("source must be union, base or a model's name")
-    listed: Any = entry.get("tokens") or {}
+    listed: Any = {} if entry.get("tokens") is None else entry["tokens"]
     if not isinstance(listed, dict):
         raise ValueError("tokens must be a mapping; write it as token: {source: MODEL}")
     tokens = {_token(token): _source(token, each) for token, each in cast(dict[Any, Any], listed).items()}
