@@ -190,7 +190,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     ([w for k in "abcdefgh" for w in ("--sweep", f"{k}=" + ",".join(map(str, range(1000))))], [str(10**24), "1000"]),
     (["--sweep", "dtype=float16", "--dtype", "bfloat16"], ["--sweep dtype", "--dtype"]),
     (["--sweep", "method=linear", "--method", "ties"], ["--sweep method", "--method"]),
-    (["--sweep", "seed=1,2", "--seed", "0"], ["--sweep seed", "--seed"]),
+    (["--sweep", "seed=1,2", "--seed", "3"], ["--sweep seed", "--seed"]),
     (["--sweep", "weight=1,2", "--set", "a.weight=3", "--set", "b.weight=4"], ["--sweep weight=1", "changes nothing"]),
     (["--sweep", "weight=0.1", "--tensorboard", "log"], ["--tensorboard"]),
     (["--sweep", "weight=0.1", "--tasks", "gone.jsonl"], ["gone.jsonl"]),

@@ -272,5 +272,6 @@ def test_slices_modules_and_documents_of_models_in_memory_are_refused_by_name() 
         cs.merge(sliced | {"slices": [{"sources": [source]}]})
     with pytest.raises(cs.InputError, match="modules are merged from files"):
         cs.merge(sliced | {"modules": modules})
+    documents: Any = [{"merge_method": "linear", "models": [{"model": state}]}]
     with pytest.raises(cs.InputError, match="merge_recipe"):
-        cs.merge([{"merge_method": "linear", "models": [{"model": state}]}])
+        cs.merge(documents)

@@ -132,7 +132,7 @@ def test_what_each_part_may_have_of_its_own_is_not_replaced(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["slices", "modules"])
 def test_keys_that_count_for_all_parts_are_replaced(kind: str) -> None:
     recipe = override_recipe(LAYERED[kind], out_dtype="float16", seed=3)
-    assert (recipe.output_dtype, recipe.seed) == ("float16", 3)
+    assert (recipe.output_dtype, recipe.seed) == ("F16", 3)
     assert [one.key for one in recipe.overrides] == ["out_dtype", "seed"]
 
 

@@ -64,8 +64,8 @@ FURTHER: tuple[tuple[str, Level, str, str], ...] = (
         "stacked-tokens",
         "warning",
         "the tokens of embeddings and head, where slices take them from two models",
-        "the output reads ids as one model does and writes them as another: let the first and the last slice be of models "
-        "with one vocabulary",
+        "the output reads ids as one model does and writes them as another: let the first and the last slice be of "
+        "models with one vocabulary",
     ),
     (
         "config-key",
