@@ -33,9 +33,8 @@ def _failed(message: str, status: int, as_json: bool) -> int:
     return status
 
 
-def _interrupted() -> int:
-    _say("interrupted; partial output is kept, run the same command again to continue")
-    return 130
+def _interrupted(as_json: bool) -> int:
+    return _failed("interrupted; partial output is kept, run the same command again to continue", 130, as_json)
 
 
 def _is_help(error: Any) -> bool:
@@ -61,7 +60,7 @@ def run(arguments: list[str]) -> int:
                 raise usage_error(f"argument {argument!r} is not UTF-8 text; rename the file")
         with whole_command(), command_line():
             result: Any = app(arguments, prog_name="consilience", standalone_mode=False)
-        return (_interrupted() if result == 130 else result) if isinstance(result, int) else 0
+        return (_interrupted(as_json) if result == 130 else result) if isinstance(result, int) else 0
     except usage_error as error:
         if _is_help(error):
             sys.stdout.write(error.format_message() + "\n")
@@ -69,7 +68,7 @@ def run(arguments: list[str]) -> int:
         where = error.ctx.command_path if error.ctx else "consilience"
         return _failed(f"{error.format_message()} (see '{where} --help')", 2, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+        return _interrupted(as_json)
     except ConsilienceError as error:
         if debug:
             raise

@@ -247,7 +247,7 @@ def points_of(recipe: Any, grid: Mapping[str, Sequence[Any]]) -> list[tuple[str,
         raise InputError(f"{_called('sweep')}: is a {type(grid).__name__}; give a mapping of lists of values by key")
     grid = {key: _plain_values(values) for key, values in grid.items()}
     for key, values in grid.items():
-        if isinstance(values, str) or not isinstance(cast(Any, values), Sequence) or not values:
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise InputError(f"{_called('sweep')} {key}: give a list of values")
         shown = [text_of(value) for value in values]
         twice = next((text for text in shown if shown.count(text) > 1), None)

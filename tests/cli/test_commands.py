@@ -251,3 +251,15 @@ def test_evaluate_help_and_version_are_there(capsys: pytest.CaptureFixture[str])
     for arguments in (["--help"], ["--version"], ["merge", "--help"], ["evaluate", "--help"]):
         assert run(arguments) == 0
         assert capsys.readouterr().out.strip()
+
+
+def test_an_interruption_is_an_object_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("consilience.cli.listing.method_facts", interrupted)
+    assert run(["methods", "--json"]) == 130
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (found["ok"], found["status"]) == (False, 130)
+    assert said.err == f"consilience: {found['error']}\n"
