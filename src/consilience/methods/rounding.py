@@ -1,6 +1,7 @@
 """Task vectors of full models without their files' rounding, which has directions of its own.
 
-    tau_k + e_k = round(theta_0 + tau_k) - theta_0,   |e_k| <= eps / 2 |theta|,   ||e_k||_2 ~ eps rms(theta_0) (m^.5 + n^.5) / 3.5
+    tau_k + e_k = round(theta_0 + tau_k) - theta_0,   |e_k| <= eps / 2 |theta|
+    ||e_k||_2 ~ eps rms(theta_0) (m^.5 + n^.5) / 3.5
 
 A merged adapter has low rank but for e_k. Whatever divides by singular values, or counts them, would make as much of
 e_k's as of the expert's own. Files of 16 bits are taken as they are: steps of their size are what training moved.

@@ -25,8 +25,8 @@ Triples = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 def leading(left: npt.NDArray[Any], right: npt.NDArray[Any] | None, count: int, floor: float = 0.0) -> Triples:
     """Return at most ``count`` singular triples (u [m, c], s [c], v [c, n]) of ``left`` or ``left @ right``.
 
-    Triples of no more than rounding's size (``floor``, or what is lost in computing them) are not among them: their vectors are arbitrary. Factors stay factors: two
-    QR decompositions and an SVD of [r, r].
+    Triples of no more than rounding's size (``floor``, or what is lost in computing them) are not among them: their
+    vectors are arbitrary. Factors stay factors: two QR decompositions and an SVD of [r, r].
     """
     if right is None and left.dtype == np.float32:
         return _by_gram(left, count, floor)
