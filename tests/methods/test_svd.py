@@ -36,12 +36,15 @@ def test_what_is_zero_has_no_triples() -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6, 0.0])
 def test_polar_factors_are_lapacks(spread: float) -> None:
-    """Columns that nearly or wholly depend on each other, too: there the Gram matrix is not asked."""
+    """Of columns that depend on each other but for rounding it is the root on their range: P^T P projects."""
     columns = draw(30, 6, seed=3).astype(np.float32)
     columns[:, 5] = columns[:, 4] + np.float32(spread) * columns[:, 5]
     found = polar(columns)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found.T @ found, np.eye(6), atol=1e-4)
+    ones = np.eye(6)
+    if spread <= 1e-6:
+        ones[4:, 4:] = 0.5
+    np.testing.assert_allclose(found.T @ found, ones, atol=1e-4)
     if spread >= 1e-3:
         u, _, v = np.linalg.svd(columns.astype(np.float64), full_matrices=False)
         np.testing.assert_allclose(found, u @ v, atol=1e-4)
@@ -51,14 +54,15 @@ def test_polar_factors_are_lapacks(spread: float) -> None:
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-6])
 def test_the_product_of_two_polar_factors_is_lapacks(spread: float) -> None:
-    """Columns that nearly depend on each other, too, on one side or on both."""
+    """Columns that nearly depend on each other, too; those that do but for rounding have no direction of their own."""
     u, v = draw(40, 6, seed=1).astype(np.float32), draw(6, 25, seed=2).astype(np.float32)
     s = np.arange(6, 0, -1).astype(np.float32)
     u[:, 5] = u[:, 4] + np.float32(spread) * u[:, 5]
     left, right = orthogonal(u, s, v)
     assert left.dtype == right.dtype == np.float32
     (a, _, b), (c, _, d) = (np.linalg.svd(one.astype(np.float64), full_matrices=False) for one in (u, v))
-    np.testing.assert_allclose(left @ right, (a @ b * s) @ (c @ d), atol=1e-5 / max(spread, 1e-2))
+    kept = 6 if spread > 1e-6 else 5
+    np.testing.assert_allclose(left @ right, (a[:, :kept] @ b[:kept] * s) @ (c @ d), atol=1e-5 / max(spread, 1e-2))
 
 
 @pytest.mark.parametrize("decay", [0.999, 0.95, 0.8])

@@ -288,6 +288,8 @@ def test_what_cannot_take_them_says_so(tmp_path: Path) -> None:
     model = hf.MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     adapter(model, tmp_path / "a", target_modules="all-linear")
     refused(merged(tmp_path / "base", tmp_path / "out", "--as-adapter", "cat", a=tmp_path / "a"), "target_parameters")
+    words = ("--as-adapter", "svd", "--rank", "2")
+    refused(merged(tmp_path / "base", tmp_path / "out", *words, a=tmp_path / "a"), "leave --as-adapter svd out")
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"base_model: {tmp_path / 'base'}\nmodels:\n- {{name: a, model: {tmp_path / 'a'}}}\n")
     refused(cli("route", "build", recipe, tmp_path / "r"), "target_parameters")

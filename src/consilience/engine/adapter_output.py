@@ -77,19 +77,19 @@ class _Factors:
     embedding: bool
 
 
-def check_low_rank(plan: Plan) -> None:
+def check_low_rank(plan: Plan, kind: Kind) -> None:
     """Refuse what an adapter cannot express.
 
     Raises:
         InputError: there is no base, or an expert is more than LoRA pairs on it.
     """
     if plan.base is None:
-        raise InputError(f"{option('as_adapter', 'cat')}: needs the base the adapters stand on; name a base_model")
+        raise InputError(f"{option('as_adapter', kind)}: needs the base the adapters stand on; name a base_model")
     tokens = plan.alignment.tokens
     if tokens is not None and tokens.changes:
         raise InputError(
             f"{plan.where}: tokenizer: {tokens.choice.label} gives the merge another vocabulary than its base's, which "
-            f"an adapter on that base cannot have; leave {option('as_adapter', 'cat')} or tokenizer out"
+            f"an adapter on that base cannot have; leave {option('as_adapter', kind)} or tokenizer out"
         )
     for expert in plan.experts:
         # PEFT saves an adapted embedding's own weight beside its factors: the base's, that is.
@@ -100,28 +100,28 @@ def check_low_rank(plan: Plan) -> None:
             why = f" (it holds {whole[0]!r} whole, unlike the base's)" if whole else ""
             raise InputError(
                 f"{expert.reference}: is not a plain LoRA adapter{why}, so the merge is not one; leave "
-                f"{option('as_adapter', 'cat')} out"
+                f"{option('as_adapter', kind)} out"
             )
         for name in expert.adapter.tokens:
             raise InputError(
                 f"{expert.reference}: trains rows of {name!r} alone, which a merged adapter has no place for; leave "
-                f"{option('as_adapter', 'cat')} out"
+                f"{option('as_adapter', kind)} out"
             )
         if expert.adapter.assembled:
             raise InputError(
                 f"{expert.reference}: adapts all experts of a layer at once (target_parameters), which is merged into "
-                f"a model only; leave {option('as_adapter', 'cat')} out"
+                f"a model only; leave {option('as_adapter', kind)} out"
             )
         for name in expert.adapter.pairs:
             if name.endswith("in_proj_weight"):
                 raise InputError(
                     f"{expert.reference}: adapts {name!r} of an nn.MultiheadAttention, which PEFT loads from no file "
-                    f"but its own; leave {option('as_adapter', 'cat')} out"
+                    f"but its own; leave {option('as_adapter', kind)} out"
                 )
-    _check_base_stays(plan)
+    _check_base_stays(plan, kind)
 
 
-def _check_base_stays(plan: Plan) -> None:
+def _check_base_stays(plan: Plan, kind: Kind) -> None:
     """Refuse what would multiply the base itself.
 
     Raises:
@@ -132,7 +132,7 @@ def _check_base_stays(plan: Plan) -> None:
         weights = low_rank_weights(program) if program is not None and program.space == "weights" else None
         if weights is not None and abs(sum(weights) - 1) > 1e-9:
             raise InputError(
-                f"{option('as_adapter', 'cat')}: method {plan.method.name!r} multiplies tensor {tensor.name!r} of the "
+                f"{option('as_adapter', kind)}: method {plan.method.name!r} multiplies tensor {tensor.name!r} of the "
                 f"base by {sum(weights):g}, which an adapter cannot do; let weights sum to 1, or leave the option out"
             )
 
@@ -171,7 +171,7 @@ def check_adapter(plan: Plan, kind: str | None, rank: int | None) -> Kind | None
         raise InputError(
             f"{plan.where}: {option('as_adapter', kind)}: {form} make models that no adapter stands on; leave it out"
         )
-    check_low_rank(plan)
+    check_low_rank(plan, kind)
     if plan.recipe.config is not None:
         raise InputError(f"{plan.where}: config: an adapter has no config.json of its own; leave the key out")
     return kind
@@ -309,7 +309,7 @@ def write_adapter(
         MachineError: the disk is full or failed.
     """
     check_learned(plan)
-    check_low_rank(plan)
+    check_low_rank(plan, kind)
     with merge_workdir(plan, out, force=force, digest=adapter_digest(plan, kind, rank), folder=True) as work:
         return adapter_in(plan, work, kind, rank, threads=threads, progress=progress)
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from consilience.experts.stack import Stack
 from consilience.methods.closed_form import Floats
+from consilience.methods.rounding import unrounded
 from consilience.methods.signature import Default, Others, Range, matrix
 
 #: Share of the rank that the last step lifts.
@@ -39,7 +40,7 @@ def ace(
     Centring loses what a task vector adds to all outputs alike. docs/methods/ace.md shows it; ACTMat has none of it.
     """
     del lambda_, others  # the engine's
-    vectors = stack.whole().astype(np.float64)
+    vectors = np.stack(unrounded(stack))
     sizes = np.square(vectors).sum((1, 2))
     opened = spread(sizes) > gate
     centred = vectors - vectors.mean(1, keepdims=True)
@@ -80,5 +81,6 @@ def _lift(vectors: Floats, covariances: list[Floats], ridges: float, merged: Flo
     mean = (np.sum(covariances, 0) + ridges * np.eye(vectors.shape[2])) / len(vectors)
     rest = merged + np.sum([v @ (s - mean) for v, s in zip(vectors, covariances, strict=True)], 0)
     u, s, v = np.linalg.svd(rest, full_matrices=False)
-    count = int(LIFTED * len(s))
+    held = int((s > s[:1].sum() * max(rest.shape) * np.finfo(np.float32).eps).sum())  # others' vectors are arbitrary
+    count = min(int(LIFTED * len(s)), held)
     return s[:count].mean() * u[:, :count] @ v[:count] if count else np.zeros_like(merged)

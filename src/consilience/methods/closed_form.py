@@ -16,6 +16,7 @@ import numpy as np
 
 from consilience.experts.stack import Stack
 from consilience.methods.program import Floats, Update
+from consilience.methods.rounding import unrounded
 
 #: A matrix of this condition or less is solved by elimination: float64 leaves five digits of its weakest direction.
 CONDITION = 1e11
@@ -29,7 +30,7 @@ def task_matrices(stack: Stack) -> tuple[list[Floats], Floats | None]:
     The rows of Q are orthonormal, so that inner products of rows are those of the task vectors' rows.
     """
     if not stack.low_rank:
-        return list(stack.whole().astype(np.float64)), None
+        return unrounded(stack), None
     factors = stack.factors()
     q, across = np.linalg.qr(np.concatenate([one.right for one in factors]).T.astype(np.float64))
     found = [np.zeros((stack.shape[0], q.shape[1])) for _ in stack.rows]

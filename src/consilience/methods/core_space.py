@@ -8,6 +8,7 @@ from consilience.experts.stack import Stack
 from consilience.methods.closed_form import Floats, spectrum
 from consilience.methods.inner import Inner, merged
 from consilience.methods.program import Update
+from consilience.methods.rounding import unrounded
 from consilience.methods.signature import Default, Others, Range, matrix
 from consilience.methods.svd import nothing
 
@@ -25,7 +26,7 @@ def cores(stack: Stack) -> tuple[list[Floats], Floats, Floats]:
         for one in factors:
             found[one.row] = one.scale * (u.T @ one.left) @ (one.right @ v)
         return found, u, v.T
-    whole = list(stack.whole().astype(np.float64))
+    whole = unrounded(stack)
     u, v = _left(np.concatenate(whole, 1)), _left(np.concatenate(whole).T)
     return [u.T @ one @ v for one in whole], u, v.T
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from consilience.experts.stack import Stack
 from consilience.methods.program import Update
+from consilience.methods.rounding import rounding, total
 from consilience.methods.signature import Default, Others, matrix
 from consilience.methods.svd import leading, nothing, summed
 
@@ -34,5 +35,5 @@ def iso_c(
     if flatten == "all":
         u, s, v = np.linalg.svd(stack.whole().sum(0), full_matrices=False)
     else:
-        u, s, v = leading(*summed(stack), min(stack.shape))
+        u, s, v = leading(*summed(stack), min(stack.shape), total(rounding(stack)))
     return Update(u * s.mean(), v) if s.size else nothing(stack.shape, s)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from consilience.experts.stack import Stack
 from consilience.methods.program import Update
+from consilience.methods.rounding import rounding, total
 from consilience.methods.signature import Default, Others, Range, matrix
 from consilience.methods.svd import leading, nothing, polar, summed
 
@@ -51,17 +52,17 @@ def iso_cts(
     is 0 and the result Iso-C's.
     """
     del lambda_, others  # the engine's
-    cores, p, q = _cores(stack)
-    u, s, v = leading(np.sum(cores, 0), None, min(cores[0].shape))
+    (cores, p, q), floors = _cores(stack), rounding(stack)
+    u, s, v = leading(np.sum(cores, 0), None, min(cores[0].shape), total(floors))
     if not s.size:
         return nothing(stack.shape, s)
     own = round((len(s) - int(common * len(s))) / len(stack.rows))
     own = min(own, len(s) // len(stack.rows))
     shared = len(s) - own * len(stack.rows)
     lefts, values, rights = [u[:, :shared]], [s[:shared]], [v[:shared]]
-    for core in cores if own else ():
+    for core, floor in zip(cores, floors, strict=True) if own else ():
         rest = core - u[:, :shared] @ (u[:, :shared].T @ core)
-        for held, part in zip((lefts, values, rights), leading(rest, None, own), strict=True):
+        for held, part in zip((lefts, values, rights), leading(rest, None, own, floor), strict=True):
             held.append(part)
     spread = np.concatenate(values)
     left, right = polar(np.concatenate(lefts, 1)) * spread.mean(), polar(np.concatenate(rights).T).T

@@ -8,6 +8,7 @@ from consilience.experts.stack import Stack
 from consilience.methods.closed_form import Floats, spectrum
 from consilience.methods.inner import Inner, merged
 from consilience.methods.program import Update
+from consilience.methods.rounding import unrounded
 from consilience.methods.signature import Default, Others, Range, matrix
 from consilience.methods.svd import nothing
 
@@ -27,7 +28,7 @@ def coordinates(stack: Stack) -> tuple[list[Floats], Floats]:
             found[one.row] = across[:, at:stop] @ one.right.astype(np.float64)
             at = stop
     else:
-        found, p = list(stack.whole().astype(np.float64)), None
+        found, p = unrounded(stack), None
     kept = spectrum(np.sum([one @ one.T for one in found], 0))[1][:, ::-1]
     return [kept.T @ one for one in found], kept if p is None else p @ kept
 

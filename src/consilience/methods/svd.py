@@ -12,7 +12,7 @@ import numpy.typing as npt
 from consilience.experts.stack import Stack
 from consilience.methods.program import Update
 
-#: A Gram matrix whose eigenvalues differ more loses the weaker ones' directions, to float32's digits.
+#: A Gram matrix of float32 columns whose eigenvalues differ more has directions that rounding alone may have made.
 LEAST = 1e-8
 #: Singular values may differ as much for products in float32 to be as exact as LAPACK's triples in float32.
 WEAK = 0.1
@@ -22,14 +22,14 @@ LARGE = 8.0
 Triples = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 
-def leading(left: npt.NDArray[Any], right: npt.NDArray[Any] | None, count: int) -> Triples:
+def leading(left: npt.NDArray[Any], right: npt.NDArray[Any] | None, count: int, floor: float = 0.0) -> Triples:
     """Return at most ``count`` singular triples (u [m, c], s [c], v [c, n]) of ``left`` or ``left @ right``.
 
-    Triples of no more than rounding's size are not among them: their vectors are arbitrary. Factors stay factors: two
-    QR decompositions and an SVD of [r, r].
+    Triples of no more than rounding's size (``floor``, or what is lost in computing them) are not among them: their
+    vectors are arbitrary. Factors stay factors: two QR decompositions and an SVD of [r, r].
     """
     if right is None and left.dtype == np.float32:
-        return _by_gram(left, count)
+        return _by_gram(left, count, floor)
     if right is None:
         u, s, v = np.linalg.svd(left, full_matrices=False)
         size = max(left.shape)
@@ -37,12 +37,12 @@ def leading(left: npt.NDArray[Any], right: npt.NDArray[Any] | None, count: int) 
         (q, r), (p, t) = np.linalg.qr(left), np.linalg.qr(right.T)
         u, s, v = np.linalg.svd(r @ t.T, full_matrices=False)
         u, v, size = q @ u, v @ p.T, max(len(left), right.shape[1])
-    rank = int((s > s[0] * size * np.finfo(s.dtype).eps).sum()) if s.size and s[0] > 0 else 0
+    rank = int((s > max(floor, s[0] * size * np.finfo(s.dtype).eps)).sum()) if s.size and s[0] > 0 else 0
     kept = min(count, rank)
     return u[:, :kept], s[:kept], v[:kept]
 
 
-def _by_gram(matrix: npt.NDArray[Any], count: int) -> Triples:
+def _by_gram(matrix: npt.NDArray[Any], count: int, floor: float) -> Triples:
     """Return the leading triples of a float32 matrix from the eigenvectors of its smaller Gram matrix.
 
     The Gram matrix and its eigenvectors are float64. The other side's vectors are products in float32, as long as their
@@ -53,7 +53,7 @@ def _by_gram(matrix: npt.NDArray[Any], count: int) -> Triples:
     exact = rows.astype(np.float64)
     values, vectors = np.linalg.eigh(exact @ exact.T)
     s = np.sqrt(np.maximum(values[::-1], 0))
-    floor = s[0] * max(matrix.shape) * np.finfo(np.float32).eps if s.size else 0.0
+    floor = max(floor, s[0] * max(matrix.shape) * np.finfo(np.float32).eps) if s.size else 0.0
     kept = min(count, int((s > floor).sum()))
     s, own = s[:kept], np.ascontiguousarray(vectors[:, ::-1][:, :kept])
     if kept and s[-1] > WEAK * s[0]:
@@ -79,13 +79,16 @@ def inverse_root(columns: npt.NDArray[Any]) -> npt.NDArray[np.float64] | None:
 def polar(columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the nearest matrix with orthonormal columns: A (A^T A)^(-1/2), or U V^T of an SVD where that is not exact.
 
-    The inverse root is float64, so that its error is that of a float32 matrix' own rounding.
+    The inverse root is float64, so that its error is that of a float32 matrix' own rounding. Where columns depend on
+    each other (experts that share directions) it is the root on A's range: vectors of singular values below half of the
+    digits are rounding's, and are left out (of float32, below 1e-4).
     """
     root = inverse_root(columns)
     if root is not None:
         return (columns @ root).astype(np.float32)
-    u, _, v = np.linalg.svd(columns, full_matrices=False)
-    return u @ v
+    u, s, v = np.linalg.svd(columns, full_matrices=False)
+    kept = int((s > s[0] * (LEAST if s.dtype == np.float32 else np.finfo(s.dtype).eps) ** 0.5).sum()) if s.size else 0
+    return u[:, :kept] @ v[:kept]
 
 
 def orthogonal(u: npt.NDArray[Any], s: npt.NDArray[Any], v: npt.NDArray[Any]) -> Update:

@@ -6,6 +6,7 @@ import numpy as np
 
 from consilience.experts.stack import Stack
 from consilience.methods.program import Update
+from consilience.methods.rounding import rounding
 from consilience.methods.signature import Default, Others, matrix
 from consilience.methods.svd import Triples, leading, nothing, orthogonal
 
@@ -14,7 +15,7 @@ def triples_of(stack: Stack, count: int) -> list[Triples]:
     """Return each expert's leading triples; an adapter's from its factors."""
     if stack.low_rank:
         return [leading(factors.left * factors.scale, factors.right, count) for factors in stack.factors()]
-    return [leading(vector, None, count) for vector in stack.whole()]
+    return [leading(one, None, count, floor) for one, floor in zip(stack.whole(), rounding(stack), strict=True)]
 
 
 @matrix(source="Gargiulo et al. 2025, Task Singular Vectors, CVPR, arXiv:2412.00081", copies=5)
@@ -30,7 +31,8 @@ def tsv_m(
     theta = theta_0 + lambda P(U) S P(V)^T,   P(A) = A (A^T A)^(-1/2), the nearest orthonormal columns
 
     Known disagreements: every expert keeps at least one triple, where K exceeds r too (public codes drop all experts'
-    then); triples of value 0, which the codes let into P with arbitrary vectors, are dropped. One expert alone is
+    then); triples of value 0 or of a float32 file's rounding, which the codes let into P with arbitrary vectors, are
+    dropped, and so is what P would add where experts share directions (adapters with one A). One expert alone is
     returned as it is. Embeddings and heads are matrices like any other; exclude them with ``private`` if need be.
     """
     del lambda_, others  # the engine's
