@@ -3,6 +3,7 @@
     python -m benchmarks.merge                      # all sizes, with mergekit; about 20 minutes once the sets are made
     python -m benchmarks.merge --quick              # 0.5 B once, without mergekit's slow methods; a few minutes
     python -m benchmarks.merge --sizes 0.5b --no-mergekit --repeat 5 --against e1e4e04
+    python -m benchmarks.merge --quick --methods task_arithmetic,sce,della     # further methods of mergekit's
 
 Jobs are interleaved (every job once, then every job again) so that a slow minute of the machine hits all of them.
 Before each run the inputs are read once and dirty pages are flushed; after it the output is deleted. Results go to
@@ -48,11 +49,13 @@ class Method:
         parameters: passed as ``--set key=value`` or in mergekit's YAML.
         experts: how many of the set's experts are merged.
         slow: whether mergekit takes so long that it is run once only.
+        further: whether it is run only where ``--methods`` names it; earlier commits may not have it.
     """
 
     parameters: Mapping[str, float]
     experts: int = 3
     slow: bool = False
+    further: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -62,6 +65,18 @@ METHODS: dict[str, Method] = {
     "dare_linear": Method({"weight": 0.3, "density": 0.5}, slow=True),
     "dare_ties": Method({"weight": 0.3, "density": 0.5}, slow=True),
     "ties": Method({"weight": 0.3, "density": 0.5}, slow=True),
+    "nuslerp": Method({"weight": 1.0}, experts=2, further=True),
+    "multislerp": Method({"weight": 1.0}, further=True),
+    "karcher": Method({}, further=True),
+    "model_stock": Method({}, further=True),
+    "nearswap": Method({"t": 0.001}, experts=1, further=True),
+    "ram": Method({}, slow=True, further=True),
+    "breadcrumbs": Method({"weight": 0.3, "density": 0.5, "gamma": 0.01}, slow=True, further=True),
+    "breadcrumbs_ties": Method({"weight": 0.3, "density": 0.5, "gamma": 0.01}, slow=True, further=True),
+    "sce": Method({"select_topk": 0.5}, slow=True, further=True),
+    "della": Method({"weight": 0.3, "density": 0.5}, slow=True, further=True),
+    "della_linear": Method({"weight": 0.3, "density": 0.5}, slow=True, further=True),
+    "arcee_fusion": Method({}, experts=1, slow=True, further=True),
 }
 SCALING = ("linear", "ties")
 """Methods that are run on the sets larger than 0.5 B."""
@@ -207,7 +222,7 @@ def _merge_jobs(made: SyntheticSet, settings: Settings, scratch: Path) -> Iterat
             out = scratch / f"{size.name}-{method}-consilience"
             command = consilience_command(made, method, out)
             yield Job("consilience", "merge", size.name, method, command, out, inputs, repeats, tensors, needed)
-        if settings.against and small:
+        if settings.against and small and not METHODS[method].further:
             out = scratch / f"{size.name}-{method}-{EARLIER}"
             command, environment = earlier_command(made, method, out), earlier_environment(scratch)
             yield Job(EARLIER, "merge", size.name, method, command, out, inputs, repeats, tensors, needed, environment)
@@ -413,7 +428,8 @@ def parse(arguments: Sequence[str]) -> Settings:
     mergekit.add_argument("--with-mergekit", dest="mergekit", action="store_true", default=True)
     mergekit.add_argument("--no-mergekit", dest="mergekit", action="store_false")
     parser.add_argument("--sizes", type=names_of(large), default=None, help=f"of {', '.join(large)} (default: all)")
-    parser.add_argument("--methods", type=names_of(tuple(METHODS)), default=tuple(METHODS))
+    usual = tuple(name for name, method in METHODS.items() if not method.further)
+    parser.add_argument("--methods", type=names_of(tuple(METHODS)), default=usual)
     parser.add_argument("--tools", type=names_of(TOOLS), default=TOOLS)
     parser.add_argument("--against", default="", metavar="COMMIT", help="measure an earlier commit beside this one")
     parser.add_argument("--repeat", type=int, default=None, help="runs of each fast job (default 3, quick 1)")

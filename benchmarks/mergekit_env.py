@@ -55,7 +55,7 @@ def recipe(method: str, base: Path, experts: Mapping[str, Path], parameters: Map
         experts: the experts' folders.
         parameters: ``weight`` and ``density`` go to every expert, the others to the merge.
     """
-    own = {key: value for key, value in parameters.items() if key in ("weight", "density")}
+    own = {key: value for key, value in parameters.items() if key in ("weight", "density", "gamma")}
     shared = {key: value for key, value in parameters.items() if key not in own}
     lines = [f"merge_method: {method}", "dtype: bfloat16"]
     if method not in WITHOUT_BASE:
