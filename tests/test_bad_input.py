@@ -632,7 +632,7 @@ COMMANDS = [
         ("'a'", "twice", "another name"),
         command("merge", "base", "out", "-e", "a=a", "-e", "a=b"),
     ),
-    Case("expert's name has a dot", ("'a.b'", "rename"), command("merge", "base", "out", "-e", "a.b=a")),
+    Case("expert's name has a dot", ("'a.b'", "choose another"), command("merge", "base", "out", "-e", "a.b=a")),
     Case("setting without a value", ("--set 'weight'", "KEY=VALUE"), command(*MERGE, "--set", "weight")),
     Case("setting is bad YAML", ("--set weight", "fix"), command(*MERGE, "--set", "weight=[1,")),
     Case("setting of no expert", ("c.weight", "'c'"), command(*MERGE, "--set", "c.weight=1")),
