@@ -92,6 +92,25 @@ def is_right(tmp_path: Path, base: Any, original: bool = True, **config: Any) ->
     equal(state(tmp_path / "out"), want)
 
 
+def like_full_models(tmp_path: Path, base: Any, methods: tuple[str, ...], **config: Any) -> None:
+    """Merge two adapters by each method, and what PEFT merges of them; the results are the same."""
+    base.save_pretrained(tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        model = type(base).from_pretrained(tmp_path / "base", dtype=torch.float32)
+        tuned = adapter(model, tmp_path / name, seed=seed, **config)
+        tuned.merge_and_unload().save_pretrained(tmp_path / f"{name}-full")
+    before = state(tmp_path / "base")
+    for method in methods:
+        words = ["--method", method]
+        one = merged(tmp_path / "base", tmp_path / f"{method}-1", *words, a=tmp_path / "a", b=tmp_path / "b")
+        two = merged(tmp_path / "base", tmp_path / f"{method}-2", *words, a=tmp_path / "a-full", b=tmp_path / "b-full")
+        assert (one.code, two.code) == (0, 0), one.said + two.said
+        found = state(tmp_path / f"{method}-1")
+        for name, value in state(tmp_path / f"{method}-2").items():
+            # TIES keeps other entries where a trim falls between two that differ by a rounding
+            assert (found[name] - value).norm() <= 0.02 * (value - before[name]).norm() + 1e-6, name
+
+
 @pytest.mark.parametrize("original", [True, False], ids=["one-by-one", "fused"])
 @pytest.mark.parametrize("make", [mixtral, qwen3, qwen2, deepseek])
 @real_file(
@@ -152,22 +171,7 @@ def test_scales_of_fused_experts(tmp_path: Path, options: dict[str, Any]) -> Non
     before="wrongly refused",
 )  # fmt: skip
 def test_any_method_takes_them(tmp_path: Path) -> None:
-    mixtral().save_pretrained(tmp_path / "base")
-    for seed, name in enumerate("ab"):
-        model = hf.MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-        tuned = adapter(model, tmp_path / name, seed=seed, target_modules="all-linear")
-        tuned.merge_and_unload().save_pretrained(tmp_path / f"{name}-full")
-    for method in ("ties", "breadcrumbs"):
-        words = ["--method", method]
-        one = merged(tmp_path / "base", tmp_path / f"{method}-1", *words, a=tmp_path / "a", b=tmp_path / "b")
-        two = merged(tmp_path / "base", tmp_path / f"{method}-2", *words, a=tmp_path / "a-full", b=tmp_path / "b-full")
-        assert (one.code, two.code) == (0, 0), one.said + two.said
-        found, wanted = state(tmp_path / f"{method}-1"), state(tmp_path / f"{method}-2")
-        base = state(tmp_path / "base")
-        for name, value in wanted.items():
-            change = (value - base[name]).norm()
-            # TIES keeps other entries where a trim falls between two that differ by a rounding
-            assert (found[name] - value).norm() <= 0.02 * change + 1e-6, name
+    like_full_models(tmp_path, mixtral(), ("ties", "breadcrumbs"), target_modules="all-linear")
 
 
 @real_file(
@@ -175,19 +179,8 @@ def test_any_method_takes_them(tmp_path: Path) -> None:
     before="wrongly refused",
 )  # fmt: skip
 def test_any_method_takes_experts_fused_in_the_file(tmp_path: Path) -> None:
-    gpt_oss().save_pretrained(tmp_path / "base")
-    for seed, name in enumerate("ab"):
-        model = hf.GptOssForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-        tuned = adapter(model, tmp_path / name, seed=seed, target_modules=["q_proj"], target_parameters=FUSED)
-        tuned.merge_and_unload().save_pretrained(tmp_path / f"{name}-full")
-    for method in ("ties", "task_arithmetic"):
-        words = ["--method", method]
-        one = merged(tmp_path / "base", tmp_path / f"{method}-1", *words, a=tmp_path / "a", b=tmp_path / "b")
-        two = merged(tmp_path / "base", tmp_path / f"{method}-2", *words, a=tmp_path / "a-full", b=tmp_path / "b-full")
-        assert (one.code, two.code) == (0, 0), one.said + two.said
-        base, wanted = state(tmp_path / "base"), state(tmp_path / f"{method}-2")
-        for name, value in state(tmp_path / f"{method}-1").items():
-            assert (value - wanted[name]).norm() <= 0.02 * (wanted[name] - base[name]).norm() + 1e-6, name
+    methods = ("ties", "task_arithmetic")
+    like_full_models(tmp_path, gpt_oss(), methods, target_modules=["q_proj"], target_parameters=FUSED)
 
 
 @real_file(
